@@ -1,0 +1,45 @@
+"""Tikhonov damping of Kronecker-factored curvature."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kfe_optax import kronecker
+
+
+def pi(input_factor: jax.Array, output_factor: jax.Array, stacked: int) -> jax.Array:
+    """π = sqrt[(tr A / d_in) / (tr G / d_out)], (...,); 1 where a trace is zero (Martens & Grosse 2015, section 6.3)."""
+    mean_in = kronecker.trace(input_factor, stacked) / input_factor.shape[-1]
+    mean_out = kronecker.trace(output_factor, stacked) / output_factor.shape[-1]
+    ratio = mean_in / jnp.where(mean_out > 0, mean_out, 1)
+    return jnp.sqrt(jnp.where((mean_in > 0) & (mean_out > 0), ratio, 1))
+
+
+def add_to_diagonal(factor: jax.Array, amount: jax.Array, stacked: int) -> jax.Array:
+    """factor + amount I, one amount a matrix (...,)."""
+    if kronecker.is_diagonal(factor, stacked):
+        return factor + amount[..., None]
+    return factor + amount[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+
+
+def factored(
+    input_factor: jax.Array, output_factor: jax.Array, damping: jax.Array, stacked: int
+) -> tuple[jax.Array, jax.Array]:
+    """(A + π√λ I, G + √λ/π I): factored Tikhonov damping (Martens & Grosse 2015, section 6.3)."""
+    ratio = pi(input_factor, output_factor, stacked)
+    root = jnp.sqrt(damping).astype(input_factor.dtype)
+    return (
+        add_to_diagonal(input_factor, ratio * root, stacked),
+        add_to_diagonal(output_factor, root / ratio, stacked),
+    )
+
+
+def appendix_c(
+    values_in: jax.Array, values_out: jax.Array, damping: jax.Array, ratio: jax.Array
+) -> jax.Array:
+    """λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, (..., d_in, d_out): what factored damping adds to s_A s_Gᵀ (George et al. 2018, C)."""
+    root = jnp.sqrt(damping).astype(values_in.dtype)
+    inputs = values_in * (root / ratio)[..., None]
+    outputs = values_out * (root * ratio)[..., None]
+    return damping.astype(values_in.dtype) + inputs[..., :, None] + outputs[..., None, :]

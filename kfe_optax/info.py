@@ -1,0 +1,79 @@
+"""`info`: what a preconditioner has to say, dug out of any nesting of Optax states."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+
+from kfe_optax.transforms.clip import KlClipState
+from kfe_optax.transforms.layerwise import LayerwiseState
+
+
+class Info(NamedTuple):
+    """The state of the curvature; a field is None when no transformation of the state has it.
+
+    Attributes:
+      damping: λ of the last step.
+      failures: factors and factorizations that were not finite; the last good ones were kept.
+      last_refresh: the step of the last refresh of the inverses or the basis, −1 before the first.
+      kl_factor: ν of the last `clip_by_kl`, 1 when it did not clip.
+      nonfinite: steps whose gradient was not finite; their update was zero.
+    """
+
+    damping: Any = None
+    failures: Any = None
+    last_refresh: Any = None
+    kl_factor: Any = None
+    nonfinite: Any = None
+
+
+def info(opt_state: Any) -> Info:
+    """Damping, failures, last refresh and KL factor of an optimizer state, through any nesting of Optax states.
+
+    With several preconditioners in the state (as under `optax.partition`) counts are added and the first one gives the rest.
+
+    Args:
+      opt_state: the state of any Optax optimizer, or of an `nnx.Optimizer`.
+
+    Returns:
+      An `Info` of scalar arrays; usable inside `jit`.
+
+    Example:
+      >>> import optax, kfe_optax as kfe
+      >>> kfe.info(optax.adam(1e-3).init({})).damping is None
+      True
+    """
+    wanted = (LayerwiseState, KlClipState)
+    found = Info()
+    pending = [opt_state]
+    while pending:
+        node = pending.pop(0)
+        if isinstance(node, LayerwiseState):
+            method = node.method
+            found = found._replace(
+                damping=_first(found.damping, method.damping),
+                failures=_add(found.failures, method.failures),
+                last_refresh=_first(found.last_refresh, method.last_refresh),
+                nonfinite=_add(found.nonfinite, node.nonfinite),
+            )
+        elif isinstance(node, KlClipState):
+            found = found._replace(kl_factor=_first(found.kl_factor, node.kl_factor))
+            pending.append(node.inner)
+        else:
+            leaves = jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, wanted))
+            pending.extend(leaf for leaf in leaves if isinstance(leaf, wanted))
+    return found
+
+
+def _read(leaf: Any) -> Any:
+    # nnx.Optimizer keeps each leaf of the state in a variable.
+    return leaf[...] if hasattr(leaf, "get_value") else leaf
+
+
+def _first(seen: Any, new: Any) -> Any:
+    return _read(new) if seen is None else seen
+
+
+def _add(seen: Any, new: Any) -> Any:
+    return _read(new) if seen is None else seen + _read(new)

@@ -1,0 +1,192 @@
+"""Following probes through a jaxpr: from a variable beside a parameter to the tags that read it.
+
+A probe enters the traced loss with the parameter's own shape. On its way to a tag it may be sliced by scans (stacked layers),
+have an axis batched by vmap, be cast, or be broadcast over a loop (shared parameters). A *trail* records this; an operation
+that is not on the list ends the trail, with its name as the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal, Primitive
+from jax.interpreters import ad, batching
+
+_CARRIED = frozenset(
+    {"convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast", "reshard"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trail:
+    """What happened to a probe so far.
+
+    Attributes:
+      path: the key path of the parameter that the probe stands for.
+      dims: the parameter's axes that the variable still has, in its order.
+      stack: the (axis, size) pairs that scans consumed, outermost first.
+      broadcast: True inside a loop that uses the same value in each iteration.
+      stopped: True behind a stop_gradient.
+      lost: the operation that ended the trail.
+    """
+
+    path: tuple[str | int, ...]
+    dims: tuple[int, ...]
+    stack: tuple[tuple[int, int], ...] = ()
+    broadcast: bool = False
+    stopped: bool = False
+    lost: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One tag reached: the trail of its probe (None: no probe reached it) and the tag's parameters."""
+
+    trail: Trail | None
+    info: dict[str, Any]
+    loops: int
+
+
+class InnerDerivativeError(ValueError):
+    """The loss function differentiates a tagged layer or a registered loss itself."""
+
+
+def _raise_forward_mode(*_, **__):
+    raise InnerDerivativeError(
+        "A tagged layer or a registered loss is differentiated inside the loss function itself (jvp, grad, hessian or a "
+        "gradient penalty). Curvature tags work for one reverse-mode differentiation of the whole loss: move the inner "
+        "derivative to an untagged copy of the model (jax.lax.stop_gradient does not help), or leave those layers out."
+    )
+
+
+def _mark(name: str) -> Any:
+    """A primitive that returns its first operand and records the vmaps around it in its parameter `vmaps`."""
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(lambda value, *rest, **params: value)
+    ad.primitive_jvps[primitive] = _raise_forward_mode
+
+    def batch(operands, dims, *, vmaps, **params):
+        size = next(v.shape[d] for v, d in zip(operands, dims, strict=True) if d is not None)
+        first = jnp.moveaxis(operands[0], dims[0], 0) if dims[0] is not None else operands[0]
+        if dims[0] is None:
+            first = jnp.broadcast_to(first, (size, *first.shape))
+        rest = [
+            v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(operands[1:], dims[1:], strict=True)
+        ]
+        mapped = tuple(d is not None for d in dims)
+        return primitive.bind(first, *rest, vmaps=(*vmaps, (size, mapped)), **params), 0
+
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+layer_mark = _mark("kfe_layer")  # operands: y, probe
+output_mark = _mark("kfe_output")  # operands: the registered output z
+unsupported_mark = _mark("kfe_unsupported")  # operands: probe
+
+
+def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> list[Use]:
+    """All marks in a closed jaxpr, in order of execution, for the given trails of its inputs."""
+    uses: list[Use] = []
+    _walk(jaxpr.jaxpr, trails, uses, loops=0)
+    return uses
+
+
+def _walk(jaxpr: Any, trails: Sequence[Trail | None], uses: list[Use], loops: int) -> list[Trail | None]:
+    trail_of = dict(zip(jaxpr.invars, trails, strict=True))
+
+    def read(variable):
+        return None if isinstance(variable, Literal) else trail_of.get(variable)
+
+    for equation in jaxpr.eqns:
+        inputs = [read(v) for v in equation.invars]
+        name = equation.primitive.name
+        if equation.primitive in (layer_mark, output_mark, unsupported_mark):
+            position = {layer_mark: 1, unsupported_mark: 0}.get(equation.primitive)
+            trail = None if position is None else inputs[position]
+            uses.append(Use(trail, {"mark": equation.primitive, **equation.params}, loops))
+            continue
+        outputs = _inner(equation, name, inputs, uses, loops)
+        if outputs is None:
+            outputs = [_step(equation, name, inputs)] * len(equation.outvars)
+        for variable, trail in zip(equation.outvars, outputs, strict=False):
+            if trail is not None:
+                trail_of[variable] = trail
+    return [read(v) for v in jaxpr.outvars]
+
+
+def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | None:
+    """The trail behind a primitive without an inner jaxpr."""
+    present = [t for t in inputs if t is not None]
+    if not present:
+        return None
+    trail = present[0]
+    if len(present) > 1 or trail.lost:
+        return dataclasses.replace(trail, lost=trail.lost or name)
+    if name == "stop_gradient":
+        return dataclasses.replace(trail, stopped=True)
+    if name in _CARRIED:
+        return trail
+    if name == "transpose":
+        return dataclasses.replace(trail, dims=tuple(trail.dims[i] for i in equation.params["permutation"]))
+    return dataclasses.replace(trail, lost=name)
+
+
+def _inner(
+    equation: Any, name: str, inputs: list[Trail | None], uses: list[Use], loops: int
+) -> list[Trail | None] | None:
+    """Walks the jaxprs inside an equation; the trails of its outputs, or None when it has no inner jaxpr."""
+    params = equation.params
+    if name == "scan":
+        body = params["jaxpr"].jaxpr
+        carried = _scan_carry(equation, body)
+        inner = [_into_scan(t, i, carried, params["length"]) for i, t in enumerate(inputs)]
+        _walk(body, inner, uses, loops + 1)
+        return [None] * len(equation.outvars)
+    if name == "while":
+        skip = params["cond_nconsts"]
+        inner = [_broadcast(t) for t in inputs[skip:]]
+        _walk(params["body_jaxpr"].jaxpr, inner, uses, loops + 1)
+        return [None] * len(equation.outvars)
+    if name == "cond":
+        results = [_walk(b.jaxpr, inputs[1:], uses, loops) for b in params["branches"]]
+        return [r if all(r == o[i] for o in results) else None for i, r in enumerate(results[0])]
+    for value in params.values():
+        inner_jaxpr = getattr(value, "jaxpr", value)
+        if hasattr(inner_jaxpr, "eqns") and len(inner_jaxpr.invars) == len(inputs):
+            return _walk(inner_jaxpr, inputs, uses, loops)
+    return None
+
+
+def _scan_carry(equation: Any, body: Any) -> tuple[int, int]:
+    """(number of constants, number of carries) of a scan."""
+    if "num_consts" in equation.params:
+        return equation.params["num_consts"], equation.params["num_carry"]
+    # Newer JAX keeps trees instead of counts: the scanned inputs are those that lose their leading axis.
+    whole = sum(o.aval.shape == i.aval.shape for o, i in zip(equation.invars, body.invars, strict=True))
+    return whole, 0
+
+
+def _into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length: int) -> Trail | None:
+    if trail is None:
+        return None
+    constants, carries = carried
+    if index < constants:
+        return _broadcast(trail)
+    if index < constants + carries:
+        return dataclasses.replace(trail, lost="the carry of a scan")
+    axis = trail.dims[0]
+    return dataclasses.replace(trail, dims=trail.dims[1:], stack=(*trail.stack, (axis, length)))
+
+
+def _broadcast(trail: Trail | None) -> Trail | None:
+    return None if trail is None else dataclasses.replace(trail, broadcast=True)
+
+
+def float_leaf(leaf: Any) -> bool:
+    """Whether a parameter can be differentiated."""
+    return hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jnp.inexact)

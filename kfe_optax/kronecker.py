@@ -1,0 +1,136 @@
+"""Linear algebra of Kronecker-factored matrices: inverses, eigenbases, products; one batched call for each shape.
+
+A factor is a symmetric positive semi-definite matrix (..., d, d), or its diagonal (..., d) where a side is larger than
+`max_dim`. (A⊗G) vec(V) = vec(A V Gᵀ) in row-major vec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Key = Any
+
+
+class Eigenbasis(NamedTuple):
+    """Eigenvalues (..., d), ascending, and eigenvectors (..., d, d) as columns; vectors None for a diagonal side."""
+
+    values: jax.Array
+    vectors: jax.Array | None
+
+
+def by_shape(function: Callable[[jax.Array], Any], matrices: Mapping[Key, jax.Array]) -> dict[Key, Any]:
+    """Applies a batched function (b, d, d) → pytree of (b, ...) once for each shape and dtype, to all matrices stacked."""
+    groups: dict[Any, list[Key]] = {}
+    for key, matrix in matrices.items():
+        groups.setdefault((matrix.shape[-2:], matrix.dtype), []).append(key)
+    results: dict[Key, Any] = {}
+    for (shape, _), keys in groups.items():
+        flat = [matrices[key].reshape(-1, *shape) for key in keys]
+        stacked = function(flat[0] if len(flat) == 1 else jnp.concatenate(flat))
+        start = 0
+        for key, part in zip(keys, flat, strict=True):
+            lead, size = matrices[key].shape[:-2], part.shape[0]
+            here = slice(start, start + size)
+            results[key] = jax.tree.map(
+                lambda v, here=here, lead=lead: v[here].reshape(*lead, *v.shape[1:]), stacked
+            )
+            start += size
+    return results
+
+
+def inverse(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Inverses of positive definite (b, d, d) by Cholesky, and which of them are finite."""
+    root = jnp.linalg.cholesky(matrices)
+    identity = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
+    half = jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+    inverses = half.mT @ half
+    return inverses, jnp.isfinite(inverses).all((-2, -1))
+
+
+def eigh(matrices: jax.Array) -> tuple[Eigenbasis, jax.Array]:
+    """Eigenbases of symmetric (b, d, d), eigenvalues clipped at zero, and which of them are finite."""
+    vectors, values = jax.lax.linalg.eigh(matrices, symmetrize_input=True)
+    finite = jnp.isfinite(vectors).all((-2, -1)) & jnp.isfinite(values).all(-1)
+    return Eigenbasis(jnp.maximum(values, 0), vectors), finite
+
+
+def is_diagonal(factor: jax.Array, stacked: int) -> bool:
+    """Whether a factor is stored as its diagonal, for a layer with `stacked` stacked axes."""
+    return factor.ndim == stacked + 1
+
+
+def trace(factor: jax.Array, stacked: int) -> jax.Array:
+    """(...,) traces of factors or diagonals."""
+    if is_diagonal(factor, stacked):
+        return factor.sum(-1)
+    return jnp.trace(factor, axis1=-2, axis2=-1)
+
+
+def left(factor: jax.Array | None, v: jax.Array, stacked: int, transpose: bool = False) -> jax.Array:
+    """factor @ V (or its transpose); a diagonal scales rows, None is the identity."""
+    if factor is None:
+        return v
+    if is_diagonal(factor, stacked):
+        return factor[..., :, None] * v
+    return (factor.mT if transpose else factor) @ v
+
+
+def right(v: jax.Array, factor: jax.Array | None, stacked: int, transpose: bool = False) -> jax.Array:
+    """V @ factor (or its transpose); a diagonal scales columns, None is the identity."""
+    if factor is None:
+        return v
+    if is_diagonal(factor, stacked):
+        return v * factor[..., None, :]
+    return v @ (factor.mT if transpose else factor)
+
+
+def to_basis(v: jax.Array, basis: tuple[Eigenbasis, Eigenbasis], stacked: int) -> jax.Array:
+    """U_Aᵀ V U_G."""
+    return right(left(basis[0].vectors, v, stacked, transpose=True), basis[1].vectors, stacked)
+
+
+def from_basis(v: jax.Array, basis: tuple[Eigenbasis, Eigenbasis], stacked: int) -> jax.Array:
+    """U_A V U_Gᵀ."""
+    return right(left(basis[0].vectors, v, stacked), basis[1].vectors, stacked, transpose=True)
+
+
+def carry_second_moment(
+    scale: jax.Array, old: tuple[Eigenbasis, Eigenbasis], new: tuple[Eigenbasis, Eigenbasis]
+) -> jax.Array:
+    """S in another basis: (R_A∘R_A) S (R_G∘R_G)ᵀ with R = U_newᵀ U_old; keeps tr S and positivity (George et al. 2018)."""
+    for side in (0, 1):
+        before, after = old[side].vectors, new[side].vectors
+        if before is None or after is None:
+            continue
+        rotation = jnp.square(after.mT @ before)
+        scale = rotation @ scale if side == 0 else scale @ rotation.mT
+    return scale
+
+
+def outer(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a bᵀ for (..., m) and (..., n)."""
+    return a[..., :, None] * b[..., None, :]
+
+
+def pool_null_directions(
+    scale: jax.Array, basis: tuple[Eigenbasis, Eigenbasis], threshold: float
+) -> jax.Array:
+    """Directions with an eigenvalue below `threshold` of the largest share the mean of their scales.
+
+    eigh's basis of a null space is arbitrary, and with it a diagonal scale in that space; its mean is not.
+    """
+    if not threshold:
+        return scale
+    for side in (0, 1):
+        values = basis[side].values
+        null = values < threshold * values.max(-1, keepdims=True)
+        null = null[..., :, None] if side == 0 else null[..., None, :]
+        axis = -2 if side == 0 else -1
+        count = jnp.maximum(null.sum(axis, keepdims=True), 1)
+        mean = jnp.sum(jnp.where(null, scale, 0), axis, keepdims=True) / count
+        scale = jnp.where(null, mean, scale)
+    return scale

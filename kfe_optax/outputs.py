@@ -1,0 +1,218 @@
+"""Registered outputs: the tag at the loss, whose backward rule can answer with the model's own targets.
+
+A registered loss has a *mode* and a *seed* among its residuals. As differentiated, the mode is GRADIENT and the backward rule
+is the loss's own. The Fisher pull is the same pull with these leaves swapped: the rule then returns √c ∂(−log p(ỹ|z))/∂z, ỹ
+drawn from the model (SAMPLED), or √c times a column of a square root of the Fisher at the outputs (EXACT). c is the cotangent
+that arrives at that element of the loss: its weight in the scalar loss, whatever reduction, mask or factor the user wrote.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfe_optax.distributions import Distribution
+
+GRADIENT, SAMPLED, EXACT, SILENT = range(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a registered loss is, statically.
+
+    Attributes:
+      name: for messages.
+      distribution: the predictive distribution p(y|z).
+      loss: (z, *args) → the loss of each event; None for `register_output`, whose args are (weights,).
+      mass: (z, *args) → the factor of the distribution's Fisher in the loss's Gauss–Newton matrix (soft labels that do
+        not sum to one), or None for 1.
+      outputs: (z, *args) → the distribution's own parameters when they are not z itself (classes left out), or None.
+    """
+
+    name: str
+    distribution: Distribution
+    loss: Callable[..., jax.Array] | None
+    mass: Callable[..., jax.Array] | None = None
+    outputs: Callable[..., jax.Array] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A registered loss as discovery found it: `serial` counts registrations in the order of tracing.
+
+    Attributes:
+      shape: the shape of z where it was registered.
+      mapped: sizes of the vmaps around it.
+      nested: True inside a vmap or a loop, or when reached more than once: its draws are told apart by the data.
+      looped: True inside a loop.
+    """
+
+    serial: int
+    spec: Spec
+    shape: tuple[int, ...]
+    mapped: tuple[int, ...]
+    nested: bool
+    looped: bool
+
+    @property
+    def batched(self) -> bool:
+        """Whether the first axis of z is the batch."""
+        free = len(self.shape) - self.spec.distribution.event_ndim
+        return not self.mapped and free > (1 if self.looped and free == len(self.shape) else 0)
+
+    @property
+    def examples(self) -> int:
+        return math.prod(self.mapped) if self.mapped else (self.shape[0] if self.batched else 1)
+
+    @property
+    def columns(self) -> int:
+        """The number of exact Fisher columns an example has."""
+        return math.prod(self.shape[1:] if self.batched else self.shape)
+
+
+class Control(NamedTuple):
+    """The residuals that are swapped, and the rider that reads the loss's weights."""
+
+    mode: jax.Array | None  # int32 (2,): the mode and the column; None in a cotangent
+    seed: jax.Array | None  # uint32 (2,)
+    rider: jax.Array  # (2,), receives Σc and Σc²
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tagged_loss(output: Output, axis_name: Any, z: jax.Array, args: Any, control: Control) -> jax.Array:
+    """`output.spec.loss(z, *args)`, with the backward rule of this module's docstring."""
+    del axis_name, control
+    return output.spec.loss(z, *args)  # ty: ignore
+
+
+def _loss_forward(output, axis_name, z, args, control):
+    del axis_name
+    return output.spec.loss(z, *args), (z, args, control.mode, control.seed)
+
+
+def _loss_backward(output, axis_name, residuals, c):
+    z, args, mode, seed = residuals
+    floats, rebuild = _float_args(args)
+
+    def gradient():
+        _, pull = jax.vjp(lambda z, floats: output.spec.loss(z, *rebuild(floats)), z, floats)
+        return pull(c)
+
+    def fisher(root):
+        weights = c if output.spec.mass is None else c * output.spec.mass(z, *args)
+        dz = root(jnp.sqrt(jnp.maximum(weights, 0)))
+        return dz.astype(z.dtype), jax.tree.map(jnp.zeros_like, floats)
+
+    outputs = z if output.spec.outputs is None else output.spec.outputs(z, *args)
+    dz, dfloats = _by_mode(output, axis_name, outputs, mode, seed, gradient, fisher)
+    arguments = jax.tree.map(lambda a: None, args) if not floats else rebuild(dfloats, missing=None)
+    return dz, arguments, Control(None, None, jnp.stack([c.sum(), (c * c).sum()]).astype(jnp.float32))
+
+
+tagged_loss.defvjp(_loss_forward, _loss_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def tagged_output(output: Output, axis_name: Any, z: jax.Array, weights: Any, control: Control) -> jax.Array:
+    """The identity on z for `register_output`: c is `weights`, not the cotangent that arrives."""
+    del output, axis_name, weights, control
+    return z
+
+
+def _output_forward(output, axis_name, z, weights, control):
+    del output, axis_name
+    return z, (z, weights, control.mode, control.seed)
+
+
+def _output_backward(output, axis_name, residuals, g):
+    z, weights, mode, seed = residuals
+    free = z.shape[: z.ndim - output.spec.distribution.event_ndim]
+    if weights is None:
+        c = jnp.full(free, 1 / output.examples, z.dtype)
+    else:
+        c = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(free) - weights.ndim)), free)
+
+    def fisher(root):
+        return root(jnp.sqrt(jnp.maximum(c, 0))).astype(z.dtype)
+
+    dz = _by_mode(output, axis_name, z, mode, seed, lambda: g, fisher)
+    no_weights = None if weights is None else jnp.zeros_like(weights)
+    return dz, no_weights, Control(None, None, jnp.stack([c.sum(), (c * c).sum()]).astype(jnp.float32))
+
+
+tagged_output.defvjp(_output_forward, _output_backward)
+
+
+def _by_mode(output, axis_name, z, mode, seed, gradient, fisher):
+    # The distribution's arithmetic is done in float32 at least: a softmax in bfloat16 loses its small probabilities.
+    distribution = output.spec.distribution
+    wide = z.astype(jnp.promote_types(z.dtype, jnp.float32))
+    expand = (..., *(None,) * distribution.event_ndim)
+
+    def sampled():
+        return fisher(lambda root: root[expand] * _sample(output, axis_name, wide, seed))
+
+    def exact():
+        return fisher(lambda root: root[expand] * _column(output, wide, mode[1]))
+
+    def silent():
+        return jax.tree.map(jnp.zeros_like, jax.eval_shape(sampled))
+
+    return jax.lax.switch(mode[0], [gradient, sampled, exact, silent])
+
+
+def _sample(output: Output, axis_name: Any, z: jax.Array, seed: jax.Array) -> jax.Array:
+    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+    distribution = output.spec.distribution
+    if output.nested:
+        # Inside vmap and scan one seed serves every iteration: independent draws need something that tells them apart.
+        bits = jax.lax.bitcast_convert_type(z.astype(jnp.float32), jnp.uint32).ravel()
+        mixed = (bits ^ (bits >> 15)) * jnp.arange(1, 2 * bits.size, 2, dtype=jnp.uint32)
+        return distribution.sample(jax.random.fold_in(key, mixed.sum(dtype=jnp.uint32)), z)
+    if not output.batched:
+        return distribution.sample(key, z)
+    index = jnp.arange(z.shape[0])
+    if axis_name is not None:
+        # The global example, so that the draws do not depend on the number of devices.
+        index = index + jax.lax.axis_index(axis_name) * z.shape[0]
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(index)
+    return jax.vmap(distribution.sample)(keys, z)
+
+
+def _column(output: Output, z: jax.Array, column: jax.Array) -> jax.Array:
+    """Column `column` of all examples at once: one element of one position, zero at the other positions."""
+    distribution = output.spec.distribution
+    shape = output.shape[1:] if output.batched else output.shape
+    position, element = column, jnp.zeros_like(column)
+    if distribution.event_ndim:
+        position, element = jnp.divmod(column, output.shape[-1])
+        shape = shape[:-1]
+    here = (jnp.arange(math.prod(shape)) == position).reshape(shape)
+    return distribution.column(z, element) * here[(..., *(None,) * distribution.event_ndim)]
+
+
+def _float_args(args: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
+    """The differentiable leaves of a loss's further arguments, and how to put them back."""
+    leaves, structure = jax.tree.flatten(args)
+    differentiable = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def rebuild(floats, **missing):
+        source = iter(floats)
+        filled = [
+            next(source) if is_float else missing.get("missing", leaf)
+            for leaf, is_float in zip(leaves, differentiable, strict=True)
+        ]
+        return jax.tree.unflatten(structure, filled)
+
+    return [leaf for leaf, is_float in zip(leaves, differentiable, strict=True) if is_float], rebuild
+
+
+def control_zeros(count: int) -> list[Control]:
+    """One fresh control per registration, each an array of its own: the pull's leaves are found by identity."""
+    return [Control(jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.uint32), jnp.zeros(2)) for _ in range(count)]

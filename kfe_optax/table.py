@@ -1,0 +1,87 @@
+"""The layers of a model as an aligned text table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+
+def align(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Rows of text in columns two spaces apart; the columns in `right` are right-aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells):
+        parts = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(header), line(["─" * w for w in widths]), *map(line, rows)])
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with three digits and a decimal prefix, 1.23 MB."""
+    for prefix in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g} {prefix}{unit}"
+        value /= 1000
+    return f"{value:.3g} T{unit}"
+
+
+def state_bytes(layer: Any, max_dim: int) -> int:
+    """Bytes of the two factors and their inverses (or bases) of one layer; a diagonal side keeps vectors."""
+    item = jnp.dtype(layer.factor_dtype).itemsize
+    per_layer = sum(2 * (d * d if d <= max_dim else d) for d in layer.sides)
+    return item * per_layer * math.prod(layer.stack_shape)
+
+
+def refresh_flops(layer: Any, max_dim: int) -> float:
+    """Floating-point operations of one basis refresh: about 9 d³ for the eigendecomposition of a d × d factor."""
+    return 9.0 * math.prod(layer.stack_shape) * sum(d**3 for d in layer.sides if d <= max_dim)
+
+
+def layer_table(
+    layers: Sequence[Any], rest: Sequence[Any], reasons: Sequence[str], sizes: Sequence[int], max_dim: int
+) -> str:
+    """One row a layer, a line of totals, and below it the parameters outside every layer with the reason for each."""
+    header = ("layer", "kind", "parameters", "matrix", "stacked", "positions", "state", "refresh")
+    rows = []
+    for layer in layers:
+        d_in, d_out = layer.sides
+        diagonal = [side for side, d in (("in", d_in), ("out", d_out)) if d > max_dim]
+        positions = "shared" if layer.shared else str(layer.positions)
+        if layer.shared and layer.per_example:
+            # Per-example gradients are kept only while a refresh that asks for them runs.
+            examples = layer.examples * math.prod(layer.shape) * jnp.dtype(layer.factor_dtype).itemsize
+            positions += f" (per-example gradients {quantity(examples, 'B')})"
+        rows.append(
+            (
+                layer.name,
+                layer.kind,
+                f"{math.prod(layer.shape):,}",
+                f"{d_in} × {d_out}" + (f" (diagonal: {', '.join(diagonal)})" if diagonal else ""),
+                " × ".join(map(str, layer.stack_shape)) or "–",
+                positions,
+                quantity(state_bytes(layer, max_dim), "B"),
+                quantity(refresh_flops(layer, max_dim), "FLOP"),
+            )
+        )
+    counted = sum(math.prod(layer.shape) for layer in layers)
+    state = sum(state_bytes(layer, max_dim) for layer in layers)
+    flops = sum(refresh_flops(layer, max_dim) for layer in layers)
+    text = align(header, rows, right=(2, 6, 7))
+    text += (
+        f"\n{len(layers)} layers, {counted:,} parameters; factors and bases {quantity(state, 'B')}, "
+        f"a refresh {quantity(flops, 'FLOP')}"
+    )
+    if rest:
+        outside = [
+            ("/".join(map(str, path)), f"{size:,}", reason)
+            for path, size, reason in zip(rest, sizes, reasons, strict=True)
+        ]
+        text += "\n\n" + align(("outside every layer", "parameters", "reason"), outside, right=(1,))
+    return text

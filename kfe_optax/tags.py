@@ -1,0 +1,230 @@
+"""Tags: custom_vjp identities whose riders' cotangents are a layer's statistics.
+
+A *tag* returns a layer's output y unchanged. Its *rider* is a pytree of zeros that the forward pass never reads; the tag's
+backward rule defines the rider's cotangent to be what curvature needs: the layer's input x and g = ∂L/∂y row by row (a *row
+rider*), or sums over all uses of the layer (an *additive rider*: Σ x xᵀ, Σ g gᵀ, the number of rows, on request the
+per-example gradients). Riders sit beside the layer's parameters, so that whatever JAX or Flax does to parameters (jit, remat,
+scan over layers, vmap) it does to the riders too.
+
+This module knows no framework: an adapter (``kfe_optax.adapters``) or the user (``tag_dense``) calls `tag` with the *box*,
+the content of the rider slot that it found beside the layer's parameters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Generator, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+SLOT = "kfe_tag"
+"""The name under which probes and riders stand beside a layer's parameters."""
+
+Box = Mapping[str, Any]
+
+
+class Listener(Protocol):
+    """What listens to tags while a loss is traced: discovery, or the collection of taps."""
+
+    def tag(self, kind: str, roles: tuple[tuple[str, str], ...], x: Any, y: Any, box: Box) -> Any:
+        """Called for every tagged layer; returns y, tagged."""
+
+    def unsupported(self, name: str, box: Box) -> None:
+        """Called for every module of a class that has no kind."""
+
+    def output(self, spec: Any, z: Any, args: tuple[Any, ...]) -> Any:
+        """Called for every registered loss; returns the loss, tagged (see `kfe_optax.losses`)."""
+
+
+_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("kfe_listener", default=None)
+# An inner jit, remat or scan that was traced before must not be served from JAX's tracing cache: its trace holds no tags, or
+# the tags of another differentiation. A fresh value of a user context makes those caches miss.
+_fresh_trace = jax.make_user_context(None)
+
+
+def listener() -> Listener | None:
+    """The active listener, or None outside `find_layers` and `value_grad_and_taps`."""
+    return _listener.get()
+
+
+@contextlib.contextmanager
+def listening(active: Listener) -> Generator[None]:
+    """Sends the tags met in this context to `active`; restored on every exit, private to the thread."""
+    token = _listener.set(active)
+    try:
+        with _fresh_trace(object()):
+            yield
+    finally:
+        _listener.reset(token)
+
+
+def tag(kind: str, roles: tuple[tuple[str, str], ...], x: Any, y: Any, box: Box) -> Any:
+    """Tags `y`, the output of a layer of the given kind for the input `x`; the identity when nobody listens.
+
+    `roles` names the parameters that the layer consists of, as ((role, name beside the slot), ...).
+    """
+    active = _listener.get()
+    if active is None or not box:
+        return y
+    # An integer input (one-hot rows) has no tangent; the layer computes with it in the output's dtype anyway.
+    x = x if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.asarray(x, jnp.result_type(y))
+    return active.tag(kind, roles, jax.lax.stop_gradient(x), y, box)
+
+
+def unsupported(name: str, box: Box) -> None:
+    """Tells the listener that a module of class `name`, which has no kind, owns the parameters beside this slot."""
+    active = _listener.get()
+    if active is not None and box:
+        active.unsupported(name, box)
+
+
+def tag_dense(
+    x: jax.Array,
+    y: jax.Array,
+    params: Mapping[str, Any],
+    *,
+    kernel: str = "kernel",
+    bias: str | None = "bias",
+) -> jax.Array:
+    """Marks y = x @ params[kernel] + params[bias] as a dense layer in a plain JAX function; returns y unchanged.
+
+    Args:
+      x: the layer's input, (n, ..., d_in); the first axis is the batch, further leading axes are shared positions.
+      y: the layer's output, (n, ..., d_out).
+      params: the mapping that holds the layer's parameters, as it came in with the loss's `params` (its rider travels
+        in it, through scan and vmap as the kernel does).
+      kernel: the name of the (d_in, d_out) kernel in `params`.
+      bias: the name of the (d_out,) bias in `params`; ignored when `params` has none, None for no bias.
+
+    Raises:
+      TypeError: `params` is not a mapping.
+      ValueError: `params` holds no such kernel, or the shapes of x, y and the kernel disagree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, kfe_optax as kfe
+      >>> def loss_fn(params, x, labels):
+      ...     hidden = jnp.tanh(kfe.tag_dense(x, x @ params["in"]["kernel"], params["in"]))
+      ...     logits = hidden @ params["out"]["kernel"] + params["out"]["bias"]
+      ...     logits = kfe.tag_dense(hidden, logits, params["out"])
+      ...     return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+      >>> params = {"in": {"kernel": jnp.ones((5, 4))}, "out": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
+      >>> list(kfe.find_layers(loss_fn, params, jnp.ones((8, 5)), jnp.zeros(8, int)))
+      ['in', 'out']
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            f"tag_dense takes the mapping that holds the layer's parameters, not a {type(params).__name__}: keep each "
+            "layer's kernel and bias in a dict of the parameter tree and pass that dict, so that the rider beside the "
+            "kernel reaches the tag."
+        )
+    if kernel not in params:
+        raise ValueError(
+            f"tag_dense found no {kernel!r} among {sorted(params)}; name the kernel with kernel=..."
+        )
+    shape = jnp.shape(params[kernel])
+    if len(shape) != 2 or jnp.shape(x)[-1:] != shape[:1] or jnp.shape(y)[-1:] != shape[1:]:
+        raise ValueError(
+            f"tag_dense expects y = x @ {kernel} + bias, but x has shape {jnp.shape(x)}, {kernel} {shape} and y "
+            f"{jnp.shape(y)}; pass the layer's own input and output."
+        )
+    roles = [("kernel", kernel)]
+    if bias is not None and bias in params:
+        roles.append(("bias", bias))
+    return tag("dense", tuple(roles), x, y, params.get(SLOT, {}))
+
+
+def plain(params: Any) -> Any:
+    """The parameters without the riders, for a loss that reads the parameters itself.
+
+    Inside `find_layers` and `value_grad_and_taps` the parameter tree carries zero riders beside the layers' kernels. A
+    sum of squares does not see them; a loss that counts leaves, compares structures or divides by a leaf's norm reads
+    `kfe.plain(params)` instead. Outside it is the identity. Of an `nnx.Module` it returns the `nnx.State` of its
+    parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, kfe_optax as kfe
+      >>> kfe.plain({"dense": {"kernel": jnp.ones((2, 2)), "kfe_tag": {"input": jnp.zeros((4, 2))}}})["dense"].keys()
+      dict_keys(['kernel'])
+    """
+    from kfe_optax import adapters  # adapters build on tags
+
+    return adapters.strip(params)
+
+
+Rider = dict[str, jax.Array]
+_Spec = tuple[tuple[str, tuple[int, ...], Any], ...]
+
+
+def _spec(rider: Rider) -> _Spec:
+    # Shapes and dtypes are static: the zeros themselves need not wait among the residuals for the backward pass.
+    return tuple((name, zeros.shape, zeros.dtype) for name, zeros in sorted(rider.items()))
+
+
+def _fit(values: dict[str, jax.Array], spec: _Spec) -> Rider:
+    return {name: values[name].reshape(shape).astype(dtype) for name, shape, dtype in spec}
+
+
+def row_tag(x: jax.Array, y: jax.Array, rider: Rider) -> jax.Array:
+    """The identity on y; the rider {"input", "output"} receives x and ∂L/∂y as they are, flattened to rows.
+
+    Riders have the kernel's rank, so that an axis that Flax stacks at −1 falls on the same place in both.
+    """
+    return _row_tag(_spec(rider), x, y, rider)
+
+
+def additive_tag(x: jax.Array, y: jax.Array, rider: Rider) -> jax.Array:
+    """The identity on y; the rider receives sums, which is what JAX makes of cotangents of a broadcast variable.
+
+    "inputs" (d, d): Σ x xᵀ, "outputs" (d_out, d_out): Σ g gᵀ, "input_sum" (1, d): Σ x, "count" (1, 1): the number of rows; when
+    present "examples" (n, (d + 1) d_out): [x; 1] gᵀ summed over the positions of each example.
+    """
+    return _additive_tag(_spec(rider), x, y, rider)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _row_tag(spec: _Spec, x: jax.Array, y: jax.Array, rider: Rider) -> jax.Array:
+    del spec, x, rider
+    return y
+
+
+def _forward(spec, x, y, rider):
+    del spec, rider
+    return y, x
+
+
+def _row_backward(spec, x, g):
+    return None, g, _fit({"input": x, "output": g}, spec)
+
+
+_row_tag.defvjp(_forward, _row_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _additive_tag(spec: _Spec, x: jax.Array, y: jax.Array, rider: Rider) -> jax.Array:
+    del spec, x, rider
+    return y
+
+
+def _additive_backward(spec, x, g):
+    shapes = {name: (shape, dtype) for name, shape, dtype in spec}
+    dtype = shapes["inputs"][1]
+    n = shapes["examples"][0][0] if "examples" in shapes else 1
+    rows = x.reshape(n, -1, x.shape[-1]).astype(dtype)
+    cotangents = g.reshape(n, -1, g.shape[-1]).astype(dtype)
+    sums = {
+        "inputs": jnp.einsum("nta,ntb->ab", rows, rows),
+        "outputs": jnp.einsum("nta,ntb->ab", cotangents, cotangents),
+        "input_sum": rows.sum((0, 1)),
+        "count": jnp.full((), rows.shape[0] * rows.shape[1], dtype),
+    }
+    if "examples" in shapes:
+        rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], -1)
+        sums["examples"] = jnp.einsum("nta,ntb->nab", rows, cotangents)
+    return None, g, _fit(sums, spec)
+
+
+_additive_tag.defvjp(_forward, _additive_backward)

@@ -1,0 +1,1 @@
+"""Optax gradient transformations, one a file; all take `taps=` in `update`."""

@@ -1,0 +1,68 @@
+"""`clip_by_kl`: bounds the change of the predictive distribution in one step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfe_optax.transforms import layerwise
+from kfe_optax.transforms.layerwise import ScalarOrSchedule
+
+
+class KlClipState(NamedTuple):
+    """State of `clip_by_kl`: the wrapped transformation's, the step count and the last factor ν (1: not clipped)."""
+
+    inner: Any
+    count: jax.Array
+    kl_factor: jax.Array
+
+
+def clip_by_kl(
+    inner: optax.GradientTransformation,
+    max_kl: ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule = 1.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Scales the update Δ of a preconditioner by ν = min(1, sqrt(max_kl / (η² Σ|Δ ∇|))).
+
+    With Δ = F̂⁻¹∇, η² Δᵀ∇ = (ηΔ)ᵀF̂(ηΔ) is twice the KL divergence between the predictions before and after a step of
+    learning rate η, to second order (Ba et al. 2017; George et al. 2018, "norm constraint").
+
+    Args:
+      inner: the preconditioner, such as `kfe.scale_by_ekfac(...)`: it sees the gradient, the clip sees both.
+      max_kl: the bound, a scalar or a schedule of the step.
+      learning_rate: η of the steps that follow in the chain, a scalar or a schedule.
+
+    Returns:
+      A transformation whose state's `kl_factor` is ν (`kfe.info`).
+
+    Example:
+      >>> import jax.numpy as jnp, optax, kfe_optax as kfe
+      >>> tx = kfe.clip_by_kl(optax.identity(), max_kl=1e-2, learning_rate=0.1)
+      >>> grads = {"w": jnp.array([3.0, 4.0])}
+      >>> updates, state = tx.update(grads, tx.init(grads))
+      >>> round(float(state.kl_factor), 6)                      # sqrt(1e-2 / (0.01 · 25))
+      0.2
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return KlClipState(inner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.result_type(float)))
+
+    def update(updates, state, params=None, **extra):
+        new, inner_state = inner.update(updates, state.inner, params, **extra)
+        eta = layerwise.value(learning_rate, state.count)
+        products = jax.tree.map(
+            lambda d, g: jnp.abs(jnp.vdot(d.astype(jnp.promote_types(d.dtype, jnp.float32)), g)), new, updates
+        )
+        size = eta**2 * sum(jax.tree.leaves(products))
+        bound = layerwise.value(max_kl, state.count)
+        # A zero or non-finite product leaves the update alone: 0/0 and NaN must not reach the parameters.
+        factor = jnp.where(size > bound, jnp.sqrt(bound / jnp.where(size > 0, size, 1)), 1)
+        factor = factor.astype(state.kl_factor.dtype)
+        new = jax.tree.map(lambda d: (d * factor).astype(d.dtype), new)
+        return new, KlClipState(inner_state, state.count + 1, factor)
+
+    return optax.GradientTransformationExtraArgs(init, update)

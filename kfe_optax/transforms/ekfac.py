@@ -1,0 +1,268 @@
+"""`scale_by_ekfac`: a diagonal scale in the Kronecker-factored eigenbasis (George et al. 2018)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfe_optax import damping as damping_lib
+from kfe_optax import kronecker
+from kfe_optax.factors import kfac as factors_lib
+from kfe_optax.layers import Layer, Layers
+from kfe_optax.transforms import layerwise
+from kfe_optax.transforms.kfac import eigenbases, unit_basis, where_alive
+from kfe_optax.transforms.layerwise import Matrices, ScalarOrSchedule
+
+
+class EkfacState(NamedTuple):
+    """State of `scale_by_ekfac` (inside a `LayerwiseState`).
+
+    Attributes:
+      factors: running averages of A and G, whose eigenvectors are the basis.
+      basis: {layer: (Eigenbasis of A, Eigenbasis of G)}.
+      scale: {layer: S (*stack, d_in, d_out)}, the second moments of the gradient in that basis.
+      damping: λ of the last step.
+      failures: int32, factors, eigendecompositions and scales that failed; the last good one was kept.
+      last_refresh: int32, the step of the last refresh of the basis.
+    """
+
+    factors: factors_lib.FactorsState
+    basis: dict[str, Any]
+    scale: dict[str, jax.Array]
+    damping: jax.Array
+    failures: jax.Array
+    last_refresh: jax.Array
+
+
+def scale_by_ekfac(
+    layers: Layers,
+    damping: ScalarOrSchedule,
+    *,
+    scale: Literal["batch", "running"] = "running",
+    damping_type: Literal["plain", "appendix_c"] = "plain",
+    decay: ScalarOrSchedule = 0.95,
+    scale_decay: ScalarOrSchedule | None = None,
+    factor_update_period: int = 10,
+    basis_update_period: int = 50,
+    scale_update_period: int = 1,
+    initial_refreshes: int = 1,
+    on_refresh: Literal["carry", "restart"] = "carry",
+    null_threshold: float = 1e-5,
+    max_dim: int = 8192,
+    rest: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Preconditions each layer's gradient V as U_A[(U_Aᵀ V U_G) ⊘ (S + λ)]U_Gᵀ (George et al. 2018, sections 3 and 4).
+
+    U_A, U_G are eigenvectors of K-FAC's factors, S the second moments of the gradient along them. "batch": S* =
+    E[(U_Aᵀ ∇W̄ U_G)²] over the per-example gradients of the Fisher's draw, the best diagonal in that basis. "running" (EKFAC-ra):
+    a running average of N (U_Aᵀ ∇̄ U_G)² of the mean gradient ∇̄, which needs no further backward pass; N is 1/weight of an
+    element in the loss (N for a mean over N), so that S is in the units of the loss's Gauss–Newton matrix.
+
+    Args:
+      layers: what `kfe.find_layers` returned.
+      damping: λ > 0; a scalar or a schedule of the step.
+      scale: see above.
+      damping_type: "plain" adds λ to S; "appendix_c" adds λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, what K-FAC's factored damping adds.
+      decay: ρ of the factors' running averages; the k-th update uses min(1 − 1/k, ρ).
+      scale_decay: ρ of S; `decay` by default, 0 takes S from the current batch alone.
+      factor_update_period: steps between updates of A and G, each one more backward pass.
+      basis_update_period: steps between eigendecompositions.
+      scale_update_period: steps between updates of S.
+      initial_refreshes: the first steps, in each of which factors and basis are refreshed.
+      on_refresh: "carry" takes S into the new basis by the squared rotation, which keeps its trace; "restart" sets it to
+        s_A s_Gᵀ.
+      null_threshold: directions whose eigenvalue is below this fraction of the largest share one mean scale, since eigh's
+        basis of a null space is arbitrary; 0 turns it off.
+      max_dim: a side larger than this keeps the identity as its basis.
+      rest: the transformation of the parameters outside the layers; `optax.scale_by_adam()` by default.
+
+    Returns:
+      A transformation with `update(grads, state, params, *, taps)`. A layer whose per-example gradients are not available
+      (applied under a per-example vmap) keeps S = s_A s_Gᵀ with "batch". See also `scale_by_kfac`.
+
+    Raises:
+      ValueError: an option that does not exist, a period that is not a positive whole number; in `update`: no taps, taps of
+        other layers, a changed or partly masked tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
+      >>> def loss_fn(params, x, labels):
+      ...     logits = kfe.tag_dense(x, x @ params["kernel"], params)
+      ...     return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+      >>> params, x, labels = {"kernel": jnp.zeros((3, 2))}, jnp.eye(3), jnp.array([0, 1, 0])
+      >>> layers = kfe.find_layers(loss_fn, params, x, labels)
+      >>> tx = optax.chain(kfe.scale_by_ekfac(layers, damping=1e-3), optax.scale_by_learning_rate(0.1))
+      >>> loss, grads, taps = kfe.value_grad_and_taps(loss_fn, layers)(params, x, labels, key=jax.random.key(0))
+      >>> updates, state = tx.update(grads, tx.init(params), params, taps=taps)
+      >>> updates["kernel"].shape
+      (3, 2)
+    """
+    for name, chosen, known in (
+        ("scale", scale, ("batch", "running")),
+        ("damping_type", damping_type, ("plain", "appendix_c")),
+        ("on_refresh", on_refresh, ("carry", "restart")),
+    ):
+        if chosen not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
+    layerwise.check_period("factor_update_period", factor_update_period)
+    layerwise.check_period("basis_update_period", basis_update_period)
+    layerwise.check_period("scale_update_period", scale_update_period)
+    method = _Ekfac(
+        layers=layers,
+        damping=damping,
+        batch=scale == "batch",
+        plain=damping_type == "plain",
+        decay=decay,
+        scale_decay=decay if scale_decay is None else scale_decay,
+        factor_update_period=factor_update_period,
+        basis_update_period=basis_update_period,
+        scale_update_period=scale_update_period,
+        initial_refreshes=initial_refreshes,
+        carry=on_refresh == "carry",
+        null_threshold=null_threshold,
+        max_dim=max_dim,
+    )
+    return layerwise.layerwise(layers, method, rest)
+
+
+class _Ekfac(NamedTuple):
+    layers: Layers
+    damping: ScalarOrSchedule
+    batch: bool
+    plain: bool
+    decay: ScalarOrSchedule
+    scale_decay: ScalarOrSchedule
+    factor_update_period: Any
+    basis_update_period: Any
+    scale_update_period: Any
+    initial_refreshes: int
+    carry: bool
+    null_threshold: float
+    max_dim: int
+
+    def init(self, layers: list[Layer]) -> EkfacState:
+        factors = factors_lib.init(layers, self.max_dim)
+        basis = {
+            layer.name: tuple(
+                unit_basis(side[layer.name], len(layer.stack_shape))
+                for side in (factors.input, factors.output)
+            )
+            for layer in layers
+        }
+        scale = {layer.name: jnp.zeros(layer.shape, layer.factor_dtype) for layer in layers}
+        return EkfacState(factors, basis, scale, *layerwise.counters())
+
+    def update(
+        self, matrices: Matrices, state: EkfacState, count: jax.Array, taps: Any
+    ) -> tuple[Matrices, EkfacState]:
+        strength = layerwise.value(self.damping, count)
+        new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
+        new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)
+        new_scale = layerwise.due(count, self.scale_update_period)
+        refresh = new_factors | new_basis
+        if self.batch:
+            refresh |= new_scale
+        state = jax.lax.cond(
+            refresh,
+            lambda: self._refresh(state, count, taps.pulled(), new_factors, new_basis, new_scale),
+            lambda: state,
+        )
+        rotated = {
+            name: kronecker.to_basis(
+                v.astype(state.scale[name].dtype), state.basis[name], self._stacked(name)
+            )
+            for name, v in matrices.items()
+        }
+        if not self.batch:
+            state = jax.lax.cond(
+                new_scale, lambda: self._running_scale(state, rotated, count, taps), lambda: state
+            )
+        new = {}
+        for name, v in rotated.items():
+            stacked = self._stacked(name)
+            result = kronecker.from_basis(
+                v / self._denominator(state, name, strength), state.basis[name], stacked
+            )
+            new[name] = where_alive(state.factors, name, stacked, result, matrices[name].astype(result.dtype))
+        return new, state._replace(damping=strength)
+
+    def _stacked(self, name: str) -> int:
+        return len(self.layers[name].stack_shape)
+
+    def _denominator(self, state: EkfacState, name: str, strength: jax.Array) -> jax.Array:
+        scale = kronecker.pool_null_directions(state.scale[name], state.basis[name], self.null_threshold)
+        if self.plain:
+            return scale + strength.astype(scale.dtype)
+        ratio = damping_lib.pi(state.factors.input[name], state.factors.output[name], self._stacked(name))
+        inputs, outputs = state.basis[name]
+        return scale + damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
+
+    def _refresh(self, state, count, pulled, new_factors, new_basis, new_scale) -> EkfacState:
+        """Factors, basis and the batch scale from one shared pull."""
+        decay = layerwise.value(self.decay, count)
+        factors = jax.lax.cond(
+            new_factors,
+            lambda: factors_lib.update(state.factors, pulled, self.layers, decay),
+            lambda: state.factors,
+        )
+        failures = state.failures + factors.failures - state.factors.failures
+        state = state._replace(factors=factors, failures=failures)
+        state = jax.lax.cond(new_basis, lambda: self._new_basis(state, count), lambda: state)
+        if self.batch:
+            state = jax.lax.cond(new_scale, lambda: self._batch_scale(state, count, pulled), lambda: state)
+        return state
+
+    def _new_basis(self, state: EkfacState, count: jax.Array) -> EkfacState:
+        basis, failures = eigenbases(self.layers, state.factors, state.basis)
+        first = state.last_refresh < 0
+        scale = {}
+        for name, old in state.scale.items():
+            restarted = kronecker.outer(basis[name][0].values, basis[name][1].values)
+            if self.carry:
+                carried = kronecker.carry_second_moment(old, state.basis[name], basis[name])
+                restarted = jnp.where(first, restarted, carried)
+            scale[name] = restarted
+        return state._replace(
+            basis=basis, scale=scale, failures=state.failures + failures, last_refresh=count
+        )
+
+    def _batch_scale(self, state: EkfacState, count: jax.Array, pulled: Any) -> EkfacState:
+        def moments(statistics):
+            found = {
+                name: statistics[name].second_moment_in(inputs.vectors, outputs.vectors)
+                for name, (inputs, outputs) in state.basis.items()
+            }
+            return {name: moment for name, moment in found.items() if moment is not None}
+
+        # The start s_A s_Gᵀ is only a stand-in: the first measured scale replaces it.
+        first = count == 0
+        return self._average(state, pulled.reduce(moments), count, first)
+
+    def _running_scale(self, state: EkfacState, rotated: Matrices, count: jax.Array, taps: Any) -> EkfacState:
+        weight = taps.gradient_weight
+        moments = {
+            name: jnp.square(v)
+            * (self.layers_weight(taps, name) if weight is None else weight).astype(v.dtype)
+            for name, v in rotated.items()
+        }
+        return self._average(state, moments, count, jnp.zeros((), bool))
+
+    def layers_weight(self, taps: Any, name: str) -> jax.Array:
+        """N of a layer when the loss registers nothing (the empirical Fisher)."""
+        return jnp.asarray(taps.layers[name].examples, jnp.float32)
+
+    def _average(
+        self, state: EkfacState, moments: Matrices, count: jax.Array, first: jax.Array
+    ) -> EkfacState:
+        decay = jnp.where(first, 0, layerwise.value(self.scale_decay, count))
+        scale, failures = dict(state.scale), state.failures
+        for name, moment in moments.items():
+            rho = decay.astype(moment.dtype)
+            average = rho * scale[name] + (1 - rho) * moment
+            finite = jnp.isfinite(jnp.sum(average))
+            failures = failures + ~finite
+            scale[name] = jnp.where(finite, average, scale[name])
+        return state._replace(scale=scale, failures=failures)

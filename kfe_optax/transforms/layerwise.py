@@ -1,0 +1,210 @@
+"""From a per-layer method on matrices to an Optax transformation on parameter trees.
+
+A method sees {layer name: W̄-shaped matrix}; this module gathers them from the gradient tree, sends everything outside the layers
+through `rest`, checks what it is given, and keeps non-finite gradients out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfe_optax import discovery
+from kfe_optax.layers import Layer, Layers, Path, leaves_by_path, path_name
+from kfe_optax.taps import Taps
+
+STATE_VERSION = 1
+Schedule = Callable[[Any], Any]
+ScalarOrSchedule = float | jax.Array | Schedule
+Matrices = dict[str, jax.Array]
+
+
+class Method(Protocol):
+    """A preconditioner on matrices; its state has the fields `damping`, `failures` and `last_refresh`."""
+
+    def init(self, layers: list[Layer]) -> Any:
+        """The state before the first step."""
+
+    def update(self, matrices: Matrices, state: Any, count: jax.Array, taps: Taps) -> tuple[Matrices, Any]:
+        """Preconditioned matrices and the new state at step `count` (0 for the first)."""
+
+
+class LayerwiseState(NamedTuple):
+    """State of every transformation of this package.
+
+    Attributes:
+      version: int32, the layout of the state.
+      count: int32, the number of steps taken.
+      method: the method's state.
+      rest: the state of the transformation of the parameters outside the layers.
+      nonfinite: int32, steps whose gradient was not finite; their update was zero.
+    """
+
+    version: jax.Array
+    count: jax.Array
+    method: Any
+    rest: Any
+    nonfinite: jax.Array
+
+
+def counters() -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A method's `damping`, `failures` and `last_refresh` before the first step."""
+    return jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
+
+
+def value(scalar_or_schedule: ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """A hyper-parameter at step `count`, float32 (float64 under x64 when it is given so)."""
+    result = scalar_or_schedule(count) if callable(scalar_or_schedule) else scalar_or_schedule
+    return jnp.asarray(result, jnp.result_type(float))
+
+
+def due(count: jax.Array, period: Any, first: int = 0) -> jax.Array:
+    """Whether a refresh with this period falls on step `count`; always in the first `first` steps."""
+    every = jnp.asarray(period).astype(jnp.int32)
+    return (count % every == 0) | (count < first)
+
+
+def check_period(name: str, period: Any) -> None:
+    """Raises unless a period is a positive integer (an array, from `inject_hyperparams`, is taken as it is)."""
+    if not isinstance(period, jax.Array) and (period != int(period) or period < 1):
+        raise ValueError(f"{name} must be a positive whole number of steps, not {period!r}.")
+
+
+def layerwise(
+    layers: Layers, method: Method, rest: optax.GradientTransformation | None
+) -> optax.GradientTransformationExtraArgs:
+    """The Optax transformation of a method.
+
+    Raises:
+      TypeError, ValueError: see the checks in this module; each says what to do.
+    """
+    if not isinstance(layers, Layers):
+        raise TypeError(
+            f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
+        )
+    outside = optax.with_extra_args_support(rest or optax.scale_by_adam())
+
+    def init(params):
+        leaves = leaves_by_path(params)
+        present = _present(layers, leaves)
+        # Each field is an array of its own: a donated buffer may stand in a state only once.
+        return LayerwiseState(
+            version=jnp.asarray(STATE_VERSION, jnp.int32),
+            count=jnp.zeros((), jnp.int32),
+            method=method.init(present),
+            rest=outside.init(_outside(layers, leaves)),
+            nonfinite=jnp.zeros((), jnp.int32),
+        )
+
+    def update(updates, state, params=None, *, taps=None, **extra):
+        _check_taps(layers, taps)
+        leaves = leaves_by_path(updates)
+        present = _present(layers, leaves)
+        matrices = {
+            layer.name: layer.gather({role: leaves[path] for role, path in layer.paths}) for layer in present
+        }
+        rest_params = None if params is None else _outside(layers, leaves_by_path(params))
+        rest_updates, rest_state = outside.update(_outside(layers, leaves), state.rest, rest_params, **extra)
+        finite = _all_finite(leaves.values())
+        new_matrices, method_state = _step(finite, matrices, state.method, state.count, taps)
+        new = {
+            path: jnp.where(finite, leaf, 0).astype(leaves[path].dtype)
+            for path, leaf in _scatter(present, new_matrices, layers, rest_updates).items()
+        }
+        rest_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), rest_state, state.rest)
+        state = LayerwiseState(
+            version=state.version,
+            count=state.count + 1,
+            method=method_state,
+            rest=rest_state,
+            nonfinite=state.nonfinite + ~finite,
+        )
+        # Flattening order is that of the paths, so the tree comes back whatever container it was.
+        ordered = [new[path] for path in leaves]
+        return jax.tree.unflatten(jax.tree.structure(updates), ordered), state
+
+    @jax.jit
+    def _step(finite, matrices, method_state, count, taps):
+        def take():
+            return method.update(matrices, method_state, count, taps)
+
+        # A non-finite gradient comes with non-finite taps: neither may touch the state.
+        return jax.lax.cond(finite, take, lambda: (matrices, method_state))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _all_finite(leaves: Any) -> jax.Array:
+    # One sum a leaf: NaN and inf survive a sum of zeros and themselves, and it reads each leaf once.
+    return jnp.stack([jnp.isfinite(jnp.sum(leaf * 0)) for leaf in leaves]).all()
+
+
+def _outside(layers: Layers, leaves: dict[Path, jax.Array]) -> dict[str, jax.Array]:
+    return {path_name(path): leaves[path] for path in layers.rest if path in leaves}
+
+
+def _scatter(present: list[Layer], matrices: Matrices, layers: Layers, rest: Any) -> dict[Path, jax.Array]:
+    new = {}
+    for layer in present:
+        new.update(layer.from_matrix(matrices[layer.name]))
+    new.update({path: rest[path_name(path)] for path in layers.rest if path_name(path) in rest})
+    return new
+
+
+def _present(layers: Layers, leaves: dict[Path, jax.Array]) -> list[Layer]:
+    """The layers whose parameters are in the tree; a layer is there as a whole or masked as a whole."""
+    present = []
+    known = set(layers.rest)
+    for layer in layers.values():
+        paths = [path for _, path in layer.paths]
+        known.update(paths)
+        there = [path for path in paths if path in leaves]
+        if there and len(there) < len(paths):
+            gone = next(path for path in paths if path not in leaves)
+            raise ValueError(
+                f"Layer {layer.name!r} is only partly there: {path_name(gone)} is masked out and {path_name(there[0])} is not. A "
+                "layer's kernel and bias are preconditioned together; mask both or neither."
+            )
+        if there:
+            shapes = {
+                role: layer.gather({r: leaves[p] for r, p in layer.paths}).shape for role, _ in layer.paths
+            }
+            if shapes[layer.paths[0][0]] != layer.shape:
+                raise ValueError(
+                    f"Layer {layer.name!r} was found with a matrix of shape {layer.shape}, but the tree holds one of shape "
+                    f"{shapes[layer.paths[0][0]]}; call kfe.find_layers again after changing the model."
+                )
+            present.append(layer)
+    unknown = [path for path in leaves if path not in known]
+    if unknown:
+        raise ValueError(
+            f"The parameter tree holds {path_name(unknown[0])}, which find_layers did not see; call kfe.find_layers again after "
+            "changing the model, and give the optimizer the tree that the loss takes."
+        )
+    if not present:
+        raise ValueError(
+            "None of the layers' parameters is in the tree: the optimizer was given another tree (a subtree, a wrapped one) than "
+            "find_layers saw."
+        )
+    return present
+
+
+def _check_taps(layers: Layers, taps: Any) -> None:
+    if taps is None:
+        raise ValueError(
+            "This transformation needs the taps of the step: call tx.update(grads, opt_state, params, taps=taps) with what "
+            "kfe.value_grad_and_taps returned. For flax's TrainState use kfe.TrainState, for nnx.Optimizer pass taps=taps to "
+            "its update."
+        )
+    if not isinstance(taps, Taps):
+        raise TypeError(f"taps must be what kfe.value_grad_and_taps returns, not a {type(taps).__name__}.")
+    difference = discovery.same_layers(layers, taps.layers)
+    if difference:
+        raise ValueError(
+            f"The taps are not those of the layers that the optimizer was built for: {difference}. Give value_grad_and_taps and "
+            "the optimizer the same layers."
+        )
