@@ -44,18 +44,38 @@ def by_shape(function: Callable[[jax.Array], Any], matrices: Mapping[Key, jax.Ar
 
 def inverse(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inverses of positive definite (b, d, d) by Cholesky, and which of them are finite."""
-    root = jnp.linalg.cholesky(matrices)
-    identity = jnp.broadcast_to(jnp.eye(matrices.shape[-1], dtype=matrices.dtype), matrices.shape)
-    half = jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+
+    def batched(stack):
+        root = jnp.linalg.cholesky(stack)
+        identity = jnp.broadcast_to(jnp.eye(stack.shape[-1], dtype=stack.dtype), stack.shape)
+        return jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
+
+    half = _one_at_a_time_on_cpu(batched, matrices)
     inverses = half.mT @ half
     return inverses, jnp.isfinite(inverses).all((-2, -1))
 
 
 def eigh(matrices: jax.Array) -> tuple[Eigenbasis, jax.Array]:
     """Eigenbases of symmetric (b, d, d), eigenvalues clipped at zero, and which of them are finite."""
-    vectors, values = jax.lax.linalg.eigh(matrices, symmetrize_input=True)
+    vectors, values = _one_at_a_time_on_cpu(
+        lambda stack: tuple(jax.lax.linalg.eigh(stack, symmetrize_input=True)), matrices
+    )
     finite = jnp.isfinite(vectors).all((-2, -1)) & jnp.isfinite(values).all(-1)
     return Eigenbasis(jnp.maximum(values, 0), vectors), finite
+
+
+def _one_at_a_time_on_cpu(function: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
+    """A batched factorization; matrix by matrix on a CPU, also under a user's vmap.
+
+    jaxlib's batched LAPACK kernels wait in XLA's thread pool for workers of that same pool: two of them at once, of different
+    shapes, hang a machine with two cores. A single matrix needs no worker.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def single(matrix):
+        return jax.tree.map(lambda v: v[0], function(matrix[None]))
+
+    return jax.lax.platform_dependent(stack, cpu=lambda s: jax.lax.map(single, s), default=function)
 
 
 def is_diagonal(factor: jax.Array, stacked: int) -> bool:

@@ -112,7 +112,7 @@ def _loss_backward(output, axis_name, residuals, c):
     outputs = z if output.spec.outputs is None else output.spec.outputs(z, *args)
     dz, dfloats = _by_mode(output, axis_name, outputs, mode, seed, gradient, fisher)
     arguments = jax.tree.map(lambda a: None, args) if not floats else rebuild(dfloats, missing=None)
-    return dz, arguments, Control(None, None, jnp.stack([c.sum(), (c * c).sum()]).astype(jnp.float32))
+    return dz, arguments, Control(None, None, _weights(c))
 
 
 tagged_loss.defvjp(_loss_forward, _loss_backward)
@@ -143,10 +143,16 @@ def _output_backward(output, axis_name, residuals, g):
 
     dz = _by_mode(output, axis_name, z, mode, seed, lambda: g, fisher)
     no_weights = None if weights is None else jnp.zeros_like(weights)
-    return dz, no_weights, Control(None, None, jnp.stack([c.sum(), (c * c).sum()]).astype(jnp.float32))
+    return dz, no_weights, Control(None, None, _weights(c))
 
 
 tagged_output.defvjp(_output_forward, _output_backward)
+
+
+def _weights(c: jax.Array) -> jax.Array:
+    """(Σc, Σc²), of the rider's dtype whatever the loss's."""
+    wide = c.astype(jnp.result_type(float))
+    return jnp.stack([wide.sum(), jnp.square(wide).sum()])
 
 
 def _by_mode(output, axis_name, z, mode, seed, gradient, fisher):
