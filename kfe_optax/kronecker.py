@@ -87,7 +87,9 @@ def trace(factor: jax.Array, stacked: int) -> jax.Array:
     """(...,) traces of factors or diagonals."""
     if is_diagonal(factor, stacked):
         return factor.sum(-1)
-    return jnp.trace(factor, axis1=-2, axis2=-1)
+    # jnp.trace masks and reads the whole matrix, on every step.
+    index = jnp.arange(factor.shape[-1])
+    return factor[..., index, index].sum(-1)
 
 
 def left(factor: jax.Array | None, v: jax.Array, stacked: int, transpose: bool = False) -> jax.Array:

@@ -53,7 +53,7 @@ def update(state: FactorsState, pulled: Any, layers: Layers, decay: jax.Array) -
     inputs = pulled.inputs(lambda s: {n: s[n].input_factor(diagonal_in[n]) for n in names})
     outputs = pulled.reduce(lambda s: {n: s[n].output_factor(diagonal_out[n]) for n in names})
     updates = state.updates + 1
-    rho = jnp.minimum(1 - 1 / updates.astype(jnp.float32), decay)
+    rho = jnp.minimum(1 - 1 / updates.astype(jnp.result_type(float)), decay)
     new_input, new_output, failures = {}, {}, state.failures
     for name in names:
         finite = jnp.isfinite(inputs[name]).all() & jnp.isfinite(outputs[name]).all()

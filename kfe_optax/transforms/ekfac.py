@@ -156,12 +156,12 @@ class _Ekfac(NamedTuple):
         return EkfacState(factors, basis, scale, *layerwise.counters())
 
     def update(
-        self, matrices: Matrices, state: EkfacState, count: jax.Array, taps: Any
+        self, matrices: Matrices, state: EkfacState, count: jax.Array, finite: jax.Array, taps: Any
     ) -> tuple[Matrices, EkfacState]:
         strength = layerwise.value(self.damping, count)
-        new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
-        new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)
-        new_scale = layerwise.due(count, self.scale_update_period)
+        new_factors = finite & layerwise.due(count, self.factor_update_period, self.initial_refreshes)
+        new_basis = finite & layerwise.due(count, self.basis_update_period, self.initial_refreshes)
+        new_scale = finite & layerwise.due(count, self.scale_update_period)
         refresh = new_factors | new_basis
         if self.batch:
             refresh |= new_scale

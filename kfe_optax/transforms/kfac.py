@@ -123,16 +123,16 @@ class _Kfac(NamedTuple):
         return KfacState(factors, roots, *layerwise.counters())
 
     def update(
-        self, matrices: Matrices, state: KfacState, count: jax.Array, taps: Any
+        self, matrices: Matrices, state: KfacState, count: jax.Array, finite: jax.Array, taps: Any
     ) -> tuple[Matrices, KfacState]:
         strength = layerwise.value(self.damping, count)
         decay = layerwise.value(self.decay, count)
         factors = jax.lax.cond(
-            layerwise.due(count, self.factor_update_period, self.initial_refreshes),
+            finite & layerwise.due(count, self.factor_update_period, self.initial_refreshes),
             lambda: factors_lib.update(state.factors, taps.pulled(), self.layers, decay),
             lambda: state.factors,
         )
-        refresh = layerwise.due(count, self.inverse_update_period, self.initial_refreshes)
+        refresh = finite & layerwise.due(count, self.inverse_update_period, self.initial_refreshes)
         roots, failures = jax.lax.cond(
             refresh,
             lambda: self._refresh(factors, state.roots, strength),

@@ -29,8 +29,14 @@ class Method(Protocol):
     def init(self, layers: list[Layer]) -> Any:
         """The state before the first step."""
 
-    def update(self, matrices: Matrices, state: Any, count: jax.Array, taps: Taps) -> tuple[Matrices, Any]:
-        """Preconditioned matrices and the new state at step `count` (0 for the first)."""
+    def update(
+        self, matrices: Matrices, state: Any, count: jax.Array, finite: jax.Array, taps: Taps
+    ) -> tuple[Matrices, Any]:
+        """Preconditioned matrices and the new state at step `count` (0 for the first).
+
+        A gradient that is not `finite` comes with taps that are not, and neither may touch the state; what becomes of
+        the matrices then does not matter.
+        """
 
 
 class LayerwiseState(NamedTuple):
@@ -110,7 +116,7 @@ def layerwise(
         rest_params = None if params is None else _outside(layers, leaves_by_path(params))
         rest_updates, rest_state = outside.update(_outside(layers, leaves), state.rest, rest_params, **extra)
         finite = _all_finite(leaves.values())
-        new_matrices, method_state = _step(finite, matrices, state.method, state.count, taps)
+        new_matrices, method_state = _step(matrices, state.method, state.count, finite, taps)
         new = {
             path: jnp.where(finite, leaf, 0).astype(leaves[path].dtype)
             for path, leaf in _scatter(present, new_matrices, layers, rest_updates).items()
@@ -127,13 +133,8 @@ def layerwise(
         ordered = [new[path] for path in leaves]
         return jax.tree.unflatten(jax.tree.structure(updates), ordered), state
 
-    @jax.jit
-    def _step(finite, matrices, method_state, count, taps):
-        def take():
-            return method.update(matrices, method_state, count, taps)
-
-        # A non-finite gradient comes with non-finite taps: neither may touch the state.
-        return jax.lax.cond(finite, take, lambda: (matrices, method_state))
+    # Compiled, so that a caller that does not compile the whole step neither retraces nor runs it operation by operation.
+    _step = jax.jit(method.update)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
