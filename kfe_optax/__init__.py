@@ -7,6 +7,7 @@ from kfe_optax.discovery import find_layers as find_layers
 from kfe_optax.distributions import Bernoulli as Bernoulli
 from kfe_optax.distributions import Categorical as Categorical
 from kfe_optax.distributions import Gaussian as Gaussian
+from kfe_optax.gradients import value_grad_and_taps as value_grad_and_taps
 from kfe_optax.info import Info as Info
 from kfe_optax.info import info as info
 from kfe_optax.layers import Layer as Layer
@@ -17,7 +18,6 @@ from kfe_optax.optimizers import kfac as kfac
 from kfe_optax.tags import plain as plain
 from kfe_optax.tags import tag_dense as tag_dense
 from kfe_optax.taps import Taps as Taps
-from kfe_optax.taps import value_grad_and_taps as value_grad_and_taps
 from kfe_optax.transforms.clip import clip_by_kl as clip_by_kl
 from kfe_optax.transforms.ekfac import scale_by_ekfac as scale_by_ekfac
 from kfe_optax.transforms.kfac import scale_by_kfac as scale_by_kfac

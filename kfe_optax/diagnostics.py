@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfe_optax import adapters, discovery, table
+from kfe_optax.gradients import value_grad_and_taps
 from kfe_optax.layers import Layer, Layers
-from kfe_optax.taps import value_grad_and_taps
 
 
 class LayerCheck(NamedTuple):

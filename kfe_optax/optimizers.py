@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import optax
 
 from kfe_optax.layers import Layers
@@ -25,11 +26,21 @@ def _assemble(
     steps: list[optax.GradientTransformation] = [preconditioner]
     if max_kl is not None:
         steps = [clip_by_kl(preconditioner, max_kl, learning_rate)]
-    if momentum:
+    if _present(momentum):
         steps.append(optax.trace(momentum, nesterov))
-    if weight_decay:
+    if _present(weight_decay):
         steps.append(optax.add_decayed_weights(weight_decay, mask))
     return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
+
+
+def _present(strength: Any) -> bool:
+    # `optax.inject_hyperparams` makes an array of every number; a traced strength cannot be asked whether it is zero.
+    return isinstance(strength, jax.Array) or bool(strength)
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
+    return {**options.pop("options", {}), **options}
 
 
 def kfac(
@@ -84,7 +95,7 @@ def kfac(
       >>> losses[-1] < losses[0]
       True
     """
-    preconditioner = scale_by_kfac(layers, damping, **options)
+    preconditioner = scale_by_kfac(layers, damping, **_flat(options))
     return _assemble(preconditioner, learning_rate, momentum, nesterov, max_kl, weight_decay, mask)
 
 
@@ -124,5 +135,5 @@ def ekfac(
       >>> layers = kfe.find_layers(loss_fn, {"kernel": jnp.ones((3, 2))}, jnp.eye(3), jnp.zeros((3, 2)))
       >>> tx = kfe.ekfac(0.1, layers, damping=1e-3, scale="batch", scale_update_period=10)
     """
-    preconditioner = scale_by_ekfac(layers, damping, **options)
+    preconditioner = scale_by_ekfac(layers, damping, **_flat(options))
     return _assemble(preconditioner, learning_rate, momentum, nesterov, max_kl, weight_decay, mask)
