@@ -73,7 +73,8 @@ def check_layers(
     It catches any mistake in how a layer's rows are read (a transposed axis, a wrong batch axis, a layer that computes
     something else than its kind). Two references: the gradient of the loss, which the examples' parts must add up to, and
     the gradient of the loss of each example alone, n times, where every array among `args` with the batch's leading axis is
-    cut to that example. The second needs a loss that is a mean over the batch; batch normalization has none.
+    cut to that example. The second needs a loss that is the mean of its examples' losses, which batch normalization and
+    dropout are not; it is left out, and said so, for any other.
 
     Args:
       loss_fn: as given to `find_layers`.
@@ -109,8 +110,8 @@ def check_layers(
 
     model = rebuild(parameters, other, {})
     collect = value_grad_and_taps(loss_fn, layers, fisher="empirical", has_aux=has_aux)
-    _, grads, taps = collect(model, *args, **kwargs)
-    alone, trouble = _alone(pure, parameters, args, taps.layers)
+    value, grads, taps = collect(model, *args, **kwargs)
+    alone, trouble = _alone(pure, parameters, args, taps.layers, value[0] if has_aux else value)
     checks = LayerChecks(_check(layer, taps, grads, alone, trouble) for layer in taps.layers.values())
     double = any(layer.factor_dtype == jnp.float64 for layer in layers.values())
     checks.tolerance = (1e-8 if double else 1e-3) if tolerance is None else tolerance
@@ -136,7 +137,7 @@ def _error(found: np.ndarray, reference: np.ndarray) -> float:
     return float(np.abs(found - reference).max() / max(np.abs(reference).max(), 1e-30))
 
 
-def _alone(pure: Any, parameters: Any, args: Any, layers: Layers) -> tuple[Any, str]:
+def _alone(pure: Any, parameters: Any, args: Any, layers: Layers, value: Any) -> tuple[Any, str]:
     """Gradients of the loss of each example alone, stacked; or None and why."""
     batches = {layer.examples for layer in layers.values() if not layer.shared}
     arrays, static = discovery.split_static(args)
@@ -147,9 +148,13 @@ def _alone(pure: Any, parameters: Any, args: Any, layers: Layers) -> tuple[Any, 
 
     def one(index):
         mine = [a[index][None] if c else a for a, c in zip(arrays, cut, strict=True)]
-        return jax.grad(pure)(parameters, *static(mine))
+        return jax.value_and_grad(pure)(parameters, *static(mine))
 
     try:
-        return jax.lax.map(one, jnp.arange(n)), ""
+        values, gradients = jax.lax.map(one, jnp.arange(n))
     except Exception as error:  # the user's loss may need a whole batch, for any reason of its own
         return None, f"the loss does not run on one example ({type(error).__name__})"
+    if not np.allclose(values.mean(), value, rtol=1e-3, atol=1e-6):
+        # Batch statistics, dropout or a sum: no reference for a single example.
+        return None, "the loss is not the mean of its examples' losses"
+    return gradients, ""

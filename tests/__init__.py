@@ -1,0 +1,1 @@
+"""The test suite; `experiments` holds the training job's."""

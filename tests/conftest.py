@@ -1,0 +1,28 @@
+"""Eight CPU devices before JAX starts, float64 on request."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+# Several test processes on few cores: threads of one LAPACK call would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Compilation dominates the test time, and tiny shapes gain nothing from expensive optimization passes.
+_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_llvm_disable_expensive_passes": "true",
+    "--xla_backend_optimization_level": "0",
+}
+for _flag, _value in _FLAGS.items():
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """Everything in this test is computed in float64."""
+    with jax.enable_x64(True):
+        yield

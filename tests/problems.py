@@ -1,0 +1,141 @@
+"""One small network as a Linen model, an NNX model and plain JAX, from the same W̄ matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import kfe_optax as kfe
+
+from . import dense
+
+SIZES = (3, 4, 2)
+EXAMPLES = 8
+FRAMEWORKS = ("linen", "nnx", "plain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """loss_fn(params, x, y) and, for the dense computation, W̄ matrices and loss(Z)."""
+
+    loss_fn: Callable[..., Any]
+    params: Any
+    args: tuple[Any, ...]
+    names: tuple[str, ...]
+    weights: list[Any]
+    loss: Callable[[Any], Any]
+
+    def layers(self) -> kfe.Layers:
+        layers = kfe.find_layers(self.loss_fn, self.params, *self.args)
+        assert tuple(layers) == self.names
+        return layers
+
+
+def losses(kind: str, targets):
+    """(the library's loss, the same loss in plain Optax) as functions of the outputs and targets."""
+
+    def softmax(module, z, y):
+        return module.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    def gaussian(module, z, y):
+        return module.losses.l2_loss(z, y).sum(-1).mean()
+
+    def pixels(module, z, y):
+        return module.losses.sigmoid_binary_cross_entropy(z, y).mean()
+
+    chosen = {"softmax": softmax, "gaussian": gaussian, "pixels": pixels}[kind]
+    return (lambda z, y: chosen(kfe, z, y)), (lambda z: chosen(optax, z, targets))
+
+
+class LinenNet(nn.Module):
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        for i, width in enumerate(self.widths):
+            x = nn.Dense(width, name=f"dense_{i}")(x)
+            x = nn.tanh(x) if i + 1 < len(self.widths) else x
+        return x
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, weights):
+        rngs = nnx.Rngs(0)
+        self.dense = nnx.List([nnx.Linear(w.shape[0] - 1, w.shape[1], rngs=rngs) for w in weights])
+        for layer, w in zip(self.dense, weights, strict=True):
+            layer.kernel = nnx.Param(w[:-1])
+            layer.bias = nnx.Param(w[-1])
+
+    def __call__(self, x):
+        for i, layer in enumerate(self.dense):
+            x = layer(x)
+            x = jnp.tanh(x) if i + 1 < len(self.dense) else x
+        return x
+
+
+def plain_forward(params, x):
+    for i, layer in enumerate(params):
+        x = kfe.tag_dense(x, x @ layer["kernel"] + layer["bias"], layer)
+        x = jnp.tanh(x) if i + 1 < len(params) else x
+    return x
+
+
+def make(framework: str, kind: str = "softmax", sizes=SIZES, examples=EXAMPLES, seed=0) -> Problem:
+    """A problem in the precision that is switched on."""
+    generator = np.random.default_rng(seed)
+    weights = dense.plain_weights(sizes, seed)
+    x = jnp.asarray(generator.normal(size=(examples, sizes[0])))
+    targets = {
+        "softmax": generator.integers(0, sizes[-1], examples),
+        "gaussian": generator.normal(size=(examples, sizes[-1])),
+        "pixels": generator.uniform(size=(examples, sizes[-1])),
+    }[kind]
+    targets = jnp.asarray(targets)
+    ours, plain = losses(kind, targets)
+    leaves = [{"kernel": w[:-1], "bias": w[-1]} for w in weights]
+    if framework == "linen":
+        model = LinenNet(sizes[1:])
+        params = {f"dense_{i}": layer for i, layer in enumerate(leaves)}
+        names = tuple(params)
+        loss_fn = lambda params, x, y: ours(model.apply({"params": params}, x), y)
+    elif framework == "nnx":
+        params = NnxNet(weights)
+        names = tuple(f"dense/{i}" for i in range(len(weights)))
+        loss_fn = lambda model, x, y: ours(model(x), y)
+    else:
+        params, names = leaves, tuple(str(i) for i in range(len(weights)))
+        loss_fn = lambda params, x, y: ours(plain_forward(params, x), y)
+    return Problem(loss_fn, params, (x, targets), names, weights, plain)
+
+
+def state_of(params: Any) -> Any:
+    """What Optax sees: the parameter tree, or an NNX model's `nnx.Param` state."""
+    return nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
+
+
+def run(problem: Problem, layers: kfe.Layers, tx: optax.GradientTransformation, steps: int, fisher="exact"):
+    """The W̄ matrices after each of `steps` steps, and the final optimizer state."""
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher=fisher)
+    params = problem.params
+    parameters = state_of(params)
+    opt_state, trajectory = tx.init(parameters), []
+    update = jax.jit(tx.update)
+    for step in range(steps):
+        key = jax.random.key(step) if fisher == "sampled" else None
+        _, grads, taps = differentiate(params, *problem.args, key=key)
+        updates, opt_state = update(grads, opt_state, parameters, taps=taps)
+        parameters = optax.apply_updates(parameters, updates)
+        if isinstance(params, nnx.Module):
+            nnx.update(params, parameters)
+        else:
+            params = parameters
+        trajectory.append([np.asarray(layer.to_matrix(parameters)) for layer in layers.values()])
+    return trajectory, opt_state

@@ -1,0 +1,231 @@
+"""Through Optax's wrappers, Flax's training states, several devices: the same updates, and `kfe.info` finds its way."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import kfe_optax as kfe
+
+from . import problems
+from .dense import assert_close
+
+
+@pytest.fixture(scope="module")
+def step():
+    """(problem, layers, gradients, taps) of one sampled step."""
+    problem = problems.make("linen")
+    layers = problem.layers()
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers)
+    _, grads, taps = differentiate(problem.params, *problem.args, key=jax.random.key(0))
+    return problem, layers, grads, taps
+
+
+def update(tx, params, grads, taps):
+    return jax.jit(tx.update)(grads, tx.init(params), params, taps=taps)
+
+
+@pytest.fixture(scope="module")
+def bare(step):
+    problem, layers, grads, taps = step
+    return update(kfe.scale_by_kfac(layers, 0.1), problem.params, grads, taps)[0]
+
+
+WRAPPERS = {
+    "chain": lambda layers: optax.chain(optax.identity(), kfe.scale_by_kfac(layers, 0.1), optax.identity()),
+    "apply_if_finite": lambda layers: optax.apply_if_finite(kfe.scale_by_kfac(layers, 0.1), 3),
+    "masked": lambda layers: optax.masked(
+        kfe.scale_by_kfac(layers, 0.1), lambda p: jax.tree.map(lambda _: True, p)
+    ),
+    "partition": lambda layers: optax.partition(
+        {"all": kfe.scale_by_kfac(layers, 0.1), "none": optax.set_to_zero()},
+        lambda p: jax.tree.map(lambda _: "all", p),
+    ),
+    "multi steps of one": lambda layers: optax.MultiSteps(
+        kfe.scale_by_kfac(layers, 0.1), 1
+    ).gradient_transformation(),
+    "inject_hyperparams": lambda layers: optax.inject_hyperparams(
+        kfe.scale_by_kfac, static_args=("max_dim",)
+    )(layers, lambda step: 0.1 + 0 * step),
+    "conditionally": lambda layers: optax.transforms.conditionally_transform(
+        kfe.scale_by_kfac(layers, 0.1), lambda step: step >= 0
+    ),
+    "clip": lambda layers: kfe.clip_by_kl(kfe.scale_by_kfac(layers, 0.1), 1e6),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_wrappers(name, step, bare):
+    """Each passes the taps on, gives the same update, and `kfe.info` digs through its state."""
+    problem, layers, grads, taps = step
+    updates, state = update(WRAPPERS[name](layers), problem.params, grads, taps)
+    assert_close(updates, bare, 1e-6)
+    info = kfe.info(state)
+    assert_close(info.damping, 0.1, 1e-6)
+    assert (int(info.failures), int(info.last_refresh), int(info.nonfinite)) == (0, 0, 0)
+    assert (info.kl_factor is None) == (name != "clip")
+
+
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+def test_a_layer_left_to_another_transformation(wrap, step, bare):
+    """A wholly masked layer is not preconditioned, the other one as before."""
+    problem, layers, grads, taps = step
+    kept = {"dense_0": False, "dense_1": True}
+    if wrap == "masked":
+        tx, scale = optax.masked(kfe.scale_by_kfac(layers, 0.1), kept), 1.0
+    else:
+        labels = {name: "kfac" if keep else "other" for name, keep in kept.items()}
+        tx, scale = (
+            optax.partition({"kfac": kfe.scale_by_kfac(layers, 0.1), "other": optax.scale(5.0)}, labels),
+            5.0,
+        )
+    updates, state = update(tx, problem.params, grads, taps)
+    assert_close(updates["dense_1"], bare["dense_1"], 1e-6)
+    assert_close(updates["dense_0"], jax.tree.map(lambda g: scale * g, grads["dense_0"]), 1e-6)
+    assert_close(kfe.info(state).damping, 0.1, 1e-6)
+
+
+@pytest.mark.parametrize("alias", [kfe.kfac, kfe.ekfac])
+def test_inject_hyperparams_of_the_aliases(alias, step):
+    """Learning rate and damping in the state can be changed between steps without a new compilation."""
+    problem, layers, grads, taps = step
+    tx = optax.inject_hyperparams(alias)(0.1, layers, damping=0.2, max_kl=None)
+    state = tx.init(problem.params)
+    jitted = jax.jit(tx.update)
+    first, _ = jitted(grads, state, problem.params, taps=taps)
+    plain = alias(0.1, layers, damping=0.2, max_kl=None)
+    assert_close(first, update(plain, problem.params, grads, taps)[0], 1e-5)
+    for name, value in (("damping", 1.0), ("learning_rate", 0.3)):
+        state.hyperparams[name] = jnp.full_like(state.hyperparams[name], value)
+    second, state = jitted(grads, state, problem.params, taps=taps)
+    plain = alias(0.3, layers, damping=1.0, max_kl=None)
+    assert_close(second, update(plain, problem.params, grads, taps)[0], 1e-5)
+    assert jitted._cache_size() == 1
+    assert_close(kfe.info(state).damping, 1.0, 1e-7)
+
+
+def test_multi_steps(step):
+    """Accumulated gradients with the statistics of the last microbatch; in between nothing moves."""
+    problem, layers, *_ = step
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers)
+    x, y = problem.args
+    tx = optax.MultiSteps(kfe.scale_by_kfac(layers, 0.1), 2)
+    state, halves, found = tx.init(problem.params), [], []
+    for i, part in enumerate((slice(0, 4), slice(4, 8))):
+        _, grads, taps = differentiate(problem.params, x[part], y[part], key=jax.random.key(i))
+        updates, state = jax.jit(tx.update)(grads, state, problem.params, taps=taps)
+        halves.append(grads)
+        found.append(updates)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(found[0]))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    expected, _ = update(kfe.scale_by_kfac(layers, 0.1), problem.params, mean, taps)
+    assert_close(found[1], expected, 1e-5)
+
+
+def test_train_state(step, bare):
+    """kfe.TrainState passes the taps on and counts the step."""
+    problem, layers, grads, taps = step
+    tx = optax.chain(kfe.scale_by_kfac(layers, 0.1), optax.scale(-1.0))
+    state = kfe.TrainState.create(apply_fn=None, params=problem.params, tx=tx)
+    state = jax.jit(lambda s, g, t: s.apply_gradients(grads=g, taps=t))(state, grads, taps)
+    assert_close(state.params, jax.tree.map(lambda p, d: p - d, problem.params, bare), 1e-6)
+    assert int(state.step) == 1
+    assert_close(kfe.info(state.opt_state).damping, 0.1, 1e-6)
+
+
+def test_nnx_optimizer(step, bare):
+    """nnx.Optimizer.update(model, grads, taps=taps) moves the model as Linen's loop moves its tree."""
+    problem, *_ = step
+    other = problems.make("nnx")
+    layers = other.layers()
+    tx = optax.chain(kfe.scale_by_kfac(layers, 0.1), optax.scale(-1.0))
+    optimizer = nnx.Optimizer(other.params, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def train_step(model, optimizer, x, y, key):
+        loss, grads, taps = kfe.value_grad_and_taps(other.loss_fn, layers)(model, x, y, key=key)
+        optimizer.update(model, grads, taps=taps)
+        return loss
+
+    train_step(other.params, optimizer, *other.args, jax.random.key(0))
+    for i, name in enumerate(("dense_0", "dense_1")):
+        layer = other.params.dense[i]
+        moved = {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+        expected = jax.tree.map(lambda p, d: p - d, problem.params[name], bare[name])
+        assert_close(moved, expected, 1e-5)
+    info = kfe.info(optimizer.opt_state)
+    assert_close(info.damping, 0.1, 1e-6)
+    assert (int(info.last_refresh), int(info.failures), int(info.nonfinite)) == (0, 0, 0)
+
+
+def test_info_of_other_optimizers():
+    assert kfe.info(optax.adam(1e-3).init({"w": jnp.ones(2)})) == kfe.Info()
+
+
+def test_info_of_two_preconditioners(step):
+    """Counts are added over the parts of a partition."""
+    problem, layers, grads, taps = step
+    labels = {"dense_0": "a", "dense_1": "b"}
+    tx = optax.partition({"a": kfe.scale_by_kfac(layers, 0.1), "b": kfe.scale_by_ekfac(layers, 0.1)}, labels)
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+    _, state = update(tx, problem.params, bad, taps)
+    assert int(kfe.info(state).nonfinite) == 2
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize("make", [kfe.kfac, kfe.ekfac])
+def test_two_devices_equal_one(make, fisher, x64):
+    """pmap over two halves of a batch, statistics and sampled targets included, is one device on the whole batch."""
+    problem = problems.make("plain")
+    layers = problem.layers()
+    tx = make(0.1, layers)
+    key = jax.random.key(0)
+
+    def train_step(params, opt_state, x, y, key, axis_name=None):
+        differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher=fisher, axis_name=axis_name)
+        loss, grads, taps = differentiate(params, x, y, key=key)
+        if axis_name is not None:
+            loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    start = (problem.params, tx.init(problem.params))
+    one = jax.jit(train_step)(*start, *problem.args, key)
+    halves = [v.reshape(2, -1, *v.shape[1:]) for v in problem.args]
+    mapped = jax.pmap(
+        lambda *args: train_step(*args, axis_name="devices"),
+        "devices",
+        in_axes=(None, None, 0, 0, None),
+        devices=jax.devices()[:2],
+    )
+    two = mapped(*start, *halves, key)
+    for device in range(2):
+        assert_close(jax.tree.map(lambda v, device=device: np.asarray(v)[device], two[0]), one[0], 1e-10)
+    assert_close(two[2][0], one[2], 1e-12)
+
+
+def test_sharded_batch_under_jit(x64):
+    """Nothing but a sharding: the batch over eight devices gives the update of one device."""
+    problem = problems.make("linen")
+    layers = problem.layers()
+    tx = kfe.ekfac(0.1, layers, scale="batch")
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers)
+
+    @jax.jit
+    def train_step(params, x, y):
+        _, grads, taps = differentiate(params, x, y, key=jax.random.key(0))
+        return tx.update(grads, tx.init(params), params, taps=taps)[0]
+
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    split, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+    expected = train_step(problem.params, *problem.args)
+    sharded = train_step(
+        jax.device_put(problem.params, everywhere), *(jax.device_put(v, split) for v in problem.args)
+    )
+    assert len(problem.args[0].devices()) == 1
+    assert_close(sharded, expected, 1e-10)

@@ -1,0 +1,142 @@
+"""`kfe.losses` are their Optax namesakes: values, gradients and errors, with and without taps."""
+
+from __future__ import annotations
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfe_optax as kfe
+
+from .dense import assert_close
+
+GENERATOR = np.random.default_rng(0)
+LOGITS = GENERATOR.normal(size=(4, 2, 3))
+SOFT = GENERATOR.uniform(0.1, 1, (4, 2, 3))
+WHERE = GENERATOR.uniform(size=(4, 2, 3)) > 0.3
+WHERE[..., 0] = True
+LABELS = np.zeros((4, 2), int)
+
+CALLS = {
+    "softmax_cross_entropy": (SOFT, {}),
+    "softmax_cross_entropy axis": (SOFT, {"axis": 1}),
+    "softmax_cross_entropy axes": (SOFT, {"axis": (1, 2)}),
+    "softmax_cross_entropy where": (SOFT, {"where": WHERE}),
+    "softmax_cross_entropy_with_integer_labels": (LABELS, {}),
+    "softmax_cross_entropy_with_integer_labels axis": (np.ones((4, 3), int), {"axis": 1}),
+    "softmax_cross_entropy_with_integer_labels where": (LABELS, {"where": WHERE}),
+    "sigmoid_binary_cross_entropy": (SOFT, {}),
+    "sigmoid_binary_cross_entropy scalar": (np.float64(1.0), {}),
+    "squared_error": (SOFT, {}),
+    "squared_error none": (None, {}),
+    "l2_loss": (SOFT, {}),
+    "l2_loss none": (None, {}),
+}
+
+
+@pytest.mark.parametrize("name", kfe.losses.__all__)
+def test_signatures(name):
+    if name != "register_output":
+        ours = inspect.signature(getattr(kfe.losses, name)).parameters
+        theirs = inspect.signature(getattr(optax.losses, name)).parameters
+        assert list(ours) == list(theirs)
+        assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_equal_outside_and_inside(call, x64):
+    """Value and gradients with respect to logits and floating labels, without taps and in the tagged pass."""
+    name = call.split()[0]
+    labels, options = CALLS[call]
+    labels = None if labels is None else jnp.asarray(labels)
+    differentiable = labels is not None and jnp.issubdtype(labels.dtype, jnp.floating)
+    # Every element has its own weight in the loss, so that no two cotangents are alike.
+    probe = np.random.default_rng(1).normal(size=64)
+
+    def loss_through(module):
+        def loss_fn(params, labels):
+            z = kfe.tag_dense(params["x"], params["x"] @ params["kernel"], params)
+            if differentiable:
+                labels = params["labels"]
+            values = getattr(module.losses, name)(z, labels, **options)
+            return (values.ravel() * probe[: values.size]).sum(), values
+
+        return loss_fn
+
+    params = {"x": jnp.asarray(LOGITS), "kernel": jnp.eye(3) + 0.1}
+    if differentiable:
+        params["labels"] = labels
+    expected = jax.value_and_grad(loss_through(optax), has_aux=True)(params, labels)
+    outside = jax.value_and_grad(loss_through(kfe), has_aux=True)(params, labels)
+    layers = kfe.find_layers(loss_through(kfe), params, labels, has_aux=True)
+    tagged = kfe.value_grad_and_taps(loss_through(kfe), layers, has_aux=True, fisher="empirical")
+    value, grads, _ = tagged(params, labels)
+    # Optax's own gradient with respect to an excluded label is NaN; ours is NaN in the same places.
+    undefined = jax.tree.map(jnp.isnan, expected)
+    for actual, tolerance in ((outside, 1e-14), ((value, grads), 1e-12)):
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.map(jnp.isnan, actual), undefined)
+        assert_close(jax.tree.map(jnp.nan_to_num, actual), jax.tree.map(jnp.nan_to_num, expected), tolerance)
+
+
+@pytest.mark.parametrize("distribution", [kfe.Categorical(), kfe.Bernoulli(), kfe.Gaussian(2.0)])
+def test_registered_output_is_the_identity(distribution, x64):
+    z = jnp.asarray(LOGITS)
+    np.testing.assert_array_equal(kfe.register_output(z, distribution), z)
+
+    def loss_fn(params, x):
+        out = kfe.register_output(kfe.tag_dense(x, x @ params["kernel"], params), distribution)
+        return jnp.sin(out).mean()
+
+    params = {"kernel": jnp.eye(3) + 0.1}
+    layers = kfe.find_layers(loss_fn, params, z)
+    value, grads, _ = kfe.value_grad_and_taps(loss_fn, layers)(params, z, key=jax.random.key(0))
+    assert_close((value, grads), jax.value_and_grad(loss_fn)(params, z), 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("distribution", "size", "variance"),
+    [
+        (
+            kfe.Categorical(),
+            3,
+            lambda z: np.diag(jax.nn.softmax(z)) - np.outer(jax.nn.softmax(z), jax.nn.softmax(z)),
+        ),
+        (kfe.Bernoulli(), 1, lambda z: np.diag(jax.nn.sigmoid(z) * (1 - jax.nn.sigmoid(z)))),
+        (kfe.Gaussian(0.5), 1, lambda z: 2 * np.eye(3)),
+    ],
+)
+def test_distributions(distribution, size, variance, x64):
+    """The columns make up F_R, and draws have mean zero and covariance F_R within five standard errors."""
+    z = jnp.array([0.3, -1.0, 1.5])
+    expected = variance(z)
+    columns = jnp.stack([distribution.column(z, i) for i in range(size)])
+    square = columns.T @ columns if distribution.event_ndim else jnp.diag((columns**2).sum(0))
+    assert_close(square, expected, 1e-12)
+    draws = jax.vmap(lambda key: distribution.sample(key, z))(jax.random.split(jax.random.key(0), 20000))
+    for sample, truth in ((draws, np.zeros(3)), (draws[:, :, None] * draws[:, None, :], expected)):
+        standard = np.asarray(sample.std(0)) / np.sqrt(len(draws))
+        assert (np.abs(sample.mean(0) - truth) <= 5 * standard + 1e-12).all()
+
+
+def test_sampled_classes_follow_the_softmax():
+    """An impossible class is never drawn in float32."""
+    z = jnp.tile(jnp.array([0.0, -1e30, 0.0, -1e30]), (5000, 1))
+    gradient = kfe.Categorical().sample(jax.random.key(0), z)
+    labels = jnp.argmin(gradient, -1)
+    assert set(np.unique(labels)) == {0, 2}
+
+
+def test_optax_errors_come_through():
+    """Optax's own checks of shapes and dtypes hold inside the tagged pass too."""
+    params = {"kernel": jnp.eye(3)}
+
+    def loss_fn(params, x):
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        return kfe.losses.squared_error(z, jnp.zeros((4, 2))).mean()
+
+    with pytest.raises(ValueError, match=r"(?i)shape"):
+        kfe.find_layers(loss_fn, params, jnp.ones((4, 3)))

@@ -1,0 +1,295 @@
+"""Mis-use is caught while tracing, each with a sentence that says what to do."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import kfe_optax as kfe
+
+from . import problems
+from .models import batch, cross_entropy, randomized
+from .zoo import CASES
+
+
+@pytest.fixture(scope="module")
+def step():
+    """(problem, layers, gradients, taps) of a small Linen model."""
+    problem = problems.make("linen")
+    layers = problem.layers()
+    _, grads, taps = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact")(
+        problem.params, *problem.args
+    )
+    return problem, layers, grads, taps
+
+
+TRANSFORMS = {
+    "kfac": lambda layers: kfe.scale_by_kfac(layers, 0.1),
+    "ekfac": lambda layers: kfe.scale_by_ekfac(layers, 0.1),
+    "alias": lambda layers: kfe.ekfac(0.1, layers),
+}
+
+
+def call(tx, params, grads, **extra):
+    """One update, traced."""
+    return jax.eval_shape(lambda g: tx.update(g, tx.init(params), params, **extra), grads)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_update_without_taps(name, step):
+    problem, layers, grads, _ = step
+    with pytest.raises(ValueError, match=r"needs the taps of the step: call tx\.update\(.*taps=taps\)"):
+        call(TRANSFORMS[name](layers), problem.params, grads)
+
+
+def test_taps_of_a_wrong_type(step):
+    problem, layers, grads, _ = step
+    with pytest.raises(TypeError, match="taps must be what kfe.value_grad_and_taps returns, not a dict"):
+        call(kfe.scale_by_kfac(layers, 0.1), problem.params, grads, taps={})
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_taps_from_other_layers(name, step):
+    problem, layers, grads, _ = step
+    other = problems.make("linen", sizes=(3, 5, 2))
+    taps = kfe.value_grad_and_taps(other.loss_fn, other.layers(), fisher="exact")(other.params, *other.args)[
+        2
+    ]
+    with pytest.raises(ValueError, match=r"taps are not those of the layers.*'dense_0' was found with"):
+        call(TRANSFORMS[name](layers), problem.params, grads, taps=taps)
+
+
+def test_layers_of_a_wrong_type(step):
+    problem = step[0]
+    with pytest.raises(TypeError, match="must be what kfe.find_layers"):
+        kfe.scale_by_kfac(problem.params, 0.1)
+    with pytest.raises(TypeError, match="must be what kfe.find_layers returns, not a dict"):
+        kfe.value_grad_and_taps(problem.loss_fn, problem.params)
+
+
+def test_unknown_layer(step):
+    _, layers, _, taps = step
+    with pytest.raises(KeyError, match="no layer 'dense_9'; the layers are dense_0, dense_1"):
+        layers["dense_9"]
+    with pytest.raises(KeyError, match="no tap 'dense_9'; the layers are dense_0, dense_1"):
+        taps["dense_9"]
+    with pytest.raises(ValueError, match=r"'dense_0' was given the tap of 'dense_1'; pass taps\['dense_0'\]"):
+        layers["dense_0"].rows(taps["dense_1"])
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_loss_that_registers_nothing(fisher):
+    problem = problems.make("plain")
+
+    def loss_fn(params, x, y):
+        return optax.losses.softmax_cross_entropy_with_integer_labels(
+            problems.plain_forward(params, x), y
+        ).mean()
+
+    layers = kfe.find_layers(loss_fn, problem.params, *problem.args)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher=fisher)
+    with pytest.raises(
+        ValueError, match=rf"fisher='{fisher}' needs to know.*kfe\.losses.*fisher='empirical'"
+    ):
+        differentiate(problem.params, *problem.args, key=jax.random.key(0))
+
+
+def test_key_missing(step):
+    problem, layers, *_ = step
+    with pytest.raises(
+        ValueError, match="fisher='sampled' draws targets from the model and needs a random key"
+    ):
+        kfe.value_grad_and_taps(problem.loss_fn, layers)(problem.params, *problem.args)
+
+
+def test_unknown_options(step):
+    problem, layers, *_ = step
+    with pytest.raises(ValueError, match="fisher must be 'sampled', 'empirical' or 'exact', not 'true'"):
+        kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="true")
+    for options in ({"num_samples": 0}, {"num_samples": 2, "fisher": "exact"}):
+        with pytest.raises(ValueError, match="num_samples counts the draws"):
+            kfe.value_grad_and_taps(problem.loss_fn, layers, **options)
+    with pytest.raises(ValueError, match="damping_type must be 'factored' or 'exact', not 'plain'"):
+        kfe.scale_by_kfac(layers, 0.1, damping_type="plain")
+    with pytest.raises(ValueError, match="scale must be 'batch' or 'running', not 'none'"):
+        kfe.scale_by_ekfac(layers, 0.1, scale="none")
+    with pytest.raises(ValueError, match="on_refresh must be 'carry' or 'restart'"):
+        kfe.scale_by_ekfac(layers, 0.1, on_refresh="keep")
+    for period in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="factor_update_period must be a positive whole number of steps"):
+            kfe.scale_by_kfac(layers, 0.1, factor_update_period=period)
+    with pytest.raises(ValueError, match="positive variance"):
+        kfe.Gaussian(0.0)
+
+
+def test_loss_that_breaks_on_riders():
+    """It compares the tree with one of its own; `kfe.plain` is the way out."""
+    problem = problems.make("linen")
+
+    def prior(params):
+        return sum(jax.tree.leaves(jax.tree.map(lambda p, q: (p * q).sum(), params, problem.params)))
+
+    def broken(params, x, y):
+        return problem.loss_fn(params, x, y) + prior(params)
+
+    def mended(params, x, y):
+        return problem.loss_fn(params, x, y) + prior(kfe.plain(params))
+
+    with pytest.raises(
+        ValueError, match=r"breaks when riders stand beside.*Let it read kfe\.plain\(params\)"
+    ):
+        kfe.find_layers(broken, problem.params, *problem.args)
+    assert list(kfe.find_layers(mended, problem.params, *problem.args)) == ["dense_0", "dense_1"]
+
+
+def test_own_errors_come_through():
+    """A loss that is broken by itself is not blamed on the riders."""
+    problem = problems.make("linen")
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        kfe.find_layers(problem.loss_fn, problem.params, problem.args[0])
+
+
+def test_batch_axis_that_does_not_match():
+    """The time axis first: 5 is no multiple of the loss's 6 examples."""
+    model = nn.Dense(3)
+    x = jnp.ones((5, 6, 2))
+    labels = jnp.zeros(6, int)
+    params = {"net": model.init(jax.random.key(0), x)["params"]}
+
+    def loss_fn(params, x, labels):
+        return cross_entropy(model.apply({"params": params["net"]}, x).sum(0), labels)
+
+    layers = kfe.find_layers(loss_fn, params, x, labels)
+    with pytest.raises(
+        ValueError, match=r"input of layer 'net' has size 5, but the registered loss has 6 examples"
+    ):
+        kfe.value_grad_and_taps(loss_fn, layers)(params, x, labels, key=jax.random.key(0))
+
+
+def test_parameters_that_changed(step):
+    problem, layers, *_ = step
+    wider = problems.make("linen", sizes=(3, 5, 2))
+    plain, changed = problems.make("plain"), problems.make("plain", sizes=(3, 5, 2))
+    with pytest.raises(ValueError, match=r"not those that find_layers saw: layer '0' was found with.*again"):
+        kfe.value_grad_and_taps(plain.loss_fn, plain.layers(), fisher="exact")(changed.params, *plain.args)
+    tx = kfe.scale_by_kfac(layers, 0.1)
+    with pytest.raises(
+        ValueError, match=r"matrix of shape \(4, 4\), but the tree holds one of shape \(4, 5\)"
+    ):
+        tx.init(wider.params)
+    with pytest.raises(ValueError, match="holds extra, which find_layers did not see"):
+        tx.init({**problem.params, "extra": jnp.ones(2)})
+    with pytest.raises(ValueError, match="None of the layers' parameters is in the tree|did not see"):
+        tx.init({"params": problem.params})
+    with pytest.raises(ValueError, match="None of the layers' parameters is in the tree"):
+        tx.init({})
+
+
+def test_partly_masked_layer(step):
+    problem, layers, grads, taps = step
+    mask = {"dense_0": {"kernel": True, "bias": False}, "dense_1": {"kernel": True, "bias": True}}
+    tx = optax.masked(kfe.scale_by_kfac(layers, 0.1), mask)
+    with pytest.raises(ValueError, match=r"'dense_0' is only partly there: dense_0/bias is masked out"):
+        call(tx, problem.params, grads, taps=taps)
+
+
+def test_matrix_of_another_shape(step):
+    _, layers, grads, _ = step
+    with pytest.raises(ValueError, match=r"'dense_0' has matrices of shape \(4, 4\), not \(2, 2\)"):
+        layers["dense_0"].from_matrix(jnp.ones((2, 2)))
+    with pytest.raises(
+        ValueError, match="'dense_0' needs dense_0/kernel, dense_0/bias, which the tree does not hold"
+    ):
+        layers["dense_0"].to_matrix({"dense_1": grads["dense_1"]})
+
+
+def test_derivative_inside_the_loss():
+    """A gradient penalty through tagged layers."""
+    problem = problems.make("linen", "gaussian")
+
+    def loss_fn(params, x, y):
+        slope = jax.grad(lambda x: problem.loss_fn(params, x, y))(x)
+        return problem.loss_fn(params, x, y) + (slope**2).sum()
+
+    with pytest.raises(ValueError, match="differentiated inside the loss function itself"):
+        kfe.find_layers(loss_fn, problem.params, *problem.args)
+
+    def forward(params, x, y):
+        return jax.jvp(lambda x: problem.loss_fn(params, x, y), (x,), (x,))[1]
+
+    with pytest.raises(ValueError, match="differentiated inside the loss function itself"):
+        kfe.find_layers(forward, problem.params, *problem.args)
+
+
+def test_loss_that_is_no_scalar(step):
+    problem, layers, *_ = step
+
+    def loss_fn(params, x, y):
+        return jnp.stack([problem.loss_fn(params, x, y)] * 2)
+
+    layers = kfe.find_layers(loss_fn, problem.params, *problem.args)
+    with pytest.raises(ValueError, match=r"must be a real scalar, but has shape \(2,\)"):
+        kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(problem.params, *problem.args)
+
+
+def test_exact_inside_a_loop():
+    loss_fn, params, args = CASES["chunks"].make(jnp.float32)
+    layers = kfe.find_layers(loss_fn, params, *args)
+    with pytest.raises(ValueError, match=r"fisher='exact' cannot enumerate.*inside a loop"):
+        kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, *args)
+
+
+def test_rows_of_a_shared_layer():
+    loss_fn, params, args = CASES["called_twice"].make(jnp.float32)
+    layers = kfe.find_layers(loss_fn, params, *args)
+    taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, *args)[2]
+    with pytest.raises(ValueError, match=r"'middle' uses its parameters more than once.*tap\.covariances"):
+        layers["middle"].rows(taps["middle"])
+
+
+def test_tag_dense_arguments():
+    x, params = jnp.ones((4, 3)), {"kernel": jnp.ones((3, 2))}
+    with pytest.raises(TypeError, match="takes the mapping that holds the layer's parameters, not a"):
+        kfe.tag_dense(x, x @ params["kernel"], params["kernel"])
+    with pytest.raises(ValueError, match=r"found no 'w' among \['kernel'\]; name the kernel"):
+        kfe.tag_dense(x, x @ params["kernel"], params, kernel="w")
+    with pytest.raises(ValueError, match=r"x has shape \(4, 3\), kernel \(3, 2\) and y \(4, 3\)"):
+        kfe.tag_dense(x, x, params)
+    with pytest.raises(ValueError, match=r"no prefix of the events' shape \(4,\)"):
+        kfe.register_output(x, kfe.Categorical(), weights=jnp.ones(3))
+
+
+def test_reasons_for_what_is_no_layer():
+    """Nothing is dropped in silence: each parameter outside every layer is listed with its reason."""
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.LayerNorm()(nn.Dense(4)(x))
+            x = nn.Dense(4, name="changed")(x)
+            scale = self.param("scale", nn.initializers.ones, (4,))
+            frozen = nn.Dense(4, name="frozen")
+            return nn.Dense(3, name="last")(x * scale) + 0 * jax.lax.stop_gradient(frozen(x)[:, :3])
+
+    model, (x, labels) = Model(), batch(jnp.float32)
+    params = model.init(jax.random.key(0), x)["params"]
+    params = randomized({**params, "unused": {"kernel": jnp.ones((3, 3))}}, jnp.float32)
+
+    def loss_fn(params, x, labels):
+        changed = jax.tree.map(lambda v: v / 2, params["changed"])
+        return cross_entropy(model.apply({"params": {**params, "changed": changed}}, x), labels)
+
+    layers = kfe.find_layers(loss_fn, params, x, labels)
+    reasons = {
+        "/".join(map(str, path)): reason for path, reason in zip(layers.rest, layers.reasons, strict=True)
+    }
+    assert reasons["LayerNorm_0/scale"] == "LayerNorm has no curvature block"
+    assert reasons["unused/kernel"] == "the loss does not use it"
+    assert reasons["scale"] == "Model has no curvature block"
+    assert "changed before the layer uses it" in reasons["changed/kernel"]
+    table = str(layers)
+    assert all(reason in table for reason in reasons.values())
+    assert "Dense_0" in layers and "last" in layers
