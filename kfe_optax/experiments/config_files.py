@@ -1,0 +1,52 @@
+"""Config files: finding one by path or name, and running it."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from kfe_optax.experiments.errors import ExperimentError
+
+
+def load_config(name: str) -> ConfigDict:
+    """Runs a config file and returns what its ``get_config()`` returns.
+
+    Args:
+      name: the path of a Python file, or a bare name, which stands for ``configs/NAME.py`` in the
+        current folder or beside the package.
+
+    Example::
+
+        config = load_config("mnist_small")
+    """
+    path = _find(name)
+    try:
+        namespace = runpy.run_path(str(path))
+    except SyntaxError as error:
+        raise ExperimentError(f"'{path}' is not valid Python (line {error.lineno}: {error.msg}).") from error
+    get_config = namespace.get("get_config")
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, ConfigDict):
+        raise ExperimentError(
+            f"'{path}' is not a config file; it needs a function get_config() that returns an "
+            "ml_collections.ConfigDict, as the files in configs/ do."
+        )
+    return config
+
+
+def _find(name: str) -> Path:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    bare = path.name == name and path.suffix == ""
+    # Beside the package as well: there a clone that was installed in place keeps its configs.
+    for folder in (Path("configs"), Path(__file__).parents[2] / "configs"):
+        candidate = folder / f"{name}.py"
+        if bare and candidate.is_file():
+            return candidate
+    raise ExperimentError(
+        f"There is no config '{name}'; give the path of a Python file with get_config(), such as "
+        "configs/mnist_small.py in a clone of the repository."
+    )

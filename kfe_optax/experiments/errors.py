@@ -1,0 +1,9 @@
+"""The one exception that the commands turn into a sentence."""
+
+
+class ExperimentError(ValueError):
+    """A mistake in a command, a config or a data file that one sentence explains.
+
+    ``kfe-optax`` prints the sentence and exits with status 2; everything else keeps its traceback,
+    because everything else is a defect of the program and not of its input.
+    """

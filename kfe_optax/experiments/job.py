@@ -1,0 +1,105 @@
+"""One optimizer on one task, compiled: what ``train`` and ``compare`` both drive."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+import kfe_optax as kfe
+from kfe_optax.experiments.batches import Batch, Batches
+from kfe_optax.experiments.dataset import Dataset
+from kfe_optax.experiments.optimizers import (
+    find_method,
+    make_optimizer,
+    optimizer_settings,
+    tap_options,
+)
+from kfe_optax.experiments.task import Params, Task, make_task
+
+
+class TrainState(NamedTuple):
+    """All that changes during training; with the seed it determines the rest of a run."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: jax.Array
+
+
+class Job(NamedTuple):
+    """A compiled training step with its initial state and its batches.
+
+    ``step(state, batch)`` returns the next state and the loss as it is reported. It consumes
+    ``state``: its buffers are donated, so that a factored optimizer's state exists once.
+    """
+
+    task: Task
+    batches: Batches
+    state: TrainState
+    step: Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+    compile_seconds: float
+
+
+def make_job(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: int) -> Job:
+    """Builds and compiles the training step of ``optimizer`` on the config's task.
+
+    Everything random comes from ``config.seed``: the parameters, the order of the batches, and the
+    key of step t, which is ``fold_in(key, t)``.
+
+    Example::
+
+        job = make_job(config, "ekfac", dataset, run_steps=100)
+        state = job.state
+        for step in range(100):
+            state, loss = job.step(state, job.batches(step))
+    """
+    task = make_task(config, dataset)
+    batches = Batches(dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed)
+    batch = batches(0)
+    init_key, step_key = jax.random.split(jax.random.key(config.seed))
+    params = jax.jit(task.model.init)(init_key, batch["image"])["params"]
+    settings = optimizer_settings(config, optimizer)
+    if find_method(optimizer).curvature:
+        layers = kfe.find_layers(task.loss_fn, params, batch)
+        transform = make_optimizer(optimizer, settings, run_steps, layers)
+        differentiate = kfe.value_grad_and_taps(task.loss_fn, layers, **tap_options(settings))
+
+        def update(state: TrainState, batch: Batch) -> tuple[jax.Array, Any, optax.OptState]:
+            key = jax.random.fold_in(step_key, state.step)
+            loss, grads, taps = differentiate(state.params, batch, key=key)
+            return loss, *transform.update(grads, state.opt_state, state.params, taps=taps)
+    else:
+        transform = make_optimizer(optimizer, settings, run_steps)
+
+        def update(state: TrainState, batch: Batch) -> tuple[jax.Array, Any, optax.OptState]:
+            loss, grads = jax.value_and_grad(task.loss_fn)(state.params, batch)
+            return loss, *transform.update(grads, state.opt_state, state.params)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        loss, updates, opt_state = update(state, batch)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(params, opt_state, state.step + 1), loss * task.loss_scale
+
+    @jax.jit
+    def start(params: Params) -> TrainState:
+        return TrainState(params, transform.init(params), jnp.zeros((), jnp.int32))
+
+    # Compiled ahead of the first step, so that no clock below ever contains a compilation.
+    started = time.perf_counter()
+    state = start(params)
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    return Job(task, batches, state, compiled, time.perf_counter() - started)
+
+
+def make_layers(config: ConfigDict, dataset: Dataset) -> Any:
+    """The layers that the library finds in the config's model, as a printable table."""
+    task = make_task(config, dataset)
+    batches = Batches(dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed)
+    batch = batches(0)
+    params = jax.eval_shape(task.model.init, jax.random.key(0), batch["image"])["params"]
+    return kfe.find_layers(task.loss_fn, params, batch)

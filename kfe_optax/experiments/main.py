@@ -1,0 +1,39 @@
+"""The entry of the console script ``kfe-optax``: turns mistakes and Ctrl-C into sentences."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from kfe_optax.experiments.errors import ExperimentError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit status: 0, 2 for a mistake, 130 after Ctrl-C.
+
+    Example::
+
+        main(["train", "--config=configs/mnist_small.py", "--config.steps=100"])
+    """
+    try:
+        # The training job's own dependencies are an extra, which the library does without.
+        from kfe_optax.experiments.command_line import INTERRUPTED, run_command
+    except ModuleNotFoundError as error:
+        print(
+            f"kfe-optax: the commands need {error.name}; install them with "
+            "'pip install kfe-optax[experiments]'.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return run_command(list(sys.argv[1:] if argv is None else argv))
+    except ExperimentError as error:
+        print(f"kfe-optax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("kfe-optax: interrupted.", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""The table of optimizers that a config can name, each built from its sub-config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import optax
+from ml_collections import ConfigDict
+
+import kfe_optax as kfe
+from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.settings import make_schedule
+
+
+class Method(NamedTuple):
+    """One line of the table.
+
+    ``make`` takes a learning rate, the layers where ``curvature`` is set, and the sub-config's
+    other fields by name. An optimizer without curvature is driven by a plain gradient, so that its
+    steps cost what they cost without this library.
+    """
+
+    make: Callable[..., Any]
+    curvature: bool
+
+
+METHODS: Mapping[str, Method] = {
+    "adam": Method(optax.adam, curvature=False),
+    "sgd": Method(optax.sgd, curvature=False),
+    "kfac": Method(kfe.kfac, curvature=True),
+    "ekfac": Method(kfe.ekfac, curvature=True),
+}
+
+
+def find_method(name: str) -> Method:
+    """The table's entry for ``name``."""
+    if name not in METHODS:
+        raise ExperimentError(f"There is no optimizer '{name}'; choose one of {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def optimizer_settings(config: ConfigDict, name: str) -> ConfigDict:
+    """The sub-config of one optimizer, ``config.<name>``."""
+    if name not in config:
+        raise ExperimentError(
+            f"The config has no settings for '{name}'; add 'config.{name} = "
+            f"settings.{name}(...)' to its file."
+        )
+    return config[name]
+
+
+def make_optimizer(
+    name: str, settings: ConfigDict, run_steps: int, layers: Any = None
+) -> optax.GradientTransformationExtraArgs:
+    """Builds the optimizer ``name`` from its sub-config.
+
+    Schedules become functions of the step, and every other field is handed to the constructor
+    under its own name, so that a config file can set any option without a change here.
+
+    Example::
+
+        transform = make_optimizer("ekfac", config.ekfac, run_steps=980, layers=layers)
+    """
+    method = find_method(name)
+    options = {
+        field: make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
+        for field, value in settings.items()
+        if field not in _FIELDS_OF_THE_STEP
+    }
+    learning_rate = options.pop("learning_rate")
+    if method.curvature:
+        # A flag of the command line cannot say None, so that 0 stands for "no clip".
+        options["max_kl"] = options.get("max_kl") or None
+        return method.make(learning_rate, layers, **options)
+    return optax.with_extra_args_support(method.make(learning_rate, **options))
+
+
+# Which Fisher the taps sample is an option of the differentiation, not of the transform.
+_FIELDS_OF_THE_STEP = ("fisher", "num_samples")
+
+
+def tap_options(settings: ConfigDict) -> dict[str, Any]:
+    """The fields of a sub-config that go to ``kfe.value_grad_and_taps``."""
+    return {field: settings[field] for field in _FIELDS_OF_THE_STEP if field in settings}

@@ -1,0 +1,185 @@
+"""Reads a folder of IDX files (MNIST, Fashion-MNIST) or an ``.npz`` archive.
+
+Nothing is downloaded: the files are the ones that the data sets' own pages, torchvision or Keras
+leave on a disk. Every way in which such a file can be missing or damaged ends in one sentence.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kfe_optax.experiments.dataset import Dataset, flat_images, flat_labels, split_off_test
+from kfe_optax.experiments.errors import ExperimentError
+
+# Where torchvision puts the IDX files below its root.
+_SUBFOLDERS = ("", "raw", "MNIST/raw", "FashionMNIST/raw")
+_UNSIGNED_BYTE = 0x08
+
+# The names under which the usual archives hold their four arrays, and an undivided set its two.
+_TRAIN_IMAGES = ("x_train", "train_images", "X_train", "train_x", "train_image")
+_TRAIN_LABELS = ("y_train", "train_labels", "Y_train", "train_y", "train_label")
+_TEST_IMAGES = ("x_test", "test_images", "X_test", "test_x", "test_image")
+_TEST_LABELS = ("y_test", "test_labels", "Y_test", "test_y", "test_label")
+_ALL_IMAGES = ("x", "X", "images", "image", "data", "faces", "arr_0")
+_ALL_LABELS = ("y", "Y", "labels", "label", "target", "arr_1")
+
+
+def read_data_dir(data_dir: str) -> Dataset:
+    """Reads the data set at ``data_dir``: a folder of IDX files or of one ``.npz``, or an ``.npz``.
+
+    Example::
+
+        dataset = read_data_dir("/data/fashion-mnist")
+        dataset.train_images.shape                      # (60000, 784)
+    """
+    path = Path(data_dir).expanduser()
+    if not path.exists():
+        raise ExperimentError(
+            f"There is nothing at '{path}'; set config.data_dir to a folder with the four IDX "
+            "files of MNIST or Fashion-MNIST, or to an .npz file."
+        )
+    if path.is_file():
+        return read_npz(path)
+    for subfolder in _SUBFOLDERS:
+        if _find_idx(path / subfolder, "train-images", 3) is not None:
+            return read_idx_folder(path / subfolder)
+    archives = sorted(path.glob("*.npz"))
+    if len(archives) == 1:
+        return read_npz(archives[0])
+    if archives:
+        names = ", ".join(archive.name for archive in archives)
+        raise ExperimentError(
+            f"'{path}' holds several .npz files ({names}); name one of them in config.data_dir."
+        )
+    raise ExperimentError(
+        f"'{path}' holds neither 'train-images-idx3-ubyte' (with or without .gz) nor an .npz "
+        "file; set config.data_dir to a folder or a file that does."
+    )
+
+
+def read_idx_folder(folder: Path) -> Dataset:
+    """Reads the four files of MNIST's distribution from ``folder``."""
+    arrays = {}
+    for prefix in ("train", "t10k"):
+        for kind, rank in (("images", 3), ("labels", 1)):
+            path = _find_idx(folder, f"{prefix}-{kind}", rank)
+            if path is None:
+                raise ExperimentError(
+                    f"'{folder}' lacks '{prefix}-{kind}-idx{rank}-ubyte' (with or without .gz); "
+                    "the training job needs the four files of the data set."
+                )
+            arrays[f"{prefix}-{kind}"] = read_idx(path, rank)
+    train = flat_images(arrays["train-images"], f"'{folder}/train-images'")
+    test = flat_images(arrays["t10k-images"], f"'{folder}/t10k-images'")
+    return Dataset(
+        train,
+        flat_labels(arrays["train-labels"], len(train), f"'{folder}/train-labels'"),
+        test,
+        flat_labels(arrays["t10k-labels"], len(test), f"'{folder}/t10k-labels'"),
+        f"IDX files in {folder}",
+    )
+
+
+def read_idx(path: Path, rank: int) -> np.ndarray:
+    """Reads one IDX file of unsigned bytes with ``rank`` axes, compressed or not.
+
+    The format is two zero bytes, the type, the rank, the extents as big-endian 32-bit integers,
+    and the values.
+    """
+    content = _decompressed(path)
+    if len(content) < 4 or content[0] != 0 or content[1] != 0:
+        raise ExperimentError(f"'{path}' is not an IDX file; fetch it again.")
+    if content[2] != _UNSIGNED_BYTE or content[3] != rank:
+        raise ExperimentError(
+            f"'{path}' is an IDX file of type 0x{content[2]:02x} with {content[3]} axes; "
+            f"expected unsigned bytes (0x08) with {rank}."
+        )
+    start = 4 + 4 * rank
+    if len(content) < start:
+        raise ExperimentError(f"'{path}' ends within its header; fetch it again.")
+    shape = tuple(int(extent) for extent in np.frombuffer(content, ">u4", rank, 4))
+    expected = math.prod(shape)
+    if len(content) - start != expected:
+        raise ExperimentError(
+            f"'{path}' announces {expected:,} values and holds {len(content) - start:,}; fetch it again."
+        )
+    return np.frombuffer(content, np.uint8, expected, start).reshape(shape)
+
+
+def read_npz(path: Path) -> Dataset:
+    """Reads an ``.npz`` of four arrays (Keras' ``x_train`` ...) or of one undivided set."""
+    try:
+        # Pickled objects stay forbidden: a data file must not be able to run code.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if isinstance(archive, np.ndarray):
+                raise ExperimentError(f"'{path}' is a single array; save it with numpy.savez.")
+            arrays = {name: archive[name] for name in archive}
+    except ExperimentError:
+        raise
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ExperimentError(f"'{path}' is not a readable .npz file of plain arrays ({error}).") from error
+    images = _first(arrays, _TRAIN_IMAGES)
+    if images is not None:
+        train = flat_images(images, f"The training images in '{path}'")
+        test_images = _first(arrays, _TEST_IMAGES)
+        if test_images is None:
+            raise ExperimentError(
+                f"'{path}' holds training images and no test images; add an array 'x_test'."
+            )
+        test = flat_images(test_images, f"The test images in '{path}'")
+        if train.shape[1] != test.shape[1]:
+            raise ExperimentError(
+                f"'{path}' holds training images of {train.shape[1]} pixels and test images of "
+                f"{test.shape[1]}; they must agree."
+            )
+        train_where, test_where = f"'y_train' of '{path}'", f"'y_test' of '{path}'"
+        return Dataset(
+            train,
+            flat_labels(_first(arrays, _TRAIN_LABELS), len(train), train_where),
+            test,
+            flat_labels(_first(arrays, _TEST_LABELS), len(test), test_where),
+            str(path),
+        )
+    images = _first(arrays, _ALL_IMAGES)
+    if images is None:
+        raise ExperimentError(
+            f"'{path}' holds {', '.join(map(repr, arrays)) or 'nothing'}; expected arrays "
+            "'x_train', 'y_train', 'x_test' and 'y_test', or one array 'images'."
+        )
+    flat = flat_images(images, f"The images in '{path}'")
+    labels = flat_labels(_first(arrays, _ALL_LABELS), len(flat), f"The labels in '{path}'")
+    if len(flat) < 2:
+        raise ExperimentError(f"'{path}' holds one image; training and testing need one each.")
+    return split_off_test(flat, labels, max(1, len(flat) // 10), str(path))
+
+
+def _first(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray | None:
+    """The first of ``names`` that the archive holds."""
+    return next((arrays[name] for name in names if name in arrays), None)
+
+
+def _find_idx(folder: Path, stem: str, rank: int) -> Path | None:
+    """The file of one IDX array; some distributions write a dot for the second hyphen."""
+    for name in (f"{stem}-idx{rank}-ubyte", f"{stem}.idx{rank}-ubyte"):
+        for suffix in ("", ".gz"):
+            path = folder / f"{name}{suffix}"
+            if path.is_file():
+                return path
+    return None
+
+
+def _decompressed(path: Path) -> bytes:
+    """The bytes of a file, unpacked if they are a gzip stream, whatever the file's name says."""
+    try:
+        content = path.read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise ExperimentError(f"'{path}' cannot be read or unpacked ({error}); fetch it again.") from error

@@ -1,0 +1,174 @@
+"""The building blocks of a config file, and the schedules that they describe.
+
+A config is plain data, so that every number can be set on the command line. A hyper-parameter that
+may change during training is a small sub-config made by ``schedule``::
+
+    config.ekfac = settings.ekfac(learning_rate=settings.schedule(0.1, "linear"), damping=0.01)
+
+and is overridden as ``--config.ekfac.learning_rate.value=0.05``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from kfe_optax.experiments.errors import ExperimentError
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+_KINDS = ("constant", "linear", "cosine", "exponential")
+
+
+def schedule(
+    value: float, kind: str = "constant", *, end: float = 0.0, warmup: int = 0, steps: int = 0
+) -> ConfigDict:
+    """Describes a hyper-parameter over time.
+
+    Args:
+      value: the value that is held, or from which the schedule departs.
+      kind: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``.
+      end: the value at the end, for all kinds but ``"constant"``; positive for ``"exponential"``.
+      warmup: steps over which the value first grows linearly from zero; they count in ``steps``.
+      steps: the step at which ``end`` is reached; 0 stands for the length of the run.
+    """
+    return ConfigDict(
+        {
+            "value": float(value),
+            "kind": kind,
+            "end": float(end),
+            "warmup": int(warmup),
+            "steps": int(steps),
+        }
+    )
+
+
+def _as_schedule(value: float | ConfigDict) -> ConfigDict:
+    return value if isinstance(value, ConfigDict) else schedule(value)
+
+
+def adam(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
+    """Adam's settings; ``options`` go to ``optax.adam``."""
+    return ConfigDict(
+        {"learning_rate": _as_schedule(learning_rate), "b1": 0.9, "b2": 0.999, "eps": 1e-8} | options
+    )
+
+
+def sgd(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
+    """The settings of gradient descent with momentum; ``options`` go to ``optax.sgd``."""
+    return ConfigDict(
+        {"learning_rate": _as_schedule(learning_rate), "momentum": 0.9, "nesterov": True} | options
+    )
+
+
+def kfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
+    """K-FAC's settings; ``options`` go to ``kfe_optax.kfac``, except ``fisher``."""
+    method = {"inverse_update_period": 50, "damping_type": "factored"}
+    return _curvature_settings(learning_rate, damping, method | options)
+
+
+def ekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
+    """EKFAC's settings; ``options`` go to ``kfe_optax.ekfac``, except ``fisher``."""
+    method = {"basis_update_period": 50, "scale": "running", "scale_decay": 0.95}
+    return _curvature_settings(learning_rate, damping, method | options)
+
+
+def _curvature_settings(
+    learning_rate: float | ConfigDict, damping: float | ConfigDict, method: dict[str, Any]
+) -> ConfigDict:
+    """What the optimizers with curvature have in common, written out so that it can be overridden.
+
+    ``max_kl`` is the bound of the KL clip, 0 for none.
+    """
+    common = {
+        "learning_rate": _as_schedule(learning_rate),
+        "damping": _as_schedule(damping),
+        "fisher": "sampled",
+        "momentum": 0.9,
+        "nesterov": False,
+        "max_kl": 0.01,
+        "weight_decay": 0.0,
+        "decay": 0.95,
+        "factor_update_period": 10,
+        "initial_refreshes": 1,
+    }
+    return ConfigDict(common | method)
+
+
+def base_config(name: str) -> ConfigDict:
+    """The fields that every experiment has, with values that a config file then changes.
+
+    Example::
+
+        def get_config():
+            config = settings.base_config("mnist_autoencoder")
+            config.model.sizes = (784, 250, 30, 250, 784)
+            config.adam = settings.adam(1e-3)
+            return config
+    """
+    return ConfigDict(
+        {
+            "name": name,
+            "title": name,
+            "seed": 0,
+            "data_dir": "",
+            "data": {"name": "mnist", "train_size": 0, "test_size": 0},
+            "model": {
+                "kind": "autoencoder",
+                "sizes": (784, 250, 30, 250, 784),
+                "activation": "relu",
+                "linear_code": True,
+                "initializer": "lecun_normal",
+            },
+            "loss": "sigmoid_binary_cross_entropy",
+            "optimizer": "ekfac",
+            "batch_size": 512,
+            "steps": 980,
+            "log_every": 10,
+            "checkpoint_every": 500,
+            "compare": {
+                "optimizers": "adam,sgd,kfac,ekfac",
+                "steps": 0,
+                "seconds": 0.0,
+                "examples": 2000,
+            },
+        }
+    )
+
+
+def make_schedule(settings: ConfigDict, run_steps: int) -> float | Schedule:
+    """The Optax schedule, or the plain number, that a sub-config made by ``schedule`` describes.
+
+    ``run_steps`` is the length of the run, where the sub-config does not name its own.
+    """
+    value, kind, end = settings.value, settings.kind, settings.end
+    warmup, steps = settings.warmup, settings.steps or run_steps
+    if kind not in _KINDS:
+        raise ExperimentError(f"A schedule's kind is '{kind}'; choose one of {', '.join(_KINDS)}.")
+    if kind == "exponential" and not (value > 0.0 and end > 0.0):
+        raise ExperimentError(
+            f"An exponential schedule goes from {value:g} to {end:g}; both must be positive: set "
+            "its 'value' and 'end'."
+        )
+    if kind == "constant" and warmup == 0:
+        return value
+
+    def at(count: jax.Array) -> jax.Array:
+        # The step about to be taken counts, so that the first step of a warm-up is not lost.
+        rise = jnp.minimum(1.0, (count + 1) / max(warmup, 1)) if warmup else 1.0
+        progress = jnp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        if kind == "linear":
+            level = value + (end - value) * progress
+        elif kind == "cosine":
+            level = end + (value - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+        elif kind == "exponential":
+            level = value * (end / value) ** progress
+        else:
+            level = jnp.asarray(value)
+        return rise * level
+
+    return at

@@ -1,0 +1,172 @@
+"""The ``train`` command: one optimizer, one config, with records and checkpoints."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+from rich.console import Console
+
+import kfe_optax as kfe
+from kfe_optax.experiments.checkpoints import Checkpoints
+from kfe_optax.experiments.data import load
+from kfe_optax.experiments.dataset import Dataset
+from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.interruption import Interruption
+from kfe_optax.experiments.job import Job, TrainState, make_job
+from kfe_optax.experiments.progress import ProgressDisplay
+from kfe_optax.experiments.records import Record, Recorder
+from kfe_optax.experiments.task import Params, Task
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    ``measures`` holds ``train_loss``, ``test_loss`` and the task's other measures over the whole
+    sets, or nothing when the run was interrupted.
+    """
+
+    state: TrainState
+    step: int
+    seconds: float
+    interrupted: bool
+    measures: dict[str, float]
+
+
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+) -> Outcome:
+    """Trains ``config.optimizer`` for ``config.steps`` steps and writes everything to ``workdir``.
+
+    The folder receives ``metrics.csv``, TensorBoard's files, ``checkpoints/`` and ``config.txt``.
+    With ``resume`` the run continues from the newest checkpoint, bit for bit as if it had never
+    stopped. Ctrl-C ends it after the current step with a checkpoint.
+
+    Example::
+
+        outcome = train(config, "runs/first")
+        print(outcome.measures["train_loss"])
+    """
+    console = console or Console()
+    check_positive(config, "steps", "log_every", "checkpoint_every")
+    dataset = load(config)
+    console.print(f"data       {dataset.summary()}", highlight=False, soft_wrap=True)
+    workdir = make_workdir(workdir)
+    with Checkpoints(workdir, config, dataset.fingerprint()) as checkpoints:
+        if not resume and checkpoints.latest_step() is not None:
+            raise ExperimentError(
+                f"'{workdir}' already holds a run; add --resume to continue it, or choose another --workdir."
+            )
+        job = make_job(config, config.optimizer, dataset, config.steps)
+        console.print(
+            f"optimizer  {config.optimizer}, compiled in {job.compile_seconds:.1f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+        state, step, seconds = job.state, 0, 0.0
+        # A job that may be restarted at any time passes --resume always, its first start included.
+        if resume and checkpoints.latest_step() is not None:
+            state, step, seconds = checkpoints.restore(job.state)
+            console.print(f"resumed    at step {step}", highlight=False, soft_wrap=True)
+        (workdir / "config.txt").write_text(f"{config}\n", encoding="utf-8")
+        with Recorder(workdir, resume_at=step if resume else None) as recorder:
+            outcome = _run(config, job, state, step, seconds, checkpoints, recorder, console)
+            if not outcome.interrupted:
+                measures = evaluate(job.task, outcome.state.params, dataset)
+                recorder.write_final(measures, outcome.step)
+                outcome = outcome._replace(measures=measures)
+    return outcome
+
+
+def evaluate(task: Task, params: Params, dataset: Dataset) -> dict[str, float]:
+    """The task's measures over the whole training set and the whole test set."""
+    measures = {}
+    for part in ("train", "test"):
+        images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
+        for name, value in task.evaluate(params, images, labels).items():
+            measures[f"{part}_{name}"] = value
+    return measures
+
+
+def make_workdir(workdir: str | Path) -> Path:
+    """Creates the folder that receives a command's files."""
+    path = Path(workdir).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ExperimentError(
+            f"Cannot write to --workdir '{path}' ({error.strerror}); choose another."
+        ) from error
+    return path
+
+
+def check_positive(config: ConfigDict, *fields: str) -> None:
+    """Refuses a config in which one of ``fields`` is not a positive count."""
+    for field in fields:
+        if config[field] < 1:
+            raise ExperimentError(f"config.{field} is {config[field]}; set it to at least 1.")
+
+
+def _run(
+    config: ConfigDict,
+    job: Job,
+    state: TrainState,
+    step: int,
+    seconds: float,
+    checkpoints: Checkpoints,
+    recorder: Recorder,
+    console: Console,
+) -> Outcome:
+    """The training loop, from ``step`` to ``config.steps`` or to an interruption."""
+    interrupted = False
+    clock = time.perf_counter()
+    logged_step, logged_seconds = step, seconds
+    with (
+        Interruption() as interruption,
+        ProgressDisplay(config.optimizer, config.steps, console, start=step) as display,
+    ):
+        try:
+            while step < config.steps and not interruption.requested:
+                state, loss = job.step(state, job.batches(step))
+                step += 1
+                # Only here does the host wait for the device. The step of an interruption is not
+                # logged: the resumed run's file shall equal that of an uninterrupted one.
+                if step % config.log_every == 0 or step == config.steps:
+                    reported = float(loss)
+                    seconds += time.perf_counter() - clock
+                    speed = (step - logged_step) / max(seconds - logged_seconds, 1e-9)
+                    logged_step, logged_seconds = step, seconds
+                    epoch = job.batches.epoch(step - 1)
+                    record = _with_info(Record(step, epoch, reported, seconds, speed), state)
+                    recorder.write(record)
+                    display.show(step, reported, speed, record.damping)
+                    clock = time.perf_counter()
+                due = step % config.checkpoint_every == 0 or step == config.steps
+                if due or interruption.requested:
+                    jax.block_until_ready(state)
+                    seconds += time.perf_counter() - clock
+                    checkpoints.save(step, state, seconds)
+                    clock = time.perf_counter()
+            interrupted = interruption.requested and step < config.steps
+        except KeyboardInterrupt:
+            # Raised between steps (by a batch source, or outside the main thread): the state is
+            # whole. Within a step its buffers are already donated, and the last checkpoint stands.
+            interrupted = True
+            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                step = int(state.step)
+                checkpoints.save(step, state, seconds + time.perf_counter() - clock)
+    return Outcome(state, step, seconds, interrupted, {})
+
+
+def _with_info(record: Record, state: TrainState) -> Record:
+    """The record with what the library's optimizers tell about themselves."""
+    info = kfe.info(state.opt_state)._asdict()
+    known = {name: info[name] for name in Record._fields if info.get(name) is not None}
+    return record._replace(**{name: value.item() for name, value in known.items()})

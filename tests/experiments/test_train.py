@@ -1,0 +1,204 @@
+"""``train``: records, checkpoints, bit-exact resumption, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import csv
+import signal
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from kfe_optax.experiments.batches import Batches
+from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.train import train
+
+CURVATURE = ["kfac", "ekfac"]
+
+
+@pytest.fixture
+def console():
+    return Console(quiet=True)
+
+
+def rows(workdir):
+    with (workdir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def loss_curve(workdir):
+    """Steps and losses as text: equal text is equal bits."""
+    return [(row["step"], row["loss"]) for row in rows(workdir)]
+
+
+def assert_same_state(first, second):
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+def test_a_run_leaves_records_checkpoints_and_measures(tiny_config, tmp_path, console):
+    tiny_config.optimizer = "adam"
+    tiny_config.steps = 40
+    outcome = train(tiny_config, tmp_path / "run", console=console)
+    losses = [float(row["loss"]) for row in rows(tmp_path / "run")]
+    assert len(losses) == 40
+    assert losses[-1] < losses[0]
+    assert [int(row["epoch"]) for row in rows(tmp_path / "run")][3:5] == [0, 1]
+    assert outcome.measures["train_loss"] < losses[0]
+    assert set(outcome.measures) == {
+        "train_loss",
+        "train_squared_error",
+        "test_loss",
+        "test_squared_error",
+    }
+    assert (tmp_path / "run" / "checkpoints" / "40").is_dir()
+    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
+    assert "optimizer: adam" in (tmp_path / "run" / "config.txt").read_text()
+
+
+@pytest.mark.parametrize("optimizer", CURVATURE)
+def test_an_optimizer_with_curvature_records_its_info(tiny_config, tmp_path, console, optimizer):
+    tiny_config.optimizer = optimizer
+    train(tiny_config, tmp_path / "run", console=console)
+    last = rows(tmp_path / "run")[-1]
+    assert float(last["damping"]) > 0.0
+    assert 0.0 < float(last["kl_factor"]) <= 1.0
+    assert int(last["last_refresh"]) == 4
+    assert int(last["failures"]) == int(last["nonfinite"]) == 0
+
+
+def test_the_log_interval_includes_the_last_step(tiny_config, tmp_path, console):
+    tiny_config.optimizer = "sgd"
+    tiny_config.log_every = 4
+    train(tiny_config, tmp_path / "run", console=console)
+    assert [row["step"] for row in rows(tmp_path / "run")] == ["4", "6"]
+
+
+@pytest.mark.parametrize("optimizer", ["adam", *CURVATURE])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    tiny_config, tmp_path, console, monkeypatch, optimizer
+):
+    tiny_config.optimizer = optimizer
+    tiny_config.steps = 9  # two epochs and a bit; the resumption falls between two refreshes
+    whole = train(tiny_config, tmp_path / "whole", console=console)
+
+    original = Batches.__call__
+
+    def interrupted_at_five(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    monkeypatch.setattr(Batches, "__call__", interrupted_at_five)
+    part = train(tiny_config, tmp_path / "parts", console=console)
+    assert part.interrupted
+    assert part.step == 5
+    assert not part.measures
+    monkeypatch.undo()
+    resumed = train(tiny_config, tmp_path / "parts", resume=True, console=console)
+
+    assert not resumed.interrupted
+    assert_same_state(resumed.state, whole.state)
+    assert resumed.measures == whole.measures
+    assert loss_curve(tmp_path / "parts") == loss_curve(tmp_path / "whole")
+
+
+def test_a_signal_ends_the_run_after_the_current_step(tiny_config, tmp_path, console, monkeypatch):
+    tiny_config.optimizer = "adam"
+    tiny_config.log_every = 2
+    train(tiny_config, tmp_path / "whole", console=console)
+    original = Batches.__call__
+    previous = signal.getsignal(signal.SIGINT)
+    for number, at in ((signal.SIGINT, 2), (signal.SIGTERM, 4)):
+
+        def signaled(self, step, number=number, at=at):
+            if step == at:
+                signal.raise_signal(number)
+            return original(self, step)
+
+        monkeypatch.setattr(Batches, "__call__", signaled)
+        outcome = train(tiny_config, tmp_path / "parts", resume=True, console=console)
+        assert outcome.interrupted
+        assert outcome.step == at + 1
+        assert signal.getsignal(signal.SIGINT) == previous
+    monkeypatch.undo()
+    train(tiny_config, tmp_path / "parts", resume=True, console=console)
+    assert loss_curve(tmp_path / "parts") == loss_curve(tmp_path / "whole")
+
+
+def test_rows_after_the_checkpoint_are_written_once(tiny_config, tmp_path, console):
+    tiny_config.optimizer = "adam"
+    tiny_config.checkpoint_every = 4
+    train(tiny_config, tmp_path / "run", console=console)
+    # As after a kill between a checkpoint and the end, with a row cut short.
+    (tmp_path / "run" / "checkpoints" / "6").rename(tmp_path / "lost")
+    before = loss_curve(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.csv").open("a") as file:
+        file.write("7,1,0.")
+    train(tiny_config, tmp_path / "run", resume=True, console=console)
+    assert loss_curve(tmp_path / "run") == before
+
+
+def test_a_finished_run_can_be_extended(tiny_config, tmp_path, console):
+    tiny_config.optimizer = "sgd"
+    train(tiny_config, tmp_path / "run", console=console)
+    again = train(tiny_config, tmp_path / "run", resume=True, console=console)
+    assert again.step == 6
+    assert again.measures
+    tiny_config.steps = 8
+    longer = train(tiny_config, tmp_path / "run", resume=True, console=console)
+    assert longer.step == 8
+    assert [row["step"] for row in rows(tmp_path / "run")] == [str(step) for step in range(1, 9)]
+
+
+def test_resume_without_a_checkpoint_starts_the_run(tiny_config, tmp_path, console):
+    tiny_config.optimizer = "sgd"
+    assert train(tiny_config, tmp_path / "run", resume=True, console=console).step == 6
+
+
+def test_a_run_is_not_overwritten_and_its_settings_hold(tiny_config, tmp_path, console):
+    tiny_config.optimizer = "adam"
+    train(tiny_config, tmp_path / "run", console=console)
+    with pytest.raises(ExperimentError, match="already holds a run; add --resume"):
+        train(tiny_config, tmp_path / "run", console=console)
+    tiny_config.adam.learning_rate.value = 0.5
+    with pytest.raises(ExperimentError, match=r"config.adam.learning_rate.value = 0.01, and"):
+        train(tiny_config, tmp_path / "run", resume=True, console=console)
+    tiny_config.adam.learning_rate.value = 1e-2
+    tiny_config.seed = 1
+    with pytest.raises(ExperimentError, match=r"config.seed = 0, and it is 1 now"):
+        train(tiny_config, tmp_path / "run", resume=True, console=console)
+
+
+def test_a_resumed_run_needs_the_same_data(tiny_config, tmp_path, console):
+    tiny_config.optimizer = "sgd"
+    train(tiny_config, tmp_path / "run", console=console)
+    archive = dict(np.load(tiny_config.data_dir))
+    archive["x_train"] = archive["x_train"][::-1]
+    np.savez(tmp_path / "other.npz", **archive)
+    tiny_config.data_dir = str(tmp_path / "other.npz")
+    with pytest.raises(ExperimentError, match="made with other training images"):
+        train(tiny_config, tmp_path / "run", resume=True, console=console)
+
+
+def test_seeds_differ_and_repeat(tiny_config, tmp_path, console):
+    tiny_config.optimizer = "ekfac"
+    curves = []
+    for index, seed in enumerate((0, 0, 1)):
+        tiny_config.seed = seed
+        train(tiny_config, tmp_path / str(index), console=console)
+        curves.append(loss_curve(tmp_path / str(index)))
+    assert curves[0] == curves[1] != curves[2]
+
+
+@pytest.mark.parametrize("field", ["steps", "log_every", "checkpoint_every"])
+def test_counts_are_positive(tiny_config, tmp_path, console, field):
+    tiny_config[field] = 0
+    with pytest.raises(ExperimentError, match=f"config.{field} is 0; set it to at least 1"):
+        train(tiny_config, tmp_path / "run", console=console)
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tiny_config, tmp_path, console):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExperimentError, match="Cannot write to --workdir"):
+        train(tiny_config, tmp_path / "file" / "run", console=console)
