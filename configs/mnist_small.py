@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         schedule(1.0, "exponential", end=0.1),
         momentum=0.8,
         nesterov=True,
-        max_kl=3.0,
+        max_kl=1.0,
         initial_refreshes=5,
     )
     config.ekfac = settings.ekfac(
@@ -34,6 +34,6 @@ def get_config() -> ConfigDict:
         momentum=0.8,
         nesterov=True,
         max_kl=3.0,
-        initial_refreshes=10,
+        initial_refreshes=5,
     )
     return config

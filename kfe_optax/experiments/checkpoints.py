@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import TrainState
+from kfe_optax.experiments.optimizers import METHODS
 
 # Settings that say how long a run is, what it writes, and where its data lie (the data themselves
 # are compared); all others fix its trajectory.
@@ -103,7 +104,12 @@ class Checkpoints:
 def _trajectory_settings(config: ConfigDict) -> dict[str, Any]:
     """The settings that fix a run's trajectory, as JSON gives them back (tuples become lists)."""
     fields = json.loads(json.dumps(config.to_dict()))
-    return {name: value for name, value in fields.items() if name not in _FREE_FIELDS}
+    other_optimizers = METHODS.keys() - {config.optimizer}
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in _FREE_FIELDS and name not in other_optimizers
+    }
 
 
 def _refuse_changes(saved: dict[str, Any], current: dict[str, Any], prefix: str = "config") -> None:

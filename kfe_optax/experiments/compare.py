@@ -11,7 +11,6 @@ import jax
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from kfe_optax.experiments.curve import Point, Run
 from kfe_optax.experiments.data import load
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
@@ -20,10 +19,14 @@ from kfe_optax.experiments.optimizers import find_method, optimizer_settings
 from kfe_optax.experiments.plots import plot_runs
 from kfe_optax.experiments.progress import ProgressDisplay
 from kfe_optax.experiments.report import comparison_table
+from kfe_optax.experiments.runs import Point, Run
 from kfe_optax.experiments.train import check_positive, evaluate, make_workdir
 
-# The share of a budget in seconds that is first spent on finding an optimizer's speed.
+# The share of a budget in seconds that is first spent on finding an optimizer's speed, and the first
+# steps, untypical because the curvature is refreshed in each of them, that do not count if there are
+# enough others.
 _REHEARSAL = 0.1
+_UNTYPICAL_STEPS = 10
 
 
 def compare(config: ConfigDict, workdir: str | Path, console: Console | None = None) -> list[Run]:
@@ -131,13 +134,16 @@ def _train(
 
 
 def _seconds_per_step(job: Job, budget: float) -> float:
-    """Runs the job for ``budget`` seconds and returns the time of a step."""
-    state, step, started = job.state, 0, time.perf_counter()
-    while step == 0 or time.perf_counter() - started < budget:
-        state, _ = job.step(state, job.batches(step))
+    """Runs the job for ``budget`` seconds and returns the time of a typical step."""
+    state, durations = job.state, []
+    while not durations or sum(durations) < budget:
+        clock = time.perf_counter()
+        state, _ = job.step(state, job.batches(len(durations)))
         jax.block_until_ready(state)
-        step += 1
-    return (time.perf_counter() - started) / step
+        durations.append(time.perf_counter() - clock)
+    typical = durations[_UNTYPICAL_STEPS:]
+    counted = typical if len(typical) > _UNTYPICAL_STEPS else durations
+    return sum(counted) / len(counted)
 
 
 def _write_curves(runs: Sequence[Run], path: Path) -> None:

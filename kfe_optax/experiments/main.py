@@ -20,8 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from kfe_optax.experiments.command_line import INTERRUPTED, run_command
     except ModuleNotFoundError as error:
         print(
-            f"kfe-optax: the commands need {error.name}; install them with "
-            "'pip install kfe-optax[experiments]'.",
+            f"kfe-optax: the commands need '{error.name}'; install the package with its extra, as in "
+            "pip install '.[experiments]' in a clone.",
             file=sys.stderr,
         )
         return 2

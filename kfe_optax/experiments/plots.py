@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from kfe_optax.experiments.curve import Run
+from kfe_optax.experiments.runs import Run
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; markers and dashes tell the
 # curves apart in black and white.

@@ -8,7 +8,7 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from kfe_optax.experiments.curve import Run
+from kfe_optax.experiments.runs import Run
 
 # The optimizer that everyone knows, against which the others' speed is stated.
 _REFERENCE = "adam"

@@ -47,7 +47,8 @@ def train(
 
     The folder receives ``metrics.csv``, TensorBoard's files, ``checkpoints/`` and ``config.txt``.
     With ``resume`` the run continues from the newest checkpoint, bit for bit as if it had never
-    stopped. Ctrl-C ends it after the current step with a checkpoint.
+    stopped; ``config.steps`` may have grown meanwhile, which stretches the schedules that span the
+    run. Ctrl-C ends a run after the current step with a checkpoint.
 
     Example::
 

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from kfe_optax.experiments import compare as compare_lib
 from kfe_optax.experiments.compare import compare
-from kfe_optax.experiments.curve import Point, Run
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.plots import plot_runs
 from kfe_optax.experiments.report import comparison_table
+from kfe_optax.experiments.runs import Point, Run
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -141,7 +141,7 @@ def test_missing_dependencies_name_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ml_collections", None)
     monkeypatch.delitem(sys.modules, "kfe_optax.experiments.command_line", raising=False)
     assert main(["--help"]) == 2
-    assert "pip install kfe-optax[experiments]" in capsys.readouterr().err
+    assert "pip install '.[experiments]'" in capsys.readouterr().err
 
 
 def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_that_resumes(tiny_config_file, tmp_path):

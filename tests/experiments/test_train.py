@@ -161,6 +161,8 @@ def test_a_run_is_not_overwritten_and_its_settings_hold(tiny_config, tmp_path, c
     train(tiny_config, tmp_path / "run", console=console)
     with pytest.raises(ExperimentError, match="already holds a run; add --resume"):
         train(tiny_config, tmp_path / "run", console=console)
+    tiny_config.ekfac.momentum = 0.5  # not this run's optimizer
+    train(tiny_config, tmp_path / "run", resume=True, console=console)
     tiny_config.adam.learning_rate.value = 0.5
     with pytest.raises(ExperimentError, match=r"config.adam.learning_rate.value = 0.01, and"):
         train(tiny_config, tmp_path / "run", resume=True, console=console)
