@@ -214,7 +214,9 @@ def main() -> None:
                 f"{run.flops / mean / 1e9:.0f}",
             )
         )
-    print(f"{platform.machine()}, {jax.devices()[0].device_kind}, JAX {jax.__version__}, batch {options.batch}")
+    print(
+        f"{platform.machine()}, {jax.devices()[0].device_kind}, JAX {jax.__version__}, batch {options.batch}"
+    )
     header = ("step", "mean ms", "× Adam", "bound", "median ms", "dearest ms", "GFLOP/s")
     print(align(header, rows, right=range(1, 7)))
 
@@ -226,7 +228,9 @@ def main() -> None:
             by_name[name].seconds.clear()
         alone = application_seconds([by_name[name] for name in ("gradient", *never)], repeats=30)
         gradient = float(np.median(by_name["gradient"].seconds))
-        print("\nA step that refreshes nothing, against a plain gradient step plus the preconditioner's products:")
+        print(
+            "\nA step that refreshes nothing, against a plain gradient step plus the preconditioner's products:"
+        )
         for name in never:
             step = float(np.median(by_name[name].seconds))
             apply = alone[name.split(",")[0]]

@@ -19,20 +19,27 @@ def get_config() -> ConfigDict:
     config.loss = "squared_error"
     config.batch_size = 450
     config.steps = 500
+    config.optimizer = "kfac"
 
     schedule = settings.schedule
     config.adam = settings.adam(schedule(1e-3, "linear", warmup=50))
     config.sgd = settings.sgd(schedule(1e-3, "linear", warmup=50))
+    # A squared error's curvature is some ten times that of a cross-entropy, and so is the damping.
     config.kfac = settings.kfac(
-        schedule(0.1, "linear"),
-        schedule(3.0, "exponential", end=0.3),
+        schedule(0.2, "linear"),
+        schedule(10.0, "exponential", end=1.0),
+        nesterov=True,
         max_kl=0.3,
         inverse_update_period=100,
+        initial_refreshes=2,
     )
     config.ekfac = settings.ekfac(
         schedule(0.3, "linear"),
-        schedule(3.0, "exponential", end=0.3),
+        schedule(30.0, "exponential", end=3.0),
+        momentum=0.8,
+        nesterov=True,
         max_kl=0.3,
         basis_update_period=100,
+        initial_refreshes=2,
     )
     return config

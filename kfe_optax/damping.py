@@ -10,8 +10,14 @@ from kfe_optax import kronecker
 
 def pi(input_factor: jax.Array, output_factor: jax.Array, stacked: int) -> jax.Array:
     """π = sqrt[(tr A / d_in) / (tr G / d_out)], (...,); 1 where a trace is zero (Martens & Grosse 2015, section 6.3)."""
-    mean_in = kronecker.trace(input_factor, stacked) / input_factor.shape[-1]
-    mean_out = kronecker.trace(output_factor, stacked) / output_factor.shape[-1]
+    return pi_of_means(
+        kronecker.trace(input_factor, stacked) / input_factor.shape[-1],
+        kronecker.trace(output_factor, stacked) / output_factor.shape[-1],
+    )
+
+
+def pi_of_means(mean_in: jax.Array, mean_out: jax.Array) -> jax.Array:
+    """π from the mean eigenvalues of A and G."""
     ratio = mean_in / jnp.where(mean_out > 0, mean_out, 1)
     return jnp.sqrt(jnp.where((mean_in > 0) & (mean_out > 0), ratio, 1))
 

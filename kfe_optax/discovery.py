@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,36 +84,48 @@ def discover(
         for parent, name in names
     ]
 
-    def traced(parameters, arrays, probes):
+    def traced(parameters, arrays, probes, kept):
         other, args, kwargs = static(arrays)
         boxes: dict[Path, dict[str, Any]] = {}
-        for (parent, name), probe in zip(names, probes, strict=False):
-            boxes.setdefault(parent, {})[name] = probe
+        for (parent, name), probe in zip(names, probes, strict=True):
+            if parent in kept:
+                boxes.setdefault(parent, {})[name] = probe
         loss = loss_fn(rebuild(parameters, other, boxes), *args, **kwargs)
         return loss[0] if has_aux else loss
 
-    listener = _Discovery()
-    try:
+    def trace(kept):
+        listener = _Discovery()
         with tags.listening(listener), adapters.intercepting():
-            jaxpr = jax.make_jaxpr(traced)(parameters, arrays, probes)
-    except Exception as error:
-        if isinstance(error, jaxprs.InnerDerivativeError):
-            raise
-        # Was it the riders? Without them the user's own error comes through as it is.
-        jax.eval_shape(traced, parameters, arrays, [])
-        raise ValueError(
-            "The loss function runs on the parameters, but breaks when riders stand beside the layers' kernels (under the name "
-            f"{tags.SLOT!r}): it probably walks the parameter tree itself. Let it read kfe.plain(params) there. "
-            f"It said: {type(error).__name__}: {error}"
-        ) from error
+            jaxpr = jax.make_jaxpr(functools.partial(traced, kept=kept))(parameters, arrays, probes)
+        return listener, jaxpr
 
-    trails = [
-        jaxprs.Trail((*parent, name), tuple(range(len(probe.shape))))
-        for (parent, name), probe in zip(names, probes, strict=True)
-    ]
-    before = len(jaxpr.jaxpr.invars) - len(trails)
-    uses = jaxprs.follow(jaxpr, [None] * before + trails)
+    kept = {parent for parent, _ in names}
+    try:
+        listener, jaxpr = trace(kept)
+    except jaxprs.InnerDerivativeError:
+        raise
+    except Exception as error:
+        # Was it the riders? Without them the user's own error comes through as it is.
+        trace(set())
+        kept = {parent for parent in kept if _runs(trace, {parent})}
+        if not kept:
+            raise ValueError(
+                "The loss function runs on the parameters, but breaks when riders stand beside the layers' kernels (under the "
+                f"name {tags.SLOT!r}): it probably walks the parameter tree itself. Let it read kfe.plain(params) there. "
+                f"It said: {type(error).__name__}: {error}"
+            ) from error
+        # A wrapper around some layers walks their parameters (weight normalization does): those layers take no riders.
+        listener, jaxpr = trace(kept)
+
+    # The parameters themselves are followed as well: a kernel that was replaced beside its probe must not pass for itself.
+    own = [_trail(path, leaf) for path, leaf in shapes.items()]
+    trails = [_trail((*parent, name), probe) for (parent, name), probe in zip(names, probes, strict=True)]
+    between = len(jaxpr.jaxpr.invars) - len(own) - len(trails)
+    uses = jaxprs.follow(jaxpr, [*own, *[None] * between, *trails])
     layers, reasons = _build(uses, shapes)
+    for parent, name in names:
+        if parent not in kept:
+            reasons[(*parent, name)] = "changed before the layer uses it (by a wrapper that takes no rider)"
     taken = {path for layer in layers for _, path in layer.paths}
     rest = tuple(path for path in shapes if path not in taken)
     unused = _unused(jaxpr, list(shapes))
@@ -121,18 +134,30 @@ def discover(
     return Layers(layers, rest, explained, sizes, listener.outputs(uses))
 
 
+def _runs(trace: Callable[[set[Path]], Any], kept: set[Path]) -> bool:
+    try:
+        trace(kept)
+    except Exception:
+        return False
+    return True
+
+
+def _trail(path: Path, leaf: Any) -> jaxprs.Trail:
+    return jaxprs.Trail(path, tuple(range(len(leaf.shape))))
+
+
 class _Discovery:
     """Binds markers to the probes (see `tags.Listener`)."""
 
     def __init__(self):
         self._outputs: list[tuple[Any, tuple[int, ...]]] = []
 
-    def tag(self, kind, roles, x, y, box):
+    def tag(self, kind, roles, x, y, kernel, box):
         probe = box.get(roles[0][1])
         if probe is None:
             return y
         shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name)
-        return jaxprs.layer_mark.bind(y, probe, kind=kind, roles=roles, shapes=shapes, vmaps=())
+        return jaxprs.layer_mark.bind(y, probe, kernel, kind=kind, roles=roles, shapes=shapes, vmaps=())
 
     def unsupported(self, name, box):
         for probe in box.values():
@@ -226,6 +251,10 @@ def _trouble(use: jaxprs.Use) -> str | None:
         return f"changed before the layer uses it ({trail.lost})"
     if trail.stopped:
         return "frozen by stop_gradient"
+    kernel = use.kernel
+    if kernel is None or kernel.lost or kernel.path != trail.path:
+        how = kernel.lost if kernel is not None and kernel.lost else "replaced"
+        return f"changed before the layer uses it ({how})"
     inner = trail.dims[len(trail.dims) - _inner_rank(use) :]
     if inner != tuple(sorted(inner)):
         return "transposed before the layer uses it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,8 @@ class _Collection:
         self._axis_name = axis_name
         self._serial = 0
 
-    def tag(self, kind, roles, x, y, box):
-        del kind, roles
+    def tag(self, kind, roles, x, y, kernel, box):
+        del kind, roles, kernel
         if "input" in box:
             return tags.row_tag(x, y, dict(box))
         return tags.additive_tag(x, y, dict(box)) if "inputs" in box else y
@@ -209,5 +210,19 @@ def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
             f"fisher='exact' cannot enumerate the outputs of {looped[0]} inside a loop (scan, map): collect the outputs and "
             "compute the loss outside the loop, or use fisher='sampled'."
         )
-    batches = {output.examples for output in found.outputs if not output.looped}
+    spread = [
+        output
+        for output in found.outputs
+        if output.mapped
+        and any(
+            output.examples not in (layer.examples, math.prod(layer.stack_shape)) for layer in found.values()
+        )
+    ]
+    if fisher == "exact" and spread:
+        raise ValueError(
+            f"fisher='exact' meets {spread[0].spec.name} under a vmap of size {spread[0].examples}, which is neither the batch "
+            "nor an ensemble's members: its columns would mix what the vmap maps. Call the loss on the whole array instead, "
+            "or use fisher='sampled'."
+        )
+    batches = {size for output in found.outputs if not output.looped for size in output.batches}
     return found.settle_batch(batches) if batches else found

@@ -145,7 +145,7 @@ def pool_null_directions(
 
     eigh's basis of a null space is arbitrary, and with it a diagonal scale in that space; its mean is not.
     """
-    if not threshold:
+    if isinstance(threshold, float | int) and not threshold:
         return scale
     for side in (0, 1):
         values = basis[side].values

@@ -71,6 +71,12 @@ class Output:
         return math.prod(self.mapped) if self.mapped else (self.shape[0] if self.batched else 1)
 
     @property
+    def batches(self) -> set[int]:
+        """Sizes that the batch may have: a vmap around the loss maps its examples, or members of an ensemble."""
+        free = len(self.shape) - self.spec.distribution.event_ndim
+        return {self.examples, self.shape[0]} if self.mapped and free else {self.examples}
+
+    @property
     def columns(self) -> int:
         """The number of exact Fisher columns an example has."""
         return math.prod(self.shape[1:] if self.batched else self.shape)

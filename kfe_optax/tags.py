@@ -30,7 +30,9 @@ Box = Mapping[str, Any]
 class Listener(Protocol):
     """What listens to tags while a loss is traced: discovery, or the collection of taps."""
 
-    def tag(self, kind: str, roles: tuple[tuple[str, str], ...], x: Any, y: Any, box: Box) -> Any:
+    def tag(
+        self, kind: str, roles: tuple[tuple[str, str], ...], x: Any, y: Any, kernel: Any, box: Box
+    ) -> Any:
         """Called for every tagged layer; returns y, tagged."""
 
     def unsupported(self, name: str, box: Box) -> None:
@@ -62,17 +64,18 @@ def listening(active: Listener) -> Generator[None]:
         _listener.reset(token)
 
 
-def tag(kind: str, roles: tuple[tuple[str, str], ...], x: Any, y: Any, box: Box) -> Any:
+def tag(kind: str, roles: tuple[tuple[str, str], ...], x: Any, y: Any, kernel: Any, box: Box) -> Any:
     """Tags `y`, the output of a layer of the given kind for the input `x`; the identity when nobody listens.
 
-    `roles` names the parameters that the layer consists of, as ((role, name beside the slot), ...).
+    `roles` names the parameters that the layer consists of, as ((role, name beside the slot), ...); `kernel` is the kernel that
+    the layer used.
     """
     active = _listener.get()
     if active is None or not box:
         return y
     # An integer input (one-hot rows) has no tangent; the layer computes with it in the output's dtype anyway.
     x = x if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.asarray(x, jnp.result_type(y))
-    return active.tag(kind, roles, jax.lax.stop_gradient(x), y, box)
+    return active.tag(kind, roles, jax.lax.stop_gradient(x), y, kernel, box)
 
 
 def unsupported(name: str, box: Box) -> None:
@@ -134,7 +137,7 @@ def tag_dense(
     roles = [("kernel", kernel)]
     if bias is not None and bias in params:
         roles.append(("bias", bias))
-    return tag("dense", tuple(roles), x, y, params.get(SLOT, {}))
+    return tag("dense", tuple(roles), x, y, params[kernel], params.get(SLOT, {}))
 
 
 def plain(params: Any) -> Any:

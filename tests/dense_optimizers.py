@@ -97,7 +97,7 @@ class Ekfac:
                 self._measure(i, step, rotated, weights, x, loss)
             denominator = self.diagonal[i] + self.damping(step)
             if self.damping_type == "appendix_c":
-                root, ratio = np.sqrt(self.damping(step)), dense.pi(self.a[i].value, self.g[i].value)
+                root, ratio = np.sqrt(self.damping(step)), dense.pi(np.diag(s_a), np.diag(s_g))
                 denominator = denominator + np.add.outer(root / ratio * s_a, root * ratio * s_g).ravel()
             new.append((basis @ (rotated / denominator)).reshape(v.shape))
         return new

@@ -40,7 +40,7 @@ def _interceptor(next_function, args, kwargs, context):
         tags.unsupported(type(module).__name__, box)
         return y
     x = args[0] if args else next(iter(kwargs.values()))
-    return tags.tag(kind, _roles(module), x, y, box)
+    return tags.tag(kind, _roles(module), x, y, module.get_variable("params", "kernel"), box)
 
 
 def intercepting() -> contextlib.AbstractContextManager[Any]:

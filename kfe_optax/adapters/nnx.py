@@ -40,7 +40,7 @@ def _wrap(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
         }
         bias = getattr(self, "bias", None) is not None
         roles = (("kernel", "kernel"), ("bias", "bias")) if bias else (("kernel", "kernel"),)
-        return tags.tag(kind, roles, inputs, y, box)
+        return tags.tag(kind, roles, inputs, y, self.kernel[...], box)
 
     return call
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -15,6 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         main(["train", "--config=configs/mnist_small.py", "--config.steps=100"])
     """
+    # JAX factorizes on a CPU with SciPy's OpenBLAS, whose threads spin against those of XLA: an
+    # eigendecomposition takes up to forty times as long as with one. OpenBLAS reads the variable
+    # when it is first needed, which is later than here.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         # The training job's own dependencies are an extra, which the library does without.
         from kfe_optax.experiments.command_line import INTERRUPTED, run_command

@@ -33,7 +33,16 @@ def _side(layer: Layer, side: int, max_dim: int) -> tuple[int, ...]:
 
 
 def init(layers: Iterable[Layer], max_dim: int) -> FactorsState:
-    """Zero factors."""
+    """Zero factors.
+
+    Raises:
+      ValueError: `max_dim`, which fixes shapes, is traced.
+    """
+    if isinstance(max_dim, jax.core.Tracer):
+        raise ValueError(
+            "max_dim fixes the shapes of the state and cannot be traced: give optax.inject_hyperparams "
+            "static_args=('max_dim',), or call tx.init outside jit."
+        )
     layers = list(layers)
     inputs, outputs = (
         {layer.name: jnp.zeros(_side(layer, side, max_dim), layer.factor_dtype) for layer in layers}

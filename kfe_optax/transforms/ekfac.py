@@ -196,8 +196,9 @@ class _Ekfac(NamedTuple):
         scale = kronecker.pool_null_directions(state.scale[name], state.basis[name], self.null_threshold)
         if self.plain:
             return scale + strength.astype(scale.dtype)
-        ratio = damping_lib.pi(state.factors.input[name], state.factors.output[name], self._stacked(name))
         inputs, outputs = state.basis[name]
+        # π belongs to the same factors as the eigenvalues, which may be older than the running averages.
+        ratio = damping_lib.pi_of_means(inputs.values.mean(-1), outputs.values.mean(-1))
         return scale + damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
 
     def _refresh(self, state, count, pulled, new_factors, new_basis, new_scale) -> EkfacState:
