@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import core
 
 from kfe_optax.layers import Layer, Layers
 
@@ -38,7 +39,7 @@ def init(layers: Iterable[Layer], max_dim: int) -> FactorsState:
     Raises:
       ValueError: `max_dim`, which fixes shapes, is traced.
     """
-    if isinstance(max_dim, jax.core.Tracer):
+    if isinstance(max_dim, core.Tracer):
         raise ValueError(
             "max_dim fixes the shapes of the state and cannot be traced: give optax.inject_hyperparams "
             "static_args=('max_dim',), or call tx.init outside jit."
