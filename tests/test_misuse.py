@@ -293,3 +293,14 @@ def test_reasons_for_what_is_no_layer():
     table = str(layers)
     assert all(reason in table for reason in reasons.values())
     assert "Dense_0" in layers and "last" in layers
+
+
+@pytest.mark.parametrize("name", ["scale_by_kfac", "scale_by_ekfac"])
+def test_traced_max_dim(name, step):
+    problem, layers, *_ = step
+
+    def init(max_dim):
+        return getattr(kfe, name)(layers, 0.1, max_dim=max_dim).init(problem.params)
+
+    with pytest.raises(ValueError, match=r"max_dim fixes the shapes.*static_args=\('max_dim',\)"):
+        jax.jit(init)(8)
