@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from kfe_optax.layers import Layer
+
+# Whether TKFAC weights each position with its own traces, or each example with those of its whole gradient.
+Pairing = Literal["position", "example"]
 
 
 class Statistics(Protocol):
@@ -31,6 +34,17 @@ class Statistics(Protocol):
 
     def second_moment_in(self, basis_in: Any, basis_out: Any) -> jax.Array | None:
         """S* = E[(U_Aᵀ M U_G)²], (..., d_in, d_out); a basis None is the identity. None when unknown."""
+
+    def contract_output(self, v: jax.Array, diagonal: bool = False) -> jax.Array:
+        """MAT(Z(F) v) = E[M V Mᵀ], (..., d_in, d_in), or its diagonal; V (..., d_out, d_out) or a diagonal (..., d_out)."""
+
+    def contract_input(self, u: jax.Array, diagonal: bool = False) -> jax.Array:
+        """MAT(Z(F)ᵀ u) = E[Mᵀ U M], (..., d_out, d_out), or its diagonal; U (..., d_in, d_in) or a diagonal (..., d_in)."""
+
+    def traced_factors(
+        self, pairing: Pairing, diagonal: tuple[bool, bool]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """σ (...,), σΦ and σΨ of TKFAC (see `factors.tkfac`), or their diagonals."""
 
     def example_gradients(self) -> jax.Array:
         """M_n, (..., n, d_in, d_out)."""
@@ -83,6 +97,21 @@ class _Rows:
 
         return _over_stack(one, len(self.layer.stack_shape))(self._a, self._g, bases)
 
+    def contract_output(self, v, diagonal=False):
+        return self._contract(self._g, self._a, v, diagonal)
+
+    def contract_input(self, u, diagonal=False):
+        return self._contract(self._a, self._g, u, diagonal)
+
+    def _contract(self, inner, outer, matrix, diagonal):
+        function = functools.partial(_contract, diagonal=diagonal)
+        return _over_stack(function, len(self.layer.stack_shape))(inner, outer, matrix)
+
+    def traced_factors(self, pairing, diagonal):
+        function = _traced_positions if pairing == "position" else _traced_examples
+        function = functools.partial(function, diagonal=diagonal)
+        return _over_stack(function, len(self.layer.stack_shape))(self._a, self._g)
+
     def example_gradients(self):
         return jnp.einsum("...nta,...ntb->...nab", self._a, self._g)
 
@@ -105,6 +134,45 @@ def _second_moment(a: jax.Array, g: jax.Array) -> jax.Array:
 
     zeros = jnp.zeros((a.shape[-1], g.shape[-1]), a.dtype)
     return jax.lax.scan(add, zeros, (a, g))[0] / n
+
+
+def _contract(inner: jax.Array, outer: jax.Array, matrix: jax.Array, diagonal: bool) -> jax.Array:
+    """(1/n) Σ_n Σ_{t,t'} (x_tᵀ K x_t') y_t y_t'ᵀ for inner x (n, t, d), outer y (n, t, e) and K (d, d) or its diagonal."""
+    n, t, _ = inner.shape
+    mapped = inner * matrix if matrix.ndim == 1 else inner @ matrix
+    if t == 1:
+        rows = outer[:, 0]
+        weights = jnp.sum(mapped * inner, -1) / n
+        weighted = weights * rows
+        return jnp.sum(weighted * rows, 0) if diagonal else weighted.T @ rows
+
+    # One example at a time: of the (t, t) products only one is in memory.
+    def add(total, example):
+        inner, mapped, outer = example
+        weighted = mapped @ (inner.T @ outer) if t > outer.shape[-1] else (mapped @ inner.T) @ outer
+        return total + (jnp.sum(weighted * outer, 0) if diagonal else outer.T @ weighted), None
+
+    zeros = jnp.zeros(outer.shape[-1:] * (1 if diagonal else 2), outer.dtype)
+    return jax.lax.scan(add, zeros, (inner, mapped, outer))[0] / n
+
+
+def _traced_positions(a: jax.Array, g: jax.Array, diagonal: tuple[bool, bool]) -> tuple[jax.Array, ...]:
+    """σ = E Σ_t ‖a_t‖²‖g_t‖², σΦ = E Σ_t ‖g_t‖² a_t a_tᵀ, σΨ = E Σ_t ‖a_t‖² g_t g_tᵀ."""
+    trace_in, trace_out = (jnp.sum(v * v, -1, keepdims=True) for v in (a, g))
+    n = a.shape[0]
+    return (
+        jnp.sum(trace_in * trace_out) / n,
+        _gram(a * jnp.sqrt(trace_out), diagonal[0]) / n,
+        _gram(g * jnp.sqrt(trace_in), diagonal[1]) / n,
+    )
+
+
+def _traced_examples(a: jax.Array, g: jax.Array, diagonal: tuple[bool, bool]) -> tuple[jax.Array, ...]:
+    """σ = E‖M‖², σΦ = E[M Mᵀ], σΨ = E[Mᵀ M] with M = Σ_t a_t g_tᵀ."""
+    unit_in, unit_out = (jnp.ones(v.shape[-1:], v.dtype) for v in (a, g))
+    inputs = _contract(g, a, unit_out, diagonal[0])
+    outputs = _contract(a, g, unit_in, diagonal[1])
+    return (jnp.sum(inputs) if diagonal[0] else jnp.trace(inputs)), inputs, outputs
 
 
 class _Sums:
@@ -136,6 +204,34 @@ class _Sums:
         if basis_out is not None:
             gradients = jnp.einsum("...nab,...bc->...nac", gradients, basis_out)
         return jnp.mean(jnp.square(gradients), -3)
+
+    def contract_output(self, v, diagonal=False):
+        gradients = self.example_gradients()
+        mapped = gradients * v[..., None, None, :] if self._diagonal(v) else gradients @ v[..., None, :, :]
+        form = "...nab,...nab->...a" if diagonal else "...nab,...ncb->...ac"
+        return jnp.einsum(form, mapped, gradients) / self.layer.examples
+
+    def contract_input(self, u, diagonal=False):
+        gradients = self.example_gradients()
+        mapped = gradients * u[..., None, :, None] if self._diagonal(u) else u[..., None, :, :] @ gradients
+        form = "...nab,...nab->...b" if diagonal else "...nab,...nac->...bc"
+        return jnp.einsum(form, gradients, mapped) / self.layer.examples
+
+    def _diagonal(self, factor):
+        return factor.ndim == len(self.layer.stack_shape) + 1
+
+    def traced_factors(self, pairing, diagonal):
+        if pairing == "position":
+            raise ValueError(
+                f"Layer {self.layer.name!r} uses its parameters more than once, so the traces of its single positions are not "
+                "known: choose tkfac's pairing='example'."
+            )
+        d_in, d_out = self.layer.sides
+        stack = self.layer.stack_shape
+        inputs = self.contract_output(jnp.ones((*stack, d_out), self.layer.factor_dtype), diagonal[0])
+        outputs = self.contract_input(jnp.ones((*stack, d_in), self.layer.factor_dtype), diagonal[1])
+        sigma = outputs.sum(-1) if diagonal[1] else jnp.trace(outputs, axis1=-2, axis2=-1)
+        return sigma, inputs, outputs
 
     def example_gradients(self):
         if not self.layer.per_example:

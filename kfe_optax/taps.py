@@ -197,6 +197,17 @@ class Tap:
         """S* = E[(U_Aᵀ ∇W̄ U_G)²] over per-example gradients, (*stack, d_in, d_out); None is the identity basis."""
         return _second_moment(self, basis_in, basis_out)
 
+    def contract_output(self, v: jax.Array) -> jax.Array:
+        """MAT(Z(F) v) = E[M V Mᵀ], (*stack, d_in, d_in), M = Σ_t ā gᵀ per example; V (*stack, d_out, d_out).
+
+        Z(F) is F rearranged so that Z(A⊗G) = vec(A) vec(G)ᵀ (Koroko et al. 2022, section 3); F is never formed.
+        """
+        return _contract_output(self, v)
+
+    def contract_input(self, u: jax.Array) -> jax.Array:
+        """MAT(Z(F)ᵀ u) = E[Mᵀ U M], (*stack, d_out, d_out), for U (*stack, d_in, d_in); see `contract_output`."""
+        return _contract_input(self, u)
+
     def example_gradients(self) -> jax.Array:
         """Σ_t ā gᵀ of each example, (*stack, n, d_in, d_out), of one draw."""
         return _example_gradients(self)
@@ -223,6 +234,16 @@ def _covariances(tap: Tap) -> tuple[jax.Array, jax.Array]:
 @jax.jit
 def _second_moment(tap: Tap, basis_in: Any, basis_out: Any) -> jax.Array | None:
     return tap.taps.pulled().reduce(lambda s: s[tap.name].second_moment_in(basis_in, basis_out))
+
+
+@jax.jit
+def _contract_output(tap: Tap, v: jax.Array) -> jax.Array:
+    return tap.taps.pulled().reduce(lambda s: s[tap.name].contract_output(v))
+
+
+@jax.jit
+def _contract_input(tap: Tap, u: jax.Array) -> jax.Array:
+    return tap.taps.pulled().reduce(lambda s: s[tap.name].contract_input(u))
 
 
 @jax.jit
