@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from kfe_optax import kronecker
+from kfe_optax.kinds import KINDS
 
 
 def pi(input_factor: jax.Array, output_factor: jax.Array, stacked: int) -> jax.Array:
@@ -49,3 +53,33 @@ def appendix_c(
     inputs = values_in * (root / ratio)[..., None]
     outputs = values_out * (root * ratio)[..., None]
     return damping.astype(values_in.dtype) + inputs[..., :, None] + outputs[..., None, :]
+
+
+def trace_tuned(
+    scales: Mapping[str, jax.Array], layers: Mapping[str, Any], damping: jax.Array, floor: float | jax.Array
+) -> dict[str, jax.Array]:
+    """TEKFAC's denominators from the scales Θ (Gao et al. 2020, section 4).
+
+    A convolution l has Θ_l + λ_l, λ_l = max{tr Θ_l, ϑ} / (d_in d_out). A fully connected layer has β(Θ + λ) with β the
+    largest λ_l, or Θ + λ in a network without convolutions. The paper leaves λ inside β open.
+
+    Args:
+      scales: {layer: Θ (*stack, d_in, d_out)}.
+      layers: {layer: its description}.
+      damping: λ.
+      floor: ϑ.
+    """
+    tuned = {}
+    for name, scale in scales.items():
+        if KINDS[layers[name].kind].convolution:
+            trace = jnp.maximum(scale.sum((-2, -1), keepdims=True), floor)
+            tuned[name] = trace / (scale.shape[-2] * scale.shape[-1])
+    factor = jnp.stack([value.max() for value in tuned.values()]).max() if tuned else None
+    denominators = {}
+    for name, scale in scales.items():
+        if name in tuned:
+            denominators[name] = scale + tuned[name]
+        else:
+            plain = scale + damping.astype(scale.dtype)
+            denominators[name] = plain if factor is None else factor.astype(scale.dtype) * plain
+    return denominators

@@ -14,7 +14,7 @@ class Info(NamedTuple):
     """The state of the curvature; a field is None when no transformation of the state has it.
 
     Attributes:
-      damping: λ of the last step.
+      damping: λ of the last step; None for `in_kfe`, which has none.
       failures: factors and factorizations that were not finite; the last good ones were kept.
       last_refresh: the step of the last refresh of the inverses or the basis, −1 before the first.
       kl_factor: ν of the last `clip_by_kl`, 1 when it did not clip.
@@ -52,7 +52,7 @@ def info(opt_state: Any) -> Info:
         if isinstance(node, LayerwiseState):
             method = node.method
             found = found._replace(
-                damping=_first(found.damping, method.damping),
+                damping=_first(found.damping, getattr(method, "damping", None)),
                 failures=_add(found.failures, method.failures),
                 last_refresh=_first(found.last_refresh, method.last_refresh),
                 nonfinite=_add(found.nonfinite, node.nonfinite),
@@ -72,7 +72,7 @@ def _read(leaf: Any) -> Any:
 
 
 def _first(seen: Any, new: Any) -> Any:
-    return _read(new) if seen is None else seen
+    return _read(new) if seen is None and new is not None else seen
 
 
 def _add(seen: Any, new: Any) -> Any:

@@ -22,21 +22,30 @@ class Eigenbasis(NamedTuple):
     vectors: jax.Array | None
 
 
-def by_shape(function: Callable[[jax.Array], Any], matrices: Mapping[Key, jax.Array]) -> dict[Key, Any]:
-    """Applies a batched function (b, d, d) → pytree of (b, ...) once for each shape and dtype, to all matrices stacked."""
+def by_shape(function: Callable[..., Any], arguments: Mapping[Key, Any]) -> dict[Key, Any]:
+    """Applies a batched function (b, d, d), ... → pytree of (b, ...) once for each shape and dtype, to all arguments stacked.
+
+    Args:
+      function: takes as many stacks as there are matrices in an argument.
+      arguments: {key: matrix (*stack, d, d), or a tuple of them with one `stack`; what is smaller than a matrix, such as
+        eigenvalues (*stack, d), has the rank of `stack` plus its own}.
+    """
     groups: dict[Any, list[Key]] = {}
-    for key, matrix in matrices.items():
-        groups.setdefault((matrix.shape[-2:], matrix.dtype), []).append(key)
+    tuples = {key: value if isinstance(value, tuple) else (value,) for key, value in arguments.items()}
+    leads = {key: len(values[0].shape) - 2 for key, values in tuples.items()}
+    for key, values in tuples.items():
+        form = tuple((v.shape[leads[key] :], v.dtype) for v in values)
+        groups.setdefault(form, []).append(key)
     results: dict[Key, Any] = {}
-    for (shape, _), keys in groups.items():
-        flat = [matrices[key].reshape(-1, *shape) for key in keys]
-        stacked = function(flat[0] if len(flat) == 1 else jnp.concatenate(flat))
+    for form, keys in groups.items():
+        stacks = [[tuples[key][i].reshape(-1, *shape) for key in keys] for i, (shape, _) in enumerate(form)]
+        whole = function(*(parts[0] if len(parts) == 1 else jnp.concatenate(parts) for parts in stacks))
         start = 0
-        for key, part in zip(keys, flat, strict=True):
-            lead, size = matrices[key].shape[:-2], part.shape[0]
+        for key, part in zip(keys, stacks[0], strict=True):
+            lead, size = tuples[key][0].shape[: leads[key]], part.shape[0]
             here = slice(start, start + size)
             results[key] = jax.tree.map(
-                lambda v, here=here, lead=lead: v[here].reshape(*lead, *v.shape[1:]), stacked
+                lambda v, here=here, lead=lead: v[here].reshape(*lead, *v.shape[1:]), whole
             )
             start += size
     return results
@@ -44,27 +53,59 @@ def by_shape(function: Callable[[jax.Array], Any], matrices: Mapping[Key, jax.Ar
 
 def inverse(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Inverses of positive definite (b, d, d) by Cholesky, and which of them are finite."""
-
-    def batched(stack):
-        root = jnp.linalg.cholesky(stack)
-        identity = jnp.broadcast_to(jnp.eye(stack.shape[-1], dtype=stack.dtype), stack.shape)
-        return jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
-
-    half = _one_at_a_time_on_cpu(batched, matrices)
-    inverses = half.mT @ half
+    half = one_at_a_time_on_cpu(_inverse_root, matrices)
+    inverses = half @ half.mT
     return inverses, jnp.isfinite(inverses).all((-2, -1))
+
+
+def _inverse_root(stack: jax.Array) -> jax.Array:
+    """H = L⁻ᵀ with L Lᵀ the matrix: Hᵀ A H = I and A⁻¹ = H Hᵀ; NaN where A is not positive definite."""
+    root = jnp.linalg.cholesky(stack)
+    identity = jnp.broadcast_to(jnp.eye(stack.shape[-1], dtype=stack.dtype), stack.shape)
+    return jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True).mT
 
 
 def eigh(matrices: jax.Array) -> tuple[Eigenbasis, jax.Array]:
     """Eigenbases of symmetric (b, d, d), eigenvalues clipped at zero, and which of them are finite."""
-    vectors, values = _one_at_a_time_on_cpu(
-        lambda stack: tuple(jax.lax.linalg.eigh(stack, symmetrize_input=True)), matrices
-    )
-    finite = jnp.isfinite(vectors).all((-2, -1)) & jnp.isfinite(values).all(-1)
-    return Eigenbasis(jnp.maximum(values, 0), vectors), finite
+    basis = one_at_a_time_on_cpu(raw_eigh, matrices)
+    finite = jnp.isfinite(basis.vectors).all((-2, -1)) & jnp.isfinite(basis.values).all(-1)
+    return Eigenbasis(jnp.maximum(basis.values, 0), basis.vectors), finite
 
 
-def _one_at_a_time_on_cpu(function: Callable[[jax.Array], Any], stack: jax.Array) -> Any:
+def raw_eigh(stack: jax.Array) -> Eigenbasis:
+    """Eigenbases of a stack in one call, unchecked; to be called inside `one_at_a_time_on_cpu`."""
+    vectors, values = jax.lax.linalg.eigh(stack, symmetrize_input=True)
+    return Eigenbasis(values, vectors)
+
+
+def pencil(positive: jax.Array, other: jax.Array) -> tuple[Eigenbasis, jax.Array]:
+    """K and s with Kᵀ A K = I and Kᵀ C K = diag(s), for A positive definite and C symmetric (b, d, d), and which are finite.
+
+    K = A^{-1/2} E up to a rotation of the root, with E the eigenvectors of A^{-1/2} C A^{-1/2}. An A that rounding has left
+    with eigenvalues at or below zero is inverted with its eigenvalues raised to `_SMALLEST` of the largest.
+    """
+
+    def batched(a, c):
+        root = _inverse_root(a)
+        root = jax.lax.cond(jnp.isfinite(root).all(), lambda: root, lambda: _clipped_inverse_root(a))
+        values, rotation = raw_eigh(root.mT @ c @ root)
+        return Eigenbasis(values, root @ rotation)
+
+    basis = one_at_a_time_on_cpu(batched, positive, other)
+    finite = jnp.isfinite(basis.vectors).all((-2, -1)) & jnp.isfinite(basis.values).all(-1)
+    return basis, finite
+
+
+_SMALLEST = 1e-6
+
+
+def _clipped_inverse_root(stack: jax.Array) -> jax.Array:
+    vectors, values = jax.lax.linalg.eigh(stack, symmetrize_input=True)
+    floor = _SMALLEST * values.max(-1, keepdims=True)
+    return vectors / jnp.sqrt(jnp.maximum(values, floor))[..., None, :]
+
+
+def one_at_a_time_on_cpu(function: Callable[..., Any], *stacks: jax.Array) -> Any:
     """A batched factorization; matrix by matrix on a CPU, also under a user's vmap.
 
     jaxlib's batched LAPACK kernels wait in XLA's thread pool for workers of that same pool: two of them at once, of different
@@ -72,10 +113,12 @@ def _one_at_a_time_on_cpu(function: Callable[[jax.Array], Any], stack: jax.Array
     """
 
     @jax.custom_batching.sequential_vmap
-    def single(matrix):
-        return jax.tree.map(lambda v: v[0], function(matrix[None]))
+    def single(*matrices):
+        return jax.tree.map(lambda v: v[0], function(*(matrix[None] for matrix in matrices)))
 
-    return jax.lax.platform_dependent(stack, cpu=lambda s: jax.lax.map(single, s), default=function)
+    return jax.lax.platform_dependent(
+        *stacks, cpu=lambda *s: jax.lax.map(lambda m: single(*m), s), default=function
+    )
 
 
 def is_diagonal(factor: jax.Array, stacked: int) -> bool:
@@ -131,6 +174,24 @@ def carry_second_moment(
         rotation = jnp.square(after.mT @ before)
         scale = rotation @ scale if side == 0 else scale @ rotation.mT
     return scale
+
+
+def carry_first_moment(
+    moment: jax.Array, old: tuple[Eigenbasis, Eigenbasis], new: tuple[Eigenbasis, Eigenbasis]
+) -> jax.Array:
+    """A matrix of the old basis in the new one: R_A m R_Gᵀ with R = U_newᵀ U_old (Vyas et al. 2024)."""
+    for side in (0, 1):
+        before, after = old[side].vectors, new[side].vectors
+        if before is None or after is None:
+            continue
+        rotation = after.mT @ before
+        moment = rotation @ moment if side == 0 else moment @ rotation.mT
+    return moment
+
+
+def dot(a: jax.Array, b: jax.Array, stacked: int) -> jax.Array:
+    """(...,) Frobenius inner products of two factors, or of two diagonals."""
+    return jnp.sum(a * b, tuple(range(stacked, a.ndim)))
 
 
 def outer(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -12,25 +13,86 @@ from kfe_optax.transforms.clip import clip_by_kl
 from kfe_optax.transforms.ekfac import scale_by_ekfac
 from kfe_optax.transforms.kfac import scale_by_kfac
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
+from kfe_optax.transforms.named import (
+    scale_by_deflation,
+    scale_by_kfac_corrected,
+    scale_by_kpsvd,
+    scale_by_lanczos,
+    scale_by_tkfac,
+)
+from kfe_optax.transforms.tekfac import scale_by_tekfac
+
+ScaleBy = Callable[..., optax.GradientTransformationExtraArgs]
+
+_DOCSTRING = """{title}, ready to use: `{scale_by}`, `clip_by_kl`, momentum, decoupled weight decay, learning rate.
+
+Args:
+  learning_rate: η, a scalar or a schedule.
+  layers: what `kfe.find_layers` returned.
+  damping: λ, see `{scale_by}`: raise it when the loss rises, lower it when progress is slow.
+  momentum: heavy-ball momentum on the preconditioned gradient.
+  nesterov: Nesterov's form of it.
+  max_kl: the bound of `clip_by_kl`; None for no clip.
+  weight_decay: decoupled weight decay.
+  mask: the parameters it acts on, as in `optax.adamw`.
+  **options: further options of `{scale_by}`.
+
+Returns:
+  A transformation with `update(grads, state, params, *, taps)`.
+
+Example:
+  >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, kfe_optax as kfe
+  >>> model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(2)])
+  >>> x, labels = jax.random.normal(jax.random.key(0), (32, 4)), jnp.arange(32) % 2
+  >>> params = model.init(jax.random.key(1), x)["params"]
+  >>> def loss_fn(params):
+  ...     logits = model.apply({{"params": params}}, x)
+  ...     return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+  >>> layers = kfe.find_layers(loss_fn, params)
+  >>> tx = kfe.{name}(0.1, layers)
+  >>> opt_state = tx.init(params)
+  >>> value_grad_and_taps = kfe.value_grad_and_taps(loss_fn, layers)
+  >>> losses = []
+  >>> for step in range(20):
+  ...     loss, grads, taps = value_grad_and_taps(params, key=jax.random.key(step))
+  ...     updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
+  ...     params = optax.apply_updates(params, updates)
+  ...     losses.append(float(loss))
+  >>> losses[-1] < losses[0]
+  True
+"""
 
 
-def _assemble(
-    preconditioner: optax.GradientTransformation,
-    learning_rate: ScalarOrSchedule,
-    momentum: float,
-    nesterov: bool,
-    max_kl: ScalarOrSchedule | None,
-    weight_decay: float,
-    mask: Any,
-) -> optax.GradientTransformationExtraArgs:
-    steps: list[optax.GradientTransformation] = [preconditioner]
-    if max_kl is not None:
-        steps = [clip_by_kl(preconditioner, max_kl, learning_rate)]
-    if _present(momentum):
-        steps.append(optax.trace(momentum, nesterov))
-    if _present(weight_decay):
-        steps.append(optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
+def _alias(name: str, title: str, scale_by: ScaleBy) -> ScaleBy:
+    """The optimizer around a preconditioner; all of them have one signature and one way of being put together."""
+
+    def optimizer(
+        learning_rate: ScalarOrSchedule,
+        layers: Layers,
+        damping: ScalarOrSchedule = 1e-2,
+        *,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        max_kl: ScalarOrSchedule | None = 1e-2,
+        weight_decay: float = 0.0,
+        mask: Any = None,
+        **options: Any,
+    ) -> optax.GradientTransformationExtraArgs:
+        # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
+        options = {**options.pop("options", {}), **options}
+        preconditioner = scale_by(layers, damping, **options)
+        steps: list[optax.GradientTransformation] = [preconditioner]
+        if max_kl is not None:
+            steps = [clip_by_kl(preconditioner, max_kl, learning_rate)]
+        if _present(momentum):
+            steps.append(optax.trace(momentum, nesterov))
+        if _present(weight_decay):
+            steps.append(optax.add_decayed_weights(weight_decay, mask))
+        return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
+
+    optimizer.__name__ = optimizer.__qualname__ = name
+    optimizer.__doc__ = _DOCSTRING.format(name=name, title=title, scale_by=f"scale_by_{name}")
+    return optimizer
 
 
 def _present(strength: Any) -> bool:
@@ -38,102 +100,31 @@ def _present(strength: Any) -> bool:
     return isinstance(strength, jax.Array) or bool(strength)
 
 
-def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
-    return {**options.pop("options", {}), **options}
+kfac = _alias("kfac", "K-FAC", scale_by_kfac)
+ekfac = _alias("ekfac", "EKFAC", scale_by_ekfac)
+tkfac = _alias("tkfac", "TKFAC", scale_by_tkfac)
+tekfac = _alias("tekfac", "TEKFAC", scale_by_tekfac)
+kpsvd = _alias("kpsvd", "KPSVD", scale_by_kpsvd)
+deflation = _alias("deflation", "Deflation (two Kronecker terms)", scale_by_deflation)
+lanczos = _alias("lanczos", "Lanczos (two Kronecker terms)", scale_by_lanczos)
+kfac_corrected = _alias("kfac_corrected", "KFAC-corrected", scale_by_kfac_corrected)
 
 
-def kfac(
-    learning_rate: ScalarOrSchedule,
-    layers: Layers,
-    damping: ScalarOrSchedule = 1e-2,
-    *,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    max_kl: ScalarOrSchedule | None = 1e-2,
-    weight_decay: float = 0.0,
-    mask: Any = None,
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """K-FAC, ready to use: `scale_by_kfac`, `clip_by_kl`, momentum, decoupled weight decay, learning rate.
+class Method(NamedTuple):
+    """A line of `METHODS`: the optimizer, and the preconditioner inside it, (layers, damping, ...)."""
 
-    The factors of the first batch count in full and everything is refreshed in each of the first steps, so that the first
-    step is as safe as the others.
-
-    Args:
-      learning_rate: η, a scalar or a schedule.
-      layers: what `kfe.find_layers` returned.
-      damping: λ, see `scale_by_kfac`: raise it when the loss rises, lower it when progress is slow.
-      momentum: heavy-ball momentum on the preconditioned gradient.
-      nesterov: Nesterov's form of it.
-      max_kl: the bound of `clip_by_kl`; None for no clip.
-      weight_decay: decoupled weight decay.
-      mask: the parameters it acts on, as in `optax.adamw`.
-      **options: further options of `scale_by_kfac`.
-
-    Returns:
-      A transformation with `update(grads, state, params, *, taps)`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, kfe_optax as kfe
-      >>> model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(2)])
-      >>> x, labels = jax.random.normal(jax.random.key(0), (32, 4)), jnp.arange(32) % 2
-      >>> params = model.init(jax.random.key(1), x)["params"]
-      >>> def loss_fn(params):
-      ...     logits = model.apply({"params": params}, x)
-      ...     return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-      >>> layers = kfe.find_layers(loss_fn, params)
-      >>> tx = kfe.kfac(0.1, layers)
-      >>> opt_state = tx.init(params)
-      >>> value_grad_and_taps = kfe.value_grad_and_taps(loss_fn, layers)
-      >>> losses = []
-      >>> for step in range(20):
-      ...     loss, grads, taps = value_grad_and_taps(params, key=jax.random.key(step))
-      ...     updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
-      ...     params = optax.apply_updates(params, updates)
-      ...     losses.append(float(loss))
-      >>> losses[-1] < losses[0]
-      True
-    """
-    preconditioner = scale_by_kfac(layers, damping, **_flat(options))
-    return _assemble(preconditioner, learning_rate, momentum, nesterov, max_kl, weight_decay, mask)
+    optimizer: ScaleBy
+    scale_by: ScaleBy
 
 
-def ekfac(
-    learning_rate: ScalarOrSchedule,
-    layers: Layers,
-    damping: ScalarOrSchedule = 1e-2,
-    *,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    max_kl: ScalarOrSchedule | None = 1e-2,
-    weight_decay: float = 0.0,
-    mask: Any = None,
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """EKFAC, ready to use: `scale_by_ekfac`, `clip_by_kl`, momentum, decoupled weight decay, learning rate.
-
-    Args:
-      learning_rate: η, a scalar or a schedule.
-      layers: what `kfe.find_layers` returned.
-      damping: λ, see `scale_by_ekfac`.
-      momentum: heavy-ball momentum on the preconditioned gradient.
-      nesterov: Nesterov's form of it.
-      max_kl: the bound of `clip_by_kl`; None for no clip.
-      weight_decay: decoupled weight decay.
-      mask: the parameters it acts on, as in `optax.adamw`.
-      **options: further options of `scale_by_ekfac`.
-
-    Returns:
-      A transformation with `update(grads, state, params, *, taps)`; used as `kfe.kfac` is.
-
-    Example:
-      >>> import jax.numpy as jnp, kfe_optax as kfe
-      >>> def loss_fn(params, x, y):
-      ...     z = kfe.tag_dense(x, x @ params["kernel"], params)
-      ...     return kfe.losses.squared_error(z, y).sum(-1).mean()
-      >>> layers = kfe.find_layers(loss_fn, {"kernel": jnp.ones((3, 2))}, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.ekfac(0.1, layers, damping=1e-3, scale="batch", scale_update_period=10)
-    """
-    preconditioner = scale_by_ekfac(layers, damping, **_flat(options))
-    return _assemble(preconditioner, learning_rate, momentum, nesterov, max_kl, weight_decay, mask)
+# Every method by name: the conformance suite, the training job and the documentation read it.
+METHODS: Mapping[str, Method] = {
+    "kfac": Method(kfac, scale_by_kfac),
+    "ekfac": Method(ekfac, scale_by_ekfac),
+    "tkfac": Method(tkfac, scale_by_tkfac),
+    "tekfac": Method(tekfac, scale_by_tekfac),
+    "kpsvd": Method(kpsvd, scale_by_kpsvd),
+    "deflation": Method(deflation, scale_by_deflation),
+    "lanczos": Method(lanczos, scale_by_lanczos),
+    "kfac_corrected": Method(kfac_corrected, scale_by_kfac_corrected),
+}

@@ -152,6 +152,18 @@ class Pulled:
             total = jax.lax.pmean(total, plan.axis_name)
         return total
 
+    def rows(self, name: str) -> tuple[jax.Array, jax.Array] | None:
+        """ā (*stack, n, d_in) and g (*stack, n, d_out) of a layer with one position an example, F = (1/n) Σ (ā⊗g)(ā⊗g)ᵀ.
+
+        None where they are not the whole of F: several draws, several devices, shared positions, statistics that are sums.
+        """
+        if self._statistics is None or self._taps._plan.axis_name is not None:
+            return None
+        if self._taps.layers[name].shared:
+            return None
+        a, g = self._statistics[name].rows()
+        return (a[..., 0, :], g[..., 0, :]) if a.shape[-2] == 1 else None
+
     def _loop(self, function: Callable[[dict[str, Statistics]], Any]) -> Any:
         plan = self._taps._plan
         shapes = jax.eval_shape(lambda: function(self._taps.draw(0)))

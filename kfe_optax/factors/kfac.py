@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import core
 
+from kfe_optax.factors import base
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.layers import Layer, Layers
 
 
@@ -28,51 +29,72 @@ class FactorsState(NamedTuple):
     failures: jax.Array
 
 
-def _side(layer: Layer, side: int, max_dim: int) -> tuple[int, ...]:
-    d = layer.sides[side]
-    return (*layer.stack_shape, d, d) if d <= max_dim else (*layer.stack_shape, d)
-
-
-def init(layers: Iterable[Layer], max_dim: int) -> FactorsState:
-    """Zero factors.
-
-    Raises:
-      ValueError: `max_dim`, which fixes shapes, is traced.
-    """
-    if isinstance(max_dim, core.Tracer):
-        raise ValueError(
-            "max_dim fixes the shapes of the state and cannot be traced: give optax.inject_hyperparams "
-            "static_args=('max_dim',), or call tx.init outside jit."
-        )
-    layers = list(layers)
-    inputs, outputs = (
-        {layer.name: jnp.zeros(_side(layer, side, max_dim), layer.factor_dtype) for layer in layers}
-        for side in (0, 1)
-    )
+def zeros(layers: Sequence[Layer], max_dim: int) -> FactorsState:
+    """Zero factors."""
+    base.check_max_dim(max_dim)
+    terms = {layer.name: base.zero_term(layer, max_dim) for layer in layers}
+    inputs = {name: term.input for name, term in terms.items()}
+    outputs = {name: term.output for name, term in terms.items()}
     return FactorsState(jnp.zeros((), jnp.int32), inputs, outputs, jnp.zeros((), jnp.int32))
 
 
-def update(state: FactorsState, pulled: Any, layers: Layers, decay: jax.Array) -> FactorsState:
-    """M ← ρM + (1 − ρ)M_new with ρ = min(1 − 1/k, decay) at the k-th update, so that the first batch counts in full.
+def averaged(state: FactorsState, new: dict[str, Term], rho: jax.Array) -> FactorsState:
+    """One more batch in the running averages of both sides."""
+    old = {name: Term(state.input[name], state.output[name]) for name in state.input}
+    terms, failures = base.average(old, new, rho)
+    return FactorsState(
+        state.updates + 1,
+        {name: term.input for name, term in terms.items()},
+        {name: term.output for name, term in terms.items()},
+        state.failures + failures,
+    )
 
-    An estimate that is not finite is left out, and counted.
+
+def estimate(source: Source, diagonal: dict[str, tuple[bool, bool]]) -> dict[str, Term]:
+    """A and G of one batch."""
+    pulled = source.pulled
+    assert pulled is not None
+    inputs = pulled.inputs(lambda s: {n: s[n].input_factor(d[0]) for n, d in diagonal.items()})
+    outputs = pulled.reduce(lambda s: {n: s[n].output_factor(d[1]) for n, d in diagonal.items()})
+    return {name: Term(inputs[name], outputs[name]) for name in diagonal}
+
+
+class Kfac(NamedTuple):
+    """See `kfac`."""
+
+    decay: ScalarOrSchedule
+
+    rank = 1
+    needs_taps = True
+
+    def init(self, layers: Sequence[Layer], max_dim: int) -> FactorsState:
+        return zeros(layers, max_dim)
+
+    def update(self, state: FactorsState, source: Source, count: jax.Array) -> FactorsState:
+        diagonal = {
+            name: base.is_diagonal(source.layers[name], Term(state.input[name], state.output[name]))
+            for name in state.input
+        }
+        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        return averaged(state, estimate(source, diagonal), rho)
+
+    def terms(self, state: FactorsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
+        del layers
+        return {name: (Term(state.input[name], state.output[name]),) for name in state.input}
+
+
+def kfac(decay: ScalarOrSchedule = 0.95) -> Any:
+    """K-FAC's factors: F ≈ A⊗G with A = E[mean_t ā āᵀ] and G = E[Σ_t g gᵀ] (Martens & Grosse 2015, section 3).
+
+    Args:
+      decay: ρ of the running averages, a scalar or a schedule of the step; the k-th update uses min(1 − 1/k, ρ).
+
+    Returns:
+      Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
+
+    Example:
+      >>> import kfe_optax as kfe
+      >>> kfe.factors.kfac(decay=0.9).rank
+      1
     """
-    names = list(state.input)
-    diagonal_in = {n: state.input[n].ndim == len(layers[n].stack_shape) + 1 for n in names}
-    diagonal_out = {n: state.output[n].ndim == len(layers[n].stack_shape) + 1 for n in names}
-    inputs = pulled.inputs(lambda s: {n: s[n].input_factor(diagonal_in[n]) for n in names})
-    outputs = pulled.reduce(lambda s: {n: s[n].output_factor(diagonal_out[n]) for n in names})
-    updates = state.updates + 1
-    rho = jnp.minimum(1 - 1 / updates.astype(jnp.result_type(float)), decay)
-    new_input, new_output, failures = {}, {}, state.failures
-    for name in names:
-        finite = jnp.isfinite(inputs[name]).all() & jnp.isfinite(outputs[name]).all()
-        failures = failures + ~finite
-        for old, new, result in (
-            (state.input, inputs, new_input),
-            (state.output, outputs, new_output),
-        ):
-            weight = rho.astype(old[name].dtype)
-            average = weight * old[name] + (1 - weight) * new[name].astype(old[name].dtype)
-            result[name] = jnp.where(finite, average, old[name])
-    return FactorsState(updates, new_input, new_output, failures)
+    return Kfac(decay)

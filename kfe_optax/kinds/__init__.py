@@ -23,6 +23,7 @@ class Kind(Protocol):
     """
 
     name: str
+    convolution: bool  # whether TEKFAC's trace-tuned damping is that of a convolution
 
     def sides(self, kernel: Shape, bias: bool) -> tuple[int, int]:
         """(d_in, d_out); d_in counts the 1 of the bias."""

@@ -15,6 +15,7 @@ class Dense:
     """`nn.Dense`, `nnx.Linear`, `tag_dense`: any leading axes beyond the batch are shared positions (see `Kind`)."""
 
     name = "dense"
+    convolution = False
 
     def sides(self, kernel: Shape, bias: bool) -> tuple[int, int]:
         return kernel[0] + bias, kernel[1]

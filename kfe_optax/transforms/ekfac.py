@@ -9,19 +9,22 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax import damping as damping_lib
+from kfe_optax import factors as factors_lib
 from kfe_optax import kronecker
-from kfe_optax.factors import kfac as factors_lib
+from kfe_optax.factors.base import Factors, Source
 from kfe_optax.layers import Layer, Layers
+from kfe_optax.transforms import basis as basis_lib
 from kfe_optax.transforms import layerwise
-from kfe_optax.transforms.kfac import eigenbases, unit_basis, where_alive
-from kfe_optax.transforms.layerwise import Matrices, ScalarOrSchedule
+from kfe_optax.transforms.basis import Refresh
+from kfe_optax.transforms.layerwise import Matrices, ScalarOrSchedule, Step
+from kfe_optax.transforms.roots import where_alive
 
 
 class EkfacState(NamedTuple):
     """State of `scale_by_ekfac` (inside a `LayerwiseState`).
 
     Attributes:
-      factors: running averages of A and G, whose eigenvectors are the basis.
+      factors: the state of the factors, whose eigenvectors are the basis.
       basis: {layer: (Eigenbasis of A, Eigenbasis of G)}.
       scale: {layer: S (*stack, d_in, d_out)}, the second moments of the gradient in that basis.
       damping: λ of the last step.
@@ -29,7 +32,7 @@ class EkfacState(NamedTuple):
       last_refresh: int32, the step of the last refresh of the basis.
     """
 
-    factors: factors_lib.FactorsState
+    factors: Any
     basis: dict[str, Any]
     scale: dict[str, jax.Array]
     damping: jax.Array
@@ -42,7 +45,9 @@ def scale_by_ekfac(
     damping: ScalarOrSchedule,
     *,
     scale: Literal["batch", "running"] = "running",
-    damping_type: Literal["plain", "appendix_c"] = "plain",
+    damping_type: Literal["plain", "appendix_c", "trace"] = "plain",
+    trace_floor: float = 0.01,
+    factors: Factors | None = None,
     decay: ScalarOrSchedule = 0.95,
     scale_decay: ScalarOrSchedule | None = None,
     factor_update_period: int = 10,
@@ -50,6 +55,8 @@ def scale_by_ekfac(
     scale_update_period: int = 1,
     initial_refreshes: int = 1,
     on_refresh: Literal["carry", "restart"] = "carry",
+    refresh: Refresh = "eigh",
+    refresh_tolerance: float | None = None,
     null_threshold: float = 1e-5,
     max_dim: int = 8192,
     rest: optax.GradientTransformation | None = None,
@@ -65,15 +72,20 @@ def scale_by_ekfac(
       layers: what `kfe.find_layers` returned.
       damping: λ > 0; a scalar or a schedule of the step.
       scale: see above.
-      damping_type: "plain" adds λ to S; "appendix_c" adds λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, what K-FAC's factored damping adds.
-      decay: ρ of the factors' running averages; the k-th update uses min(1 − 1/k, ρ).
+      damping_type: "plain" adds λ to S; "appendix_c" adds λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, what K-FAC's factored damping adds;
+        "trace" is TEKFAC's (see `scale_by_tekfac`).
+      trace_floor: ϑ of "trace".
+      factors: one of `kfe.factors`, whose leading term's eigenvectors are the basis; `kfe.factors.kfac(decay)` by default.
+      decay: ρ of the running averages of the default factors; the k-th update uses min(1 − 1/k, ρ).
       scale_decay: ρ of S; `decay` by default, 0 takes S from the current batch alone.
       factor_update_period: steps between updates of A and G, each one more backward pass.
-      basis_update_period: steps between eigendecompositions.
+      basis_update_period: steps between refreshes of the basis.
       scale_update_period: steps between updates of S.
       initial_refreshes: the first steps, in each of which factors and basis are refreshed.
       on_refresh: "carry" takes S into the new basis by the squared rotation, which keeps its trace; "restart" sets it to
         s_A s_Gᵀ.
+      refresh: "eigh", or "qr": after the first eigh, one power step and a QR with sorted columns, U ← qr(A U).
+      refresh_tolerance: a side of the basis with ‖offdiag(UᵀAU)‖_F ≤ tolerance ‖A‖_F is not refreshed; None: all are.
       null_threshold: directions whose eigenvalue is below this fraction of the largest share one mean scale, since eigh's
         basis of a null space is arbitrary; 0 turns it off.
       max_dim: a side larger than this keeps the identity as its basis.
@@ -100,9 +112,11 @@ def scale_by_ekfac(
       >>> updates["kernel"].shape
       (3, 2)
     """
+    if factors is None:
+        factors = factors_lib.kfac(decay)
     for name, chosen, known in (
         ("scale", scale, ("batch", "running")),
-        ("damping_type", damping_type, ("plain", "appendix_c")),
+        ("damping_type", damping_type, ("plain", "appendix_c", "trace")),
         ("on_refresh", on_refresh, ("carry", "restart")),
     ):
         if chosen not in known:
@@ -110,18 +124,22 @@ def scale_by_ekfac(
     layerwise.check_period("factor_update_period", factor_update_period)
     layerwise.check_period("basis_update_period", basis_update_period)
     layerwise.check_period("scale_update_period", scale_update_period)
+    basis_lib.check(refresh, refresh_tolerance)
     method = _Ekfac(
         layers=layers,
+        factors=factors,
         damping=damping,
         batch=scale == "batch",
-        plain=damping_type == "plain",
-        decay=decay,
+        damping_type=damping_type,
+        trace_floor=trace_floor,
         scale_decay=decay if scale_decay is None else scale_decay,
         factor_update_period=factor_update_period,
         basis_update_period=basis_update_period,
         scale_update_period=scale_update_period,
         initial_refreshes=initial_refreshes,
         carry=on_refresh == "carry",
+        refresh=refresh,
+        refresh_tolerance=refresh_tolerance,
         null_threshold=null_threshold,
         max_dim=max_dim,
     )
@@ -130,34 +148,34 @@ def scale_by_ekfac(
 
 class _Ekfac(NamedTuple):
     layers: Layers
+    factors: Factors
     damping: ScalarOrSchedule
     batch: bool
-    plain: bool
-    decay: ScalarOrSchedule
+    damping_type: str
+    trace_floor: Any
     scale_decay: ScalarOrSchedule
     factor_update_period: Any
     basis_update_period: Any
     scale_update_period: Any
     initial_refreshes: int
     carry: bool
+    refresh: Refresh
+    refresh_tolerance: Any
     null_threshold: float
     max_dim: int
 
+    needs_taps = True
+    reads_parameters = False
+
     def init(self, layers: list[Layer]) -> EkfacState:
-        factors = factors_lib.init(layers, self.max_dim)
-        basis = {
-            layer.name: tuple(
-                unit_basis(side[layer.name], len(layer.stack_shape))
-                for side in (factors.input, factors.output)
-            )
-            for layer in layers
-        }
+        factors = self.factors.init(layers, self.max_dim)
+        basis = basis_lib.init(self.layers, self.factors.terms(factors, self.layers))
         scale = {layer.name: jnp.zeros(layer.shape, layer.factor_dtype) for layer in layers}
         return EkfacState(factors, basis, scale, *layerwise.counters())
 
-    def update(
-        self, matrices: Matrices, state: EkfacState, count: jax.Array, finite: jax.Array, taps: Any
-    ) -> tuple[Matrices, EkfacState]:
+    def update(self, state: EkfacState, step: Step) -> tuple[Matrices, EkfacState]:
+        count, finite, taps = step.count, step.finite, step.taps
+        assert taps is not None
         strength = layerwise.value(self.damping, count)
         new_factors = finite & layerwise.due(count, self.factor_update_period, self.initial_refreshes)
         new_basis = finite & layerwise.due(count, self.basis_update_period, self.initial_refreshes)
@@ -167,58 +185,73 @@ class _Ekfac(NamedTuple):
             refresh |= new_scale
         state = jax.lax.cond(
             refresh,
-            lambda: self._refresh(state, count, taps.pulled(), new_factors, new_basis, new_scale),
+            lambda: self._refresh(state, step, taps.pulled(), new_factors, new_basis, new_scale),
             lambda: state,
         )
         rotated = {
             name: kronecker.to_basis(
                 v.astype(state.scale[name].dtype), state.basis[name], self._stacked(name)
             )
-            for name, v in matrices.items()
+            for name, v in step.gradients.items()
         }
         if not self.batch:
             state = jax.lax.cond(
                 new_scale, lambda: self._running_scale(state, rotated, count, taps), lambda: state
             )
+        terms = self.factors.terms(state.factors, self.layers)
+        denominators = self._denominators(state, strength)
         new = {}
         for name, v in rotated.items():
             stacked = self._stacked(name)
-            result = kronecker.from_basis(
-                v / self._denominator(state, name, strength), state.basis[name], stacked
+            result = kronecker.from_basis(v / denominators[name], state.basis[name], stacked)
+            new[name] = where_alive(
+                terms[name][0], stacked, result, step.gradients[name].astype(result.dtype)
             )
-            new[name] = where_alive(state.factors, name, stacked, result, matrices[name].astype(result.dtype))
         return new, state._replace(damping=strength)
 
     def _stacked(self, name: str) -> int:
         return len(self.layers[name].stack_shape)
 
-    def _denominator(self, state: EkfacState, name: str, strength: jax.Array) -> jax.Array:
-        scale = kronecker.pool_null_directions(state.scale[name], state.basis[name], self.null_threshold)
-        if self.plain:
-            return scale + strength.astype(scale.dtype)
-        inputs, outputs = state.basis[name]
+    def _denominators(self, state: EkfacState, strength: jax.Array) -> Matrices:
+        scales = {
+            name: kronecker.pool_null_directions(scale, state.basis[name], self.null_threshold)
+            for name, scale in state.scale.items()
+        }
+        if self.damping_type == "trace":
+            return damping_lib.trace_tuned(scales, self.layers, strength, self.trace_floor)
+        return {name: scale + self._added(state.basis[name], strength) for name, scale in scales.items()}
+
+    def _added(self, basis: Any, strength: jax.Array) -> jax.Array:
+        inputs, outputs = basis
+        if self.damping_type == "plain":
+            return strength.astype(inputs.values.dtype)
         # π belongs to the same factors as the eigenvalues, which may be older than the running averages.
         ratio = damping_lib.pi_of_means(inputs.values.mean(-1), outputs.values.mean(-1))
-        return scale + damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
+        return damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
 
-    def _refresh(self, state, count, pulled, new_factors, new_basis, new_scale) -> EkfacState:
+    def _refresh(self, state, step, pulled, new_factors, new_basis, new_scale) -> EkfacState:
         """Factors, basis and the batch scale from one shared pull."""
-        decay = layerwise.value(self.decay, count)
+        source = Source(self.layers, pulled, step.gradients)
         factors = jax.lax.cond(
             new_factors,
-            lambda: factors_lib.update(state.factors, pulled, self.layers, decay),
+            lambda: self.factors.update(state.factors, source, step.count),
             lambda: state.factors,
         )
         failures = state.failures + factors.failures - state.factors.failures
         state = state._replace(factors=factors, failures=failures)
-        state = jax.lax.cond(new_basis, lambda: self._new_basis(state, count), lambda: state)
+        state = jax.lax.cond(new_basis, lambda: self._new_basis(state, step.count), lambda: state)
         if self.batch:
-            state = jax.lax.cond(new_scale, lambda: self._batch_scale(state, count, pulled), lambda: state)
+            state = jax.lax.cond(
+                new_scale, lambda: self._batch_scale(state, step.count, pulled), lambda: state
+            )
         return state
 
     def _new_basis(self, state: EkfacState, count: jax.Array) -> EkfacState:
-        basis, failures = eigenbases(self.layers, state.factors, state.basis)
         first = state.last_refresh < 0
+        terms = self.factors.terms(state.factors, self.layers)
+        basis, failures = basis_lib.refreshed(
+            self.layers, terms, state.basis, first, self.refresh, self.refresh_tolerance
+        )
         scale = {}
         for name, old in state.scale.items():
             restarted = kronecker.outer(basis[name][0].values, basis[name][1].values)

@@ -6,6 +6,7 @@ through `rest`, checks what it is given, and keeps non-finite gradients out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -23,20 +24,43 @@ ScalarOrSchedule = float | jax.Array | Schedule
 Matrices = dict[str, jax.Array]
 
 
+class Step(NamedTuple):
+    """What a method is given beside its state.
+
+    Attributes:
+      count: int32, 0 for the first step.
+      gradients: {layer: V (*stack, d_in, d_out)}.
+      finite: whether all of the gradient is finite. If not, neither are the taps, and neither may touch the state; what
+        becomes of the update then does not matter.
+      taps: the step's taps, None for a method that needs none.
+      parameters: {layer: W̄ (*stack, d_in, d_out)} for a method that reads them and when the caller gave them.
+      extra: further extra arguments of the update.
+    """
+
+    count: jax.Array
+    gradients: Matrices
+    finite: jax.Array
+    taps: Taps | None
+    parameters: Matrices | None
+    extra: dict[str, Any]
+
+
 class Method(Protocol):
     """A preconditioner on matrices; its state has the fields `damping`, `failures` and `last_refresh`."""
+
+    @property
+    def needs_taps(self) -> bool:
+        """Whether it reads taps, or gradients alone."""
+
+    @property
+    def reads_parameters(self) -> bool:
+        """Whether it is given the parameters and further extra arguments."""
 
     def init(self, layers: list[Layer]) -> Any:
         """The state before the first step."""
 
-    def update(
-        self, matrices: Matrices, state: Any, count: jax.Array, finite: jax.Array, taps: Taps
-    ) -> tuple[Matrices, Any]:
-        """Preconditioned matrices and the new state at step `count` (0 for the first).
-
-        A gradient that is not `finite` comes with taps that are not, and neither may touch the state; what becomes of
-        the matrices then does not matter.
-        """
+    def update(self, state: Any, step: Step) -> tuple[Matrices, Any]:
+        """Preconditioned matrices and the new state."""
 
 
 class LayerwiseState(NamedTuple):
@@ -107,16 +131,24 @@ def layerwise(
         )
 
     def update(updates, state, params=None, *, taps=None, **extra):
-        _check_taps(layers, taps)
+        if method.needs_taps:
+            _check_taps(layers, taps)
         leaves = leaves_by_path(updates)
         present = _present(layers, leaves)
-        matrices = {
-            layer.name: layer.gather({role: leaves[path] for role, path in layer.paths}) for layer in present
-        }
-        rest_params = None if params is None else _outside(layers, leaves_by_path(params))
+        matrices = _matrices(present, leaves)
+        rest_params = parameters = None
+        if params is not None:
+            parameter_leaves = leaves_by_path(params)
+            rest_params = _outside(layers, parameter_leaves)
+            if method.reads_parameters:
+                parameters = _matrices(present, parameter_leaves)
         rest_updates, rest_state = outside.update(_outside(layers, leaves), state.rest, rest_params, **extra)
         finite = _all_finite(leaves.values())
-        new_matrices, method_state = _step(matrices, state.method, state.count, finite, taps)
+        arrays, static = discovery.split_static(extra if method.reads_parameters else {})
+        used = taps if method.needs_taps else None
+        new_matrices, method_state = _step(
+            static, arrays, state.method, (state.count, matrices, finite, used, parameters)
+        )
         new = {
             path: jnp.where(finite, leaf, 0).astype(leaves[path].dtype)
             for path, leaf in _scatter(present, new_matrices, layers, rest_updates).items()
@@ -134,9 +166,15 @@ def layerwise(
         return jax.tree.unflatten(jax.tree.structure(updates), ordered), state
 
     # Compiled, so that a caller that does not compile the whole step neither retraces nor runs it operation by operation.
-    _step = jax.jit(method.update)
+    @functools.partial(jax.jit, static_argnums=0)
+    def _step(static, arrays, method_state, given):
+        return method.update(method_state, Step(*given, static(arrays)))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _matrices(present: list[Layer], leaves: dict[Path, jax.Array]) -> Matrices:
+    return {layer.name: layer.gather({role: leaves[path] for role, path in layer.paths}) for layer in present}
 
 
 def _all_finite(leaves: Any) -> jax.Array:

@@ -1,0 +1,76 @@
+"""Deflation: F ≈ R⊗S + P⊗Q, two power methods one after the other (Koroko et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from kfe_optax.factors import base, terms
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.factors.kpsvd import leading
+from kfe_optax.factors.operators import fisher_operator, without
+from kfe_optax.factors.singular import power
+from kfe_optax.factors.terms import TermsState
+from kfe_optax.layers import Layer, Layers
+
+
+class Deflation(NamedTuple):
+    """See `deflation`."""
+
+    decay: ScalarOrSchedule
+    tolerance: float
+    max_iterations: int
+
+    rank = 2
+    needs_taps = True
+
+    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
+        return terms.init(layers, max_dim, self.rank)
+
+    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
+        def estimate(layer, old):
+            stacked = len(layer.stack_shape)
+            operator = fisher_operator(source, layer, old[0])
+            first, iterations = leading(operator, old[0], layer, self.tolerance, self.max_iterations)
+            deflated = without(operator, first.left)
+            start = deflated.first(terms.start_random(old[1].output, stacked))
+            second, more = power(deflated, start, self.tolerance, self.max_iterations)
+            found = tuple(terms.term_of(operator, triple, stacked) for triple in (first, second))
+            return found, iterations + more
+
+        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        return terms.update(state, source, estimate, rho)
+
+    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
+        del layers
+        return state.terms
+
+
+def deflation(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iterations: int = 50) -> Any:
+    """Two Kronecker terms by deflation: F ≈ R⊗S + P⊗Q (Koroko et al. 2022, section 3.2).
+
+    R⊗S is KPSVD's; (P, Q) comes from the power method on Z(F) − vec(R) vec(S)ᵀ, started at a random symmetric matrix, later at
+    the last Q. Together they are the best symmetric Kronecker rank 2, as `lanczos` is. With shared positions Z(F) also has a part
+    on skew matrices, which is not searched.
+
+    Args:
+      decay: ρ of the running averages of R, S, P and Q, each by itself after (P, Q) has been given the sign that agrees with the
+        old pair; a scalar or a schedule of the step; the k-th update uses min(1 − 1/k, ρ).
+      tolerance: each iteration ends when ‖Z v − σ u‖ ≤ tolerance · σ.
+      max_iterations: each ends after as many products with Z and Zᵀ at the latest.
+
+    Returns:
+      Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of R⊗S); rank 2.
+
+    Raises:
+      ValueError: a negative tolerance, no iterations.
+
+    Example:
+      >>> import kfe_optax as kfe
+      >>> kfe.factors.deflation().rank
+      2
+    """
+    terms.check_iteration(tolerance, max_iterations)
+    return Deflation(decay, tolerance, max_iterations)

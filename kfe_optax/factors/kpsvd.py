@@ -1,0 +1,77 @@
+"""KPSVD: F ≈ R⊗S, the best Kronecker product in the Frobenius norm, by the power method (Koroko et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from kfe_optax.factors import base, terms
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.factors.operators import Operator, fisher_operator
+from kfe_optax.factors.singular import Triple, power
+from kfe_optax.factors.terms import TermsState
+from kfe_optax.layers import Layer, Layers
+
+
+def leading(
+    operator: Operator, old: Term, layer: Layer, tolerance: float, max_iterations: int
+) -> tuple[Triple, jax.Array]:
+    """The leading triple of Z(F), from the old S."""
+    start = terms.start_positive(old.output, len(layer.stack_shape))
+    return power(operator, operator.first(start), tolerance, max_iterations)
+
+
+class Kpsvd(NamedTuple):
+    """See `kpsvd`."""
+
+    decay: ScalarOrSchedule
+    tolerance: float
+    max_iterations: int
+
+    rank = 1
+    needs_taps = True
+
+    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
+        return terms.init(layers, max_dim, self.rank)
+
+    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
+        def estimate(layer, old):
+            operator = fisher_operator(source, layer, old[0])
+            triple, iterations = leading(operator, old[0], layer, self.tolerance, self.max_iterations)
+            return (terms.term_of(operator, triple, len(layer.stack_shape)),), iterations
+
+        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        return terms.update(state, source, estimate, rho)
+
+    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
+        del layers
+        return state.terms
+
+
+def kpsvd(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iterations: int = 50) -> Any:
+    """KPSVD's factors: F ≈ R⊗S closest to F in the Frobenius norm (Koroko et al. 2022, section 3.1).
+
+    R = √σ MAT(u) and S = √σ MAT(v) with (σ, u, v) the leading singular triple of the rearranged Z(F), found by the power method
+    with products E[M V Mᵀ] and E[Mᵀ U M] alone. It starts from the last S (I at first), which keeps R and S positive
+    semi-definite.
+
+    Args:
+      decay: ρ of the running averages of R and S, a scalar or a schedule of the step; the k-th update uses min(1 − 1/k, ρ).
+      tolerance: the iteration ends when ‖Z v − σ u‖ ≤ tolerance · σ.
+      max_iterations: it ends after as many products with Z and Zᵀ at the latest; those used are in the state's `iterations`.
+
+    Returns:
+      Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
+
+    Raises:
+      ValueError: a negative tolerance, no iterations.
+
+    Example:
+      >>> import kfe_optax as kfe
+      >>> kfe.factors.kpsvd(tolerance=1e-3).rank
+      1
+    """
+    terms.check_iteration(tolerance, max_iterations)
+    return Kpsvd(decay, tolerance, max_iterations)

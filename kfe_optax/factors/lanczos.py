@@ -1,0 +1,98 @@
+"""Lanczos: F ≈ R⊗S + P⊗Q, both leading singular triples at once (Koroko et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from kfe_optax.factors import base, singular, terms
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.factors.operators import Operator, fisher_operator
+from kfe_optax.factors.terms import TermsState
+from kfe_optax.layers import Layer, Layers
+
+
+def leading_terms(
+    operator: Operator,
+    old: tuple[Term, ...],
+    stacked: int,
+    tolerance: float,
+    subspace: int,
+    max_restarts: int,
+) -> tuple[tuple[Term, ...], jax.Array]:
+    """As many leading terms of an operator as there are old ones, from the sum of the old output sides."""
+    sides = [terms.start_positive(old[0].output, stacked)]
+    sides += [terms.start_random(term.output, stacked) for term in old[1:]]
+    # A start that holds all the old vectors; Zᵀ Z of it, since a vector of the operator has its own form.
+    start = operator.adjoint(operator.first(sum(sides[1:], sides[0])))
+    found, products = singular.lanczos(operator, start, len(old), tolerance, subspace, max_restarts)
+    return tuple(terms.term_of(operator, triple, stacked) for triple in found), products
+
+
+class Lanczos(NamedTuple):
+    """See `lanczos`."""
+
+    decay: ScalarOrSchedule
+    tolerance: float
+    subspace: int
+    max_restarts: int
+
+    rank = 2
+    needs_taps = True
+
+    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
+        return terms.init(layers, max_dim, self.rank)
+
+    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
+        def estimate(layer, old):
+            operator = fisher_operator(source, layer, old[0])
+            stacked = len(layer.stack_shape)
+            return leading_terms(operator, old, stacked, self.tolerance, self.subspace, self.max_restarts)
+
+        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        return terms.update(state, source, estimate, rho)
+
+    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
+        del layers
+        return state.terms
+
+
+def lanczos(
+    decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, subspace: int = 8, max_restarts: int = 10
+) -> Any:
+    """Two Kronecker terms by Lanczos: F ≈ R⊗S + P⊗Q, the best symmetric Kronecker rank 2 (Koroko et al. 2022, section 3.3).
+
+    Both leading singular triples of Z(F) from one thick-restarted Golub–Kahan bidiagonalization, which starts from the old S and
+    Q. With shared positions Z(F) also has a part on skew matrices, which is not searched.
+
+    Args:
+      decay: ρ of the running averages of R, S, P and Q, each by itself after (P, Q) has been given the sign that agrees with the
+        old pair; a scalar or a schedule of the step; the k-th update uses min(1 − 1/k, ρ).
+      tolerance: the cycles end when ‖Zᵀu − σ v‖ ≤ tolerance · σ for both triples (‖Z v − σ u‖ vanishes by construction).
+      subspace: the size of the bidiagonal matrix, above 2; as many vectors of each side are kept while it runs.
+      max_restarts: cycles after the first, at most; the products with Z used are in the state's `iterations`.
+
+    Returns:
+      Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of R⊗S); rank 2.
+
+    Raises:
+      ValueError: a negative tolerance, a subspace that is too small.
+
+    Example:
+      >>> import kfe_optax as kfe
+      >>> kfe.factors.lanczos(subspace=6).rank
+      2
+    """
+    terms.check_iteration(tolerance, 1 + max_restarts)
+    check_subspace(subspace, 2)
+    return Lanczos(decay, tolerance, subspace, max_restarts)
+
+
+def check_subspace(subspace: int, wanted: int) -> None:
+    """Raises ValueError for a subspace in which a restart leaves no room."""
+    if subspace < wanted + 2:
+        raise ValueError(
+            f"A subspace of {subspace} leaves no room beside the {wanted} wanted triples; make it at least {wanted + 2}."
+        )

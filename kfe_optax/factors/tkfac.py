@@ -1,0 +1,104 @@
+"""TKFAC's factors: F ≈ σ Φ⊗Ψ with tr Φ = tr Ψ = 1, which keeps the trace of F (Gao et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfe_optax.factors import base
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.layers import Layer, Layers
+from kfe_optax.statistics import Pairing
+
+
+class TkfacState(NamedTuple):
+    """Running averages of numerators; Φ = input / trace, Ψ = output / trace, so that tr Φ = tr Ψ = 1 at all times.
+
+    Attributes:
+      updates: int32, how many batches went in.
+      trace: {layer: σ (*stack,)}.
+      input: {layer: σΦ (*stack, d_in, d_in)}, or the diagonal (*stack, d_in) of a side larger than `max_dim`.
+      output: {layer: σΨ (*stack, d_out, d_out)}, or its diagonal.
+      failures: int32, estimates that were not finite and were left out.
+    """
+
+    updates: jax.Array
+    trace: dict[str, jax.Array]
+    input: dict[str, jax.Array]
+    output: dict[str, jax.Array]
+    failures: jax.Array
+
+
+class Tkfac(NamedTuple):
+    """See `tkfac`."""
+
+    decay: ScalarOrSchedule
+    pairing: Pairing
+
+    rank = 1
+    needs_taps = True
+
+    def init(self, layers: Sequence[Layer], max_dim: int) -> TkfacState:
+        base.check_max_dim(max_dim)
+        terms = {layer.name: base.zero_term(layer, max_dim) for layer in layers}
+        return TkfacState(
+            jnp.zeros((), jnp.int32),
+            {layer.name: jnp.zeros(layer.stack_shape, layer.factor_dtype) for layer in layers},
+            {name: term.input for name, term in terms.items()},
+            {name: term.output for name, term in terms.items()},
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(self, state: TkfacState, source: Source, count: jax.Array) -> TkfacState:
+        diagonal = {
+            name: base.is_diagonal(source.layers[name], Term(state.input[name], state.output[name]))
+            for name in state.input
+        }
+        assert source.pulled is not None
+        new = source.pulled.reduce(
+            lambda s: {name: s[name].traced_factors(self.pairing, d) for name, d in diagonal.items()}
+        )
+        old = {name: (state.trace[name], state.input[name], state.output[name]) for name in state.input}
+        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        averages, failures = base.average(old, new, rho)
+        trace, inputs, outputs = ({name: parts[i] for name, parts in averages.items()} for i in range(3))
+        return TkfacState(state.updates + 1, trace, inputs, outputs, state.failures + failures)
+
+    def terms(self, state: TkfacState, layers: Layers) -> dict[str, tuple[Term, ...]]:
+        """√σ Φ and √σ Ψ, whose product is σ Φ⊗Ψ."""
+        del layers
+        terms = {}
+        for name, sigma in state.trace.items():
+            both = Term(state.input[name], state.output[name])
+            terms[name] = (base.divided(both, jnp.sqrt(jnp.where(sigma > 0, sigma, 1))),)
+        return terms
+
+
+def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Any:
+    """TKFAC's factors: F ≈ σ Φ⊗Ψ, σ = E[tr Λ tr Γ], Φ = E[tr(Γ) Λ]/σ, Ψ = E[tr(Λ) Γ]/σ (Gao et al. 2020, section 3).
+
+    Λ = ā āᵀ and Γ = g gᵀ are those of one example, so that tr F = σ is kept and tr Φ = tr Ψ = 1. The paper prints the decay on
+    the new value; here, as elsewhere, M ← ρM + (1 − ρ)M_new.
+
+    Args:
+      decay: ρ of the running averages, a scalar or a schedule of the step; the k-th update uses min(1 − 1/k, ρ).
+      pairing: with shared positions, "position" pairs Λ_t with Γ_t of each position, as the paper does (σ is then the trace of
+        E Σ_t Λ_t⊗Γ_t); "example" takes M = Σ_t ā_t g_tᵀ, σ = E‖M‖², σΦ = E[MMᵀ], σΨ = E[MᵀM], which keeps the trace of F.
+
+    Returns:
+      Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
+
+    Raises:
+      ValueError: an unknown pairing; in `update`: "position" for a layer that is used more than once.
+
+    Example:
+      >>> import kfe_optax as kfe
+      >>> kfe.factors.tkfac(pairing="example").rank
+      1
+    """
+    if pairing not in ("position", "example"):
+        raise ValueError(f"pairing must be 'position' or 'example', not {pairing!r}.")
+    return Tkfac(decay, pairing)
