@@ -42,4 +42,4 @@ def get_config() -> ConfigDict:
         basis_update_period=100,
         initial_refreshes=2,
     )
-    return config
+    return settings.with_relatives(config)

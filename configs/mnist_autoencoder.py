@@ -38,4 +38,4 @@ def get_config() -> ConfigDict:
         nesterov=True,
         basis_update_period=100,
     )
-    return config
+    return settings.with_relatives(config)

@@ -25,4 +25,4 @@ def get_config() -> ConfigDict:
     config.ekfac = settings.ekfac(
         schedule(0.1, "linear"), 0.3, max_kl=0.1, weight_decay=0.1, initial_refreshes=5
     )
-    return config
+    return settings.with_relatives(config)

@@ -36,4 +36,4 @@ def get_config() -> ConfigDict:
         max_kl=3.0,
         initial_refreshes=5,
     )
-    return config
+    return settings.with_relatives(config)

@@ -22,6 +22,8 @@ commands
   train      train one optimizer: records, checkpoints, a final evaluation
   compare    train several optimizers from the same start; a figure and a table
   layers     print the layers that the library finds in the model
+  sweep      search learning rate, damping and clipping: a picture and the best setting as a config
+             ('kfe-optax sweep --help' explains it)
 
 flags
   --config=FILE           a Python file with get_config(), as in configs/; a bare name stands for
@@ -29,8 +31,9 @@ flags
   --config.FIELD=VALUE    override a field of the config, as often as you like; nested fields are
                           written with dots
   --workdir=FOLDER        where results go (default: runs/NAME-OPTIMIZER for train, runs/NAME for
-                          compare)
+                          compare, runs/NAME-OPTIMIZER-sweep for sweep)
   --resume                (train) continue from the newest checkpoint in --workdir
+                          (sweep) skip the trials that are recorded in --workdir
   --help                  this text; with --config also that config's fields and values
 
 examples
@@ -44,7 +47,8 @@ examples
       --config.compare.seconds=30
   kfe-optax layers --config=configs/mnist_classifier.py
 """
-_COMMANDS = ("train", "compare", "layers")
+_COMMANDS = ("train", "compare", "layers", "sweep")
+_RESUMABLE = ("train", "sweep")
 _HELP_FLAGS = ("-h", "-help", "--help")
 
 # The shell's status of a program that Ctrl-C ended.
@@ -60,7 +64,11 @@ def run_command(arguments: list[str]) -> int:
     others = [argument for argument in arguments if argument not in _HELP_FLAGS]
     if wants_help or not others:
         print(_HELP, end="")
-        name, _ = _without_config_file(others)
+        name, words = _without_config_file(others)
+        if "sweep" in words:
+            from kfe_optax.experiments.sweep_space import SWEEP_HELP
+
+            print(f"\n{SWEEP_HELP}", end="")
         if name:
             print(f"\nthe fields of this config\n{load_config(name)}")
         return 0 if wants_help else 2
@@ -74,6 +82,8 @@ def run_command(arguments: list[str]) -> int:
 
         compare(config, workdir or Path("runs") / config.name, console)
         return 0
+    if request.command == "sweep":
+        return _sweep(config, workdir, request.resume, console)
     from kfe_optax.experiments.data import load
     from kfe_optax.experiments.job import make_layers
 
@@ -98,6 +108,22 @@ def _train(config: ConfigDict, workdir: str, resume: bool, console: Console) -> 
     title = f"{config.title}: {config.optimizer}, {outcome.step} steps, {outcome.seconds:.1f} s"
     console.print(measures_table(outcome.measures, title=title))
     console.print(f"results    {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _sweep(config: ConfigDict, workdir: str, resume: bool, console: Console) -> int:
+    from kfe_optax.experiments.sweep import sweep
+
+    folder = Path(workdir or Path("runs") / f"{config.name}-{config.optimizer}-sweep")
+    outcome = sweep(config, folder, resume=resume, console=console)
+    if outcome.interrupted:
+        console.print(
+            f"Interrupted after {outcome.recorded} trials; the same command with --resume continues "
+            f"from '{folder / 'sweep.csv'}'.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return INTERRUPTED
     return 0
 
 
@@ -138,8 +164,8 @@ def _parse(arguments: list[str]) -> _Request:
         )
     if config is None:
         raise ExperimentError(f"Name a config, as in 'kfe-optax {words[0]} --config=configs/mnist_small.py'.")
-    if values.resume and words[0] != "train":
-        raise ExperimentError(f"--resume belongs to 'train', not to '{words[0]}'.")
+    if values.resume and words[0] not in _RESUMABLE:
+        raise ExperimentError(f"--resume belongs to 'train' and 'sweep', not to '{words[0]}'.")
     return _Request(words[0], config, values.workdir, values.resume)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import optax
 from ml_collections import ConfigDict
 
@@ -25,11 +26,37 @@ class Method(NamedTuple):
     curvature: bool
 
 
+def adam_in_kfe(
+    learning_rate: Any,
+    layers: kfe.Layers,
+    *,
+    b1: float,
+    b2: float,
+    eps: float,
+    weight_decay: float,
+    basis: str,
+    decay: float,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Adam in the eigenbasis of the factors named ``basis``; SOAP with those of the mean gradient."""
+    if basis not in kfe.factors.FACTORS:
+        raise ExperimentError(
+            f"There are no factors '{basis}'; choose one of {', '.join(kfe.factors.FACTORS)}."
+        )
+    factors = kfe.factors.FACTORS[basis](decay=decay)
+    return optax.chain(
+        kfe.in_kfe(optax.scale_by_adam(b1, b2, eps), layers, basis=factors, **options),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
 METHODS: Mapping[str, Method] = {
     "adam": Method(optax.adam, curvature=False),
     "sgd": Method(optax.sgd, curvature=False),
-    "kfac": Method(kfe.kfac, curvature=True),
-    "ekfac": Method(kfe.ekfac, curvature=True),
+    **{name: Method(method.optimizer, curvature=True) for name, method in kfe.METHODS.items()},
+    "adam_in_kfe": Method(adam_in_kfe, curvature=True),
+    "soap": Method(adam_in_kfe, curvature=True),
 }
 
 
@@ -70,8 +97,10 @@ def make_optimizer(
     }
     learning_rate = options.pop("learning_rate")
     if method.curvature:
-        # A flag of the command line cannot say None, so that 0 stands for "no clip".
-        options["max_kl"] = options.get("max_kl") or None
+        # A flag of the command line cannot say None, so that 0 stands for "no clip". A traced bound,
+        # of a sweep, cannot be asked; it is infinite there.
+        if "max_kl" in options and not isinstance(options["max_kl"], jax.Array):
+            options["max_kl"] = options["max_kl"] or None
         return method.make(learning_rate, layers, **options)
     return optax.with_extra_args_support(method.make(learning_rate, **options))
 

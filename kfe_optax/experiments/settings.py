@@ -71,10 +71,95 @@ def kfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **optio
     return _curvature_settings(learning_rate, damping, method | options)
 
 
+# They all keep damped inverses of Kronecker terms and have one set of options.
+tkfac = kpsvd = deflation = lanczos = kfac_corrected = kfac
+
+
 def ekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
     """EKFAC's settings; ``options`` go to ``kfe_optax.ekfac``, except ``fisher``."""
     method = {"basis_update_period": 50, "scale": "running", "scale_decay": 0.95}
     return _curvature_settings(learning_rate, damping, method | options)
+
+
+def tekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
+    """TEKFAC's settings; ``options`` go to ``kfe_optax.tekfac``, except ``fisher``."""
+    method = {"basis_update_period": 50, "scale_update_period": 10, "scale_decay": 0.95}
+    return _curvature_settings(learning_rate, damping, method | options)
+
+
+def adam_in_kfe(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
+    """The settings of Adam in a Kronecker-factored eigenbasis.
+
+    ``basis`` names the factors, a key of ``kfe_optax.factors.FACTORS``, and ``decay`` is theirs;
+    other ``options`` go to ``kfe_optax.in_kfe``, except ``fisher``.
+    """
+    method = {
+        "learning_rate": _as_schedule(learning_rate),
+        "b1": 0.9,
+        "b2": 0.99,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "basis": "kfac",
+        "decay": 0.95,
+        "factor_update_period": 10,
+        "basis_update_period": 50,
+        "initial_refreshes": 1,
+        "refresh": "eigh",
+    }
+    return ConfigDict(method | options)
+
+
+def soap(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
+    """SOAP's settings: those of ``adam_in_kfe`` with factors of the mean gradient at every step."""
+    method = {"basis": "gradient", "factor_update_period": 1, "basis_update_period": 10, "refresh": "qr"}
+    return adam_in_kfe(learning_rate, **(method | options))
+
+
+# From whom a method has its settings where a config file gives it none of its own.
+_RELATIVES = {
+    "tkfac": "kfac",
+    "kpsvd": "kfac",
+    "deflation": "kfac",
+    "lanczos": "kfac",
+    "kfac_corrected": "kfac",
+    "tekfac": "ekfac",
+    "adam_in_kfe": "adam",
+    "soap": "adam",
+}
+_MAKERS = {"tekfac": tekfac, "adam_in_kfe": adam_in_kfe, "soap": soap}
+
+
+def with_relatives(config: ConfigDict) -> ConfigDict:
+    """Gives every method that ``config`` leaves out the settings of its nearest relative in it.
+
+    A relative of K-FAC takes all of K-FAC's settings, TEKFAC what it shares with EKFAC, and Adam in
+    an eigenbasis Adam's learning rate. They are a start for ``sweep``, not a tuned setting.
+    """
+    for name, relative in _RELATIVES.items():
+        if name in config or relative not in config:
+            continue
+        block = config[relative].to_dict()
+        if name in _MAKERS:
+            known = _MAKERS[name](**{key: 0.0 for key in ("learning_rate", "damping") if key in block})
+            block = known.to_dict() | {
+                key: value for key, value in block.items() if key in _SHARED & set(known)
+            }
+        config[name] = ConfigDict(block)
+    return config
+
+
+_SHARED = {
+    "learning_rate",
+    "damping",
+    "momentum",
+    "nesterov",
+    "max_kl",
+    "weight_decay",
+    "decay",
+    "basis_update_period",
+    "factor_update_period",
+    "initial_refreshes",
+}
 
 
 def _curvature_settings(
@@ -136,6 +221,19 @@ def base_config(name: str) -> ConfigDict:
                 "seconds": 0.0,
                 "examples": 2000,
             },
+            # 'kfe-optax sweep --help' explains the values.
+            "sweep": {
+                "search": "grid",
+                "learning_rate": "x0.1:x10:5",
+                "damping": "x0.1:x10:5",
+                "max_kl": "",
+                "others": "",
+                "trials": 25,
+                "seeds": "",
+                "steps": 0,
+                "examples": 0,
+                "chunk": 5,
+            },
         }
     )
 
@@ -149,7 +247,9 @@ def make_schedule(settings: ConfigDict, run_steps: int) -> float | Schedule:
     warmup, steps = settings.warmup, settings.steps or run_steps
     if kind not in _KINDS:
         raise ExperimentError(f"A schedule's kind is '{kind}'; choose one of {', '.join(_KINDS)}.")
-    if kind == "exponential" and not (value > 0.0 and end > 0.0):
+    # Traced values, of a sweep, cannot be asked; the sweep has checked them.
+    known = not any(isinstance(number, jax.Array) for number in (value, end))
+    if kind == "exponential" and known and not (value > 0.0 and end > 0.0):
         raise ExperimentError(
             f"An exponential schedule goes from {value:g} to {end:g}; both must be positive: set "
             "its 'value' and 'end'."

@@ -1,0 +1,198 @@
+"""Many trials in one compiled program: hyper-parameters and seeds are arguments, not constants."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+import kfe_optax as kfe
+from kfe_optax.experiments.batches import Batches
+from kfe_optax.experiments.dataset import Dataset
+from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.optimizers import (
+    find_method,
+    make_optimizer,
+    optimizer_settings,
+    tap_options,
+)
+from kfe_optax.experiments.sweep_space import Trial, with_values
+from kfe_optax.experiments.task import Params, Task, make_task
+
+_EVALUATION_BATCH = 1000
+_NOT_TRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+class Losses(NamedTuple):
+    """What a trial is judged by: mean losses over the fixed images, not finite where it diverged."""
+
+    start_loss: float  # of the training images before the first step
+    train_loss: float
+    test_loss: float
+
+
+Sets = dict[str, dict[str, jax.Array]]
+Sums = tuple[jax.Array, jax.Array, jax.Array]  # of Losses' fields, a number an evaluation batch
+
+
+class Program(NamedTuple):
+    """The compiled program: ``run(trials)`` trains up to ``chunk`` trials from start to end."""
+
+    run: Callable[[Sequence[Trial]], list[Losses]]
+    compile_seconds: float
+
+
+def make_program(
+    config: ConfigDict, fields: Sequence[str], dataset: Dataset, steps: int, chunk: int
+) -> Program:
+    """Compiles whole trials of ``config.optimizer``: start, ``steps`` steps, evaluation.
+
+    A trial is a ``lax.scan`` over its steps and the trials are a ``lax.map``, one after the other:
+    under ``vmap`` a refresh whose condition depends on the trial (its gradient was finite, its
+    period) would be computed in every step of all trials. A trial takes the steps of the same
+    setting under ``make_job``, to rounding: the same start, batches and keys from its seed. The
+    images lie on the device as a whole.
+
+    Args:
+      config: its optimizer's settings hold for every field that does not vary.
+      fields: the dotted names of the fields that a trial's values stand for.
+      dataset: the images.
+      steps: steps a trial, over which the schedules span.
+      chunk: trials a call; a smaller group is filled up, so that one compilation serves all.
+
+    Raises:
+      ExperimentError: a field cannot vary within one program, because it fixes shapes.
+    """
+    task = make_task(config, dataset)
+    train = _trainer(config, fields, dataset, task, steps)
+    examples = min(config.sweep.examples or len(dataset.train_images), len(dataset.train_images))
+    sets = jax.device_put(
+        {
+            "train": {"image": dataset.train_images, "label": dataset.train_labels},
+            "fixed": {"image": dataset.train_images[:examples], "label": dataset.train_labels[:examples]},
+            "test": {"image": dataset.test_images, "label": dataset.test_labels},
+        }
+    )
+
+    def trial(sets: Sets, setting: dict[str, jax.Array]) -> Sums:
+        init_key, step_key = jax.random.split(jax.random.key(setting["seed"]))
+        start = task.model.init(init_key, sets["train"]["image"][:1])["params"]
+        end = train(start, step_key, sets["train"], setting)
+        return (
+            _loss_sums(task, start, sets["fixed"]),
+            _loss_sums(task, end, sets["fixed"]),
+            _loss_sums(task, end, sets["test"]),
+        )
+
+    def trials_in_turn(sets: Sets, settings: dict[str, jax.Array]) -> Sums:
+        return jax.lax.map(lambda setting: trial(sets, setting), settings)
+
+    arguments = _Arguments(config, dataset, steps, chunk)
+    started = time.perf_counter()
+    try:
+        # The values of this call do not matter: only their shapes do.
+        probe = arguments([Trial(0, (1.0,) * len(fields), config.seed)])
+        compiled = jax.jit(trials_in_turn).lower(sets, probe).compile()
+    except _NOT_TRACEABLE as error:
+        raise ExperimentError(
+            f"One of the fields {', '.join(fields)} fixes the form of the program and cannot vary within it; "
+            "take it out of config.sweep.others and run a sweep for each of its values."
+        ) from error
+    compile_seconds = time.perf_counter() - started
+
+    def run(trials: Sequence[Trial]) -> list[Losses]:
+        sums = jax.device_get(compiled(sets, arguments(trials)))
+        counts = (examples, examples, len(dataset.test_images))
+        # In float64: 50,000 images summed in float32 would lose the fifth digit.
+        means = [found.sum(-1, dtype=np.float64) / count for found, count in zip(sums, counts, strict=True)]
+        return [Losses(*(float(mean[index]) for mean in means)) for index in range(len(trials))]
+
+    return Program(run, compile_seconds)
+
+
+class _Arguments:
+    """What the program takes for a group of trials, filled up to the size it was compiled for."""
+
+    def __init__(self, config: ConfigDict, dataset: Dataset, steps: int, chunk: int):
+        self._config = config
+        self._dataset = dataset
+        self._steps = steps
+        self._chunk = chunk
+        self._orders: dict[int, np.ndarray] = {}  # (steps, batch) image indices by seed
+
+    def __call__(self, trials: Sequence[Trial]) -> dict[str, np.ndarray]:
+        filled = [*trials, *[trials[-1]] * (self._chunk - len(trials))]
+        return {
+            "values": np.array([trial.values for trial in filled], jnp.result_type(float)),
+            "seed": np.array([trial.seed for trial in filled], np.int32),
+            "order": np.stack([self._order(trial.seed) for trial in filled]),
+        }
+
+    def _order(self, seed: int) -> np.ndarray:
+        if seed not in self._orders:
+            data = self._dataset
+            batches = Batches(data.train_images, data.train_labels, self._config.batch_size, seed=seed)
+            rows = [batches.indices(step) for step in range(self._steps)]
+            self._orders[seed] = np.stack(rows).astype(np.int32)
+        return self._orders[seed]
+
+
+def _trainer(
+    config: ConfigDict, fields: Sequence[str], dataset: Dataset, task: Task, steps: int
+) -> Callable[[Params, jax.Array, dict[str, jax.Array], dict[str, jax.Array]], Params]:
+    """The function from a trial's start to its end; the optimizer is built inside, of traced values."""
+    name, settings = config.optimizer, optimizer_settings(config, config.optimizer)
+    layers: Any = None
+    if find_method(name).curvature:
+        batches = Batches(dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed)
+        batch = batches(0)
+        params = jax.eval_shape(task.model.init, jax.random.key(0), batch["image"])["params"]
+        layers = kfe.find_layers(task.loss_fn, params, batch)
+        differentiate = kfe.value_grad_and_taps(task.loss_fn, layers, **tap_options(settings))
+
+    def train(
+        params: Params, key: jax.Array, images: dict[str, jax.Array], setting: dict[str, jax.Array]
+    ) -> Params:
+        values = {field: setting["values"][index] for index, field in enumerate(fields)}
+        transform = make_optimizer(name, with_values(settings, values), steps, layers)
+
+        def step(carry: tuple[Params, Any], at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            params, opt_state = carry
+            count, rows = at
+            batch = jax.tree.map(lambda array: array[rows], images)
+            if layers is None:
+                grads = jax.grad(task.loss_fn)(params, batch)
+                updates, opt_state = transform.update(grads, opt_state, params)
+            else:
+                _, grads, taps = differentiate(params, batch, key=jax.random.fold_in(key, count))
+                updates, opt_state = transform.update(grads, opt_state, params, taps=taps)
+            return (optax.apply_updates(params, updates), opt_state), None
+
+        counts = jnp.arange(steps, dtype=jnp.int32)
+        (params, _), _ = jax.lax.scan(step, (params, transform.init(params)), (counts, setting["order"]))
+        return params
+
+    return train
+
+
+def _loss_sums(task: Task, params: Params, images: dict[str, jax.Array]) -> jax.Array:
+    """The loss summed over the images of each evaluation batch; every image counts once."""
+    count = len(images["image"])
+    size = min(_EVALUATION_BATCH, count)
+
+    def of_batch(start: jax.Array) -> jax.Array:
+        rows = start + jnp.arange(size)
+        batch = jax.tree.map(lambda array: array[jnp.minimum(rows, count - 1)], images)
+        return task.measure(params, batch, (rows < count).astype(jnp.float32))["loss"]
+
+    return jax.lax.map(of_batch, jnp.arange(0, count, size))
