@@ -2,53 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import jax
 
-from kfe_optax.factors import base, terms
+from kfe_optax.factors import terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kpsvd import leading
 from kfe_optax.factors.operators import fisher_operator, without
 from kfe_optax.factors.singular import power
-from kfe_optax.factors.terms import TermsState
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.factors.terms import TermsFactors
+from kfe_optax.layers import Layer
 
 
-class Deflation(NamedTuple):
-    """See `deflation`."""
-
-    decay: ScalarOrSchedule
-    tolerance: float
-    max_iterations: int
-
-    rank = 2
-    needs_taps = True
-
-    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
-        return terms.init(layers, max_dim, self.rank)
-
-    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
-        def estimate(layer, old):
-            stacked = len(layer.stack_shape)
-            operator = fisher_operator(source, layer, old[0])
-            first, iterations = leading(operator, old[0], layer, self.tolerance, self.max_iterations)
-            deflated = without(operator, first.left)
-            start = deflated.first(terms.start_random(old[1].output, stacked))
-            second, more = power(deflated, start, self.tolerance, self.max_iterations)
-            found = tuple(terms.term_of(operator, triple, stacked) for triple in (first, second))
-            return found, iterations + more
-
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
-        return terms.update(state, source, estimate, rho)
-
-    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
-        del layers
-        return state.terms
-
-
-def deflation(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iterations: int = 50) -> Any:
+def deflation(
+    decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iterations: int = 50
+) -> TermsFactors:
     """Two Kronecker terms by deflation: F ≈ R⊗S + P⊗Q (Koroko et al. 2022, section 3.2).
 
     R⊗S is KPSVD's; (P, Q) comes from the power method on Z(F) − vec(R) vec(S)ᵀ, started at a random symmetric matrix, later at
@@ -73,4 +40,16 @@ def deflation(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_itera
       2
     """
     terms.check_iteration(tolerance, max_iterations)
-    return Deflation(decay, tolerance, max_iterations)
+
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
+        del rho
+        stacked = len(layer.stack_shape)
+        operator = fisher_operator(source, layer, old[0])
+        first, iterations = leading(operator, old[0], layer, tolerance, max_iterations)
+        deflated = without(operator, first.left)
+        start = deflated.first(terms.start_random(old[1].output, stacked))
+        second, more = power(deflated, start, tolerance, max_iterations)
+        found = tuple(terms.term_of(operator, triple, stacked) for triple in (first, second))
+        return found, iterations + more
+
+    return TermsFactors(2, decay, estimate)

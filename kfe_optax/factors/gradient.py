@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Gradient(NamedTuple):
         return terms
 
 
-def gradient(decay: ScalarOrSchedule = 0.95) -> Any:
+def gradient(decay: ScalarOrSchedule = 0.95) -> Gradient:
     """Factors of the mean gradient V: L = E[V Vᵀ], R = E[Vᵀ V] (Gupta et al. 2018; Vyas et al. 2024).
 
     As a Kronecker product L⊗R / tr L, which has the trace of E[vec V vec Vᵀ]: the second moment of the mean gradient, which

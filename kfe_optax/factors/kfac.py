@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,7 @@ class Kfac(NamedTuple):
         return {name: (Term(state.input[name], state.output[name]),) for name in state.input}
 
 
-def kfac(decay: ScalarOrSchedule = 0.95) -> Any:
+def kfac(decay: ScalarOrSchedule = 0.95) -> Kfac:
     """K-FAC's factors: F ≈ A⊗G with A = E[mean_t ā āᵀ] and G = E[Σ_t g gᵀ] (Martens & Grosse 2015, section 3).
 
     Args:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import jax
 
 from kfe_optax.factors import base, terms
@@ -12,46 +9,13 @@ from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import estimate as kfac_estimate
 from kfe_optax.factors.operators import fisher_operator
 from kfe_optax.factors.singular import power
-from kfe_optax.factors.terms import TermsState
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.factors.terms import TermsFactors
+from kfe_optax.layers import Layer
 
 
-class KfacCorrected(NamedTuple):
-    """See `kfac_corrected`."""
-
-    decay: ScalarOrSchedule
-    tolerance: float
-    max_iterations: int
-
-    rank = 2
-    needs_taps = True
-
-    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
-        return terms.init(layers, max_dim, self.rank)
-
-    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
-        diagonal = {name: base.is_diagonal(source.layers[name], old[0]) for name, old in state.terms.items()}
-        estimates = kfac_estimate(source, diagonal)
-
-        def estimate(layer, old):
-            stacked = len(layer.stack_shape)
-            first = estimates[layer.name]
-            # −A⊗G is one more term of the operator, with weight −1 on one side.
-            minus = Term(-first.input, first.output)
-            operator = fisher_operator(source, layer, old[1], plus=(minus,))
-            start = operator.first(terms.start_random(old[1].output, stacked))
-            second, iterations = power(operator, start, self.tolerance, self.max_iterations)
-            return (first, terms.term_of(operator, second, stacked)), iterations
-
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
-        return terms.update(state, source, estimate, rho)
-
-    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
-        del layers
-        return state.terms
-
-
-def kfac_corrected(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iterations: int = 50) -> Any:
+def kfac_corrected(
+    decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iterations: int = 50
+) -> TermsFactors:
     """K-FAC with a correction: F ≈ A⊗G + P⊗Q (Koroko et al. 2022, section 3.4).
 
     A and G are K-FAC's, and P⊗Q is the best symmetric Kronecker product for F − A⊗G, by the power method.
@@ -74,4 +38,16 @@ def kfac_corrected(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_
       2
     """
     terms.check_iteration(tolerance, max_iterations)
-    return KfacCorrected(decay, tolerance, max_iterations)
+
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
+        del rho
+        first = kfac_estimate(source, {layer.name: base.is_diagonal(layer, old[0])})[layer.name]
+        # −A⊗G is one more term of the operator, with the sign on one side.
+        minus = Term(-first.input, first.output)
+        operator = fisher_operator(source, layer, old[1], plus=(minus,))
+        stacked = len(layer.stack_shape)
+        start = operator.first(terms.start_random(old[1].output, stacked))
+        second, iterations = power(operator, start, tolerance, max_iterations)
+        return (first, terms.term_of(operator, second, stacked)), iterations
+
+    return TermsFactors(2, decay, estimate)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import jax
 
-from kfe_optax.factors import base, terms
+from kfe_optax.factors import terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, fisher_operator
 from kfe_optax.factors.singular import Triple, power
-from kfe_optax.factors.terms import TermsState
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.factors.terms import TermsFactors
+from kfe_optax.layers import Layer
 
 
 def leading(
@@ -23,34 +20,7 @@ def leading(
     return power(operator, operator.first(start), tolerance, max_iterations)
 
 
-class Kpsvd(NamedTuple):
-    """See `kpsvd`."""
-
-    decay: ScalarOrSchedule
-    tolerance: float
-    max_iterations: int
-
-    rank = 1
-    needs_taps = True
-
-    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
-        return terms.init(layers, max_dim, self.rank)
-
-    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
-        def estimate(layer, old):
-            operator = fisher_operator(source, layer, old[0])
-            triple, iterations = leading(operator, old[0], layer, self.tolerance, self.max_iterations)
-            return (terms.term_of(operator, triple, len(layer.stack_shape)),), iterations
-
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
-        return terms.update(state, source, estimate, rho)
-
-    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
-        del layers
-        return state.terms
-
-
-def kpsvd(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iterations: int = 50) -> Any:
+def kpsvd(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iterations: int = 50) -> TermsFactors:
     """KPSVD's factors: F ≈ R⊗S closest to F in the Frobenius norm (Koroko et al. 2022, section 3.1).
 
     R = √σ MAT(u) and S = √σ MAT(v) with (σ, u, v) the leading singular triple of the rearranged Z(F), found by the power method
@@ -74,4 +44,11 @@ def kpsvd(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iteration
       1
     """
     terms.check_iteration(tolerance, max_iterations)
-    return Kpsvd(decay, tolerance, max_iterations)
+
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
+        del rho
+        operator = fisher_operator(source, layer, old[0])
+        triple, iterations = leading(operator, old[0], layer, tolerance, max_iterations)
+        return (terms.term_of(operator, triple, len(layer.stack_shape)),), iterations
+
+    return TermsFactors(1, decay, estimate)

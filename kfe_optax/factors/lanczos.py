@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import jax
 
-from kfe_optax.factors import base, singular, terms
+from kfe_optax.factors import singular, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
-from kfe_optax.factors.operators import Operator, fisher_operator
-from kfe_optax.factors.terms import TermsState
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.factors.operators import Operator, fisher_operator, times
+from kfe_optax.factors.terms import TermsFactors
+from kfe_optax.layers import Layer
 
 
 def leading_terms(
@@ -26,42 +23,17 @@ def leading_terms(
     sides = [terms.start_positive(old[0].output, stacked)]
     sides += [terms.start_random(term.output, stacked) for term in old[1:]]
     # A start that holds all the old vectors; Zᵀ Z of it, since a vector of the operator has its own form.
-    start = operator.adjoint(operator.first(sum(sides[1:], sides[0])))
+    image = operator.first(sum(sides[1:], sides[0]))
+    size = singular.length(operator.dot_in(image, image))
+    # Of unit length, so that its square is no larger than what the iteration meets anyway.
+    start = operator.adjoint(times(1 / singular.safe(size), image))
     found, products = singular.lanczos(operator, start, len(old), tolerance, subspace, max_restarts)
     return tuple(terms.term_of(operator, triple, stacked) for triple in found), products
 
 
-class Lanczos(NamedTuple):
-    """See `lanczos`."""
-
-    decay: ScalarOrSchedule
-    tolerance: float
-    subspace: int
-    max_restarts: int
-
-    rank = 2
-    needs_taps = True
-
-    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
-        return terms.init(layers, max_dim, self.rank)
-
-    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
-        def estimate(layer, old):
-            operator = fisher_operator(source, layer, old[0])
-            stacked = len(layer.stack_shape)
-            return leading_terms(operator, old, stacked, self.tolerance, self.subspace, self.max_restarts)
-
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
-        return terms.update(state, source, estimate, rho)
-
-    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
-        del layers
-        return state.terms
-
-
 def lanczos(
     decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, subspace: int = 8, max_restarts: int = 10
-) -> Any:
+) -> TermsFactors:
     """Two Kronecker terms by Lanczos: F ≈ R⊗S + P⊗Q, the best symmetric Kronecker rank 2 (Koroko et al. 2022, section 3.3).
 
     Both leading singular triples of Z(F) from one thick-restarted Golub–Kahan bidiagonalization, which starts from the old S and
@@ -87,7 +59,13 @@ def lanczos(
     """
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, 2)
-    return Lanczos(decay, tolerance, subspace, max_restarts)
+
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
+        del rho
+        operator = fisher_operator(source, layer, old[0])
+        return leading_terms(operator, old, len(layer.stack_shape), tolerance, subspace, max_restarts)
+
+    return TermsFactors(2, decay, estimate)
 
 
 def check_subspace(subspace: int, wanted: int) -> None:

@@ -161,14 +161,6 @@ class _Atoms(NamedTuple):
         return total
 
 
-def minus_product(operator: Operator, u: jax.Array, v: jax.Array) -> Operator:
-    """operator − u vᵀ, for vectors of its two sides."""
-    return operator._replace(
-        forward=lambda x: operator.forward(x) - times(operator.dot_out(v, x), u),
-        adjoint=lambda y: operator.adjoint(y) - times(operator.dot_in(u, y), v),
-    )
-
-
 def without(operator: Operator, u: jax.Array) -> Operator:
     """(I − u uᵀ) operator for a unit vector u of the input side: the operator deflated by a singular vector."""
 

@@ -19,12 +19,15 @@ class Triple(NamedTuple):
     right: jax.Array
 
 
-def _safe(norm: jax.Array) -> jax.Array:
-    return jnp.where(norm > 0, norm, 1)
+def safe(norm: jax.Array) -> jax.Array:
+    """What a vector of this length is divided by: 1 for a zero vector."""
+    return jnp.where(norm == 0, 1, norm)
 
 
-def _norm(squared: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.maximum(squared, 0))
+def length(squared: jax.Array) -> jax.Array:
+    """√squared, NaN where the square overflowed: divided by infinity, a vector would be a zero that nobody notices."""
+    root = jnp.sqrt(jnp.maximum(squared, 0))
+    return jnp.where(jnp.isinf(root), jnp.nan, root)
 
 
 def power(
@@ -43,17 +46,17 @@ def power(
     """
 
     def unit_in(u):
-        norm = _norm(operator.dot_in(u, u))
-        return times(1 / _safe(norm), u), norm
+        norm = length(operator.dot_in(u, u))
+        return times(1 / safe(norm), u), norm
 
     def step(carry):
         u, *_, iterations = carry
         v = operator.adjoint(u)
-        sigma = _norm(operator.dot_out(v, v))
-        v = times(1 / _safe(sigma), v)
+        sigma = length(operator.dot_out(v, v))
+        v = times(1 / safe(sigma), v)
         image = operator.forward(v)
         difference = image - times(sigma, u)
-        residual = _norm(operator.dot_in(difference, difference))
+        residual = length(operator.dot_in(difference, difference))
         u, value = unit_in(image)
         return u, v, value, jnp.all(residual <= tolerance * sigma), iterations + 1
 
@@ -110,11 +113,11 @@ def lanczos(
             coefficients = dot(basis, x)
             x = x - jnp.sum(times(coefficients, basis), 0)
             total = total + coefficients
-        norm = _norm(dot(x, x))
+        norm = length(dot(x, x))
         # What rounding leaves of a vector inside the basis is no direction.
-        size = _norm(jnp.sum(jnp.square(total), 0) + jnp.square(norm))
-        kept = norm > 8 * jnp.finfo(norm.dtype).eps * size
-        return times(jnp.where(kept, 1 / _safe(norm), 0), x), total, jnp.where(kept, norm, 0)
+        size = length(jnp.sum(jnp.square(total), 0) + jnp.square(norm))
+        dropped = norm <= 8 * jnp.finfo(norm.dtype).eps * size
+        return times(jnp.where(dropped, 0, 1 / safe(norm)), x), total, jnp.where(dropped, 0, norm)
 
     def extend(j, space):
         q, coefficients, alpha = orthogonalized(operator.forward(space.right[j]), space.left, operator.dot_in)
@@ -153,8 +156,8 @@ def lanczos(
         _, _, done, restarts, _ = carry
         return ~done & (restarts <= max_restarts)
 
-    norm = _norm(operator.dot_out(start, start))
-    p = times(1 / _safe(norm), start)
+    norm = length(operator.dot_out(start, start))
+    p = times(1 / safe(norm), start)
     q = jax.eval_shape(operator.forward, p)
     space = _Space(
         jnp.zeros((subspace + 1, *p.shape), p.dtype).at[0].set(p),

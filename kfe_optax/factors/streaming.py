@@ -2,52 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
-
 import jax
-import jax.numpy as jnp
 
-from kfe_optax.factors import base, terms
+from kfe_optax.factors import terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.lanczos import check_subspace, leading_terms
 from kfe_optax.factors.operators import fisher_operator, times
-from kfe_optax.factors.terms import TermsState
-from kfe_optax.layers import Layer, Layers
-
-
-class Streaming(NamedTuple):
-    """See `streaming`."""
-
-    rank: int
-    decay: ScalarOrSchedule
-    tolerance: float
-    subspace: int
-    max_restarts: int
-
-    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
-        return terms.init(layers, max_dim, self.rank)
-
-    @property
-    def needs_taps(self) -> bool:
-        return True
-
-    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
-
-        def estimate(layer, old):
-            weight = rho.astype(layer.factor_dtype)
-            past = [Term(times(weight, term.input), term.output) for term in old]
-            operator = fisher_operator(source, layer, old[0], weight=1 - weight, plus=past)
-            stacked = len(layer.stack_shape)
-            return leading_terms(operator, old, stacked, self.tolerance, self.subspace, self.max_restarts)
-
-        # The past is inside the operator: the new terms replace the old ones.
-        return terms.update(state, source, estimate, jnp.zeros_like(rho))
-
-    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
-        del layers
-        return state.terms
+from kfe_optax.factors.terms import TermsFactors
+from kfe_optax.layers import Layer
 
 
 def streaming(
@@ -56,7 +18,7 @@ def streaming(
     tolerance: float = 1e-4,
     subspace: int = 8,
     max_restarts: int = 10,
-) -> Any:
+) -> TermsFactors:
     """The running F as its best r Kronecker terms: F̂ ← best rank r of ρ F̂ + (1 − ρ) F of the batch.
 
     An average of the factors of different batches is not a factor of the average: the product of two averages has cross terms
@@ -85,4 +47,12 @@ def streaming(
         raise ValueError(f"rank is a number of Kronecker terms and cannot be {rank!r}; give 1 or 2.")
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, rank)
-    return Streaming(rank, decay, tolerance, subspace, max_restarts)
+
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
+        weight = rho.astype(layer.factor_dtype)
+        past = [Term(times(weight, term.input), term.output) for term in old]
+        operator = fisher_operator(source, layer, old[0], weight=1 - weight, plus=past)
+        return leading_terms(operator, old, len(layer.stack_shape), tolerance, subspace, max_restarts)
+
+    # The past is inside the operator: the new terms replace the old ones.
+    return TermsFactors(rank, decay, estimate, averaged=False)

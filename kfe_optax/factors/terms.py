@@ -13,7 +13,7 @@ from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, times
 from kfe_optax.factors.singular import Triple
-from kfe_optax.layers import Layer
+from kfe_optax.layers import Layer, Layers
 
 
 class TermsState(NamedTuple):
@@ -32,37 +32,57 @@ class TermsState(NamedTuple):
     failures: jax.Array
 
 
-def init(layers: Sequence[Layer], max_dim: int, rank: int) -> TermsState:
-    """Zero terms."""
-    base.check_max_dim(max_dim)
-    return TermsState(
-        jnp.zeros((), jnp.int32),
-        {layer.name: tuple(base.zero_term(layer, max_dim) for _ in range(rank)) for layer in layers},
-        {layer.name: jnp.zeros((), jnp.int32) for layer in layers},
-        jnp.zeros((), jnp.int32),
-    )
+# (source, layer, old terms, ρ) → the terms of the batch and the iterations.
+Estimate = Callable[[Source, Layer, tuple[Term, ...], jax.Array], tuple[tuple[Term, ...], jax.Array]]
 
 
-Estimate = Callable[[Layer, tuple[Term, ...]], tuple[tuple[Term, ...], jax.Array]]
+class TermsFactors(NamedTuple):
+    """Factors (see `base.Factors`) whose terms of one batch come from `estimate`.
 
-
-def update(state: TermsState, source: Source, estimate: Estimate, rho: jax.Array) -> TermsState:
-    """M ← ρM + (1 − ρ)M_new on every side of every term, the signs of all terms but the first aligned with the old ones.
-
-    Args:
-      state: the state before.
-      source: the batch.
-      estimate: (layer, old terms) → (terms of the batch, iterations).
-      rho: ρ; 0 replaces the terms.
+    Attributes:
+      rank: how many terms.
+      decay: ρ of the running averages.
+      estimate: see `Estimate`.
+      averaged: whether R, S, P, Q, ... are averaged side by side, the signs of all terms but the first aligned with the old ones;
+        if not, the estimate replaces the terms.
     """
-    new, iterations = {}, {}
-    for name, old in state.terms.items():
-        layer = source.layers[name]
-        stacked = len(layer.stack_shape)
-        found, iterations[name] = estimate(layer, old)
-        new[name] = (found[0], *(aligned(*pair, stacked) for pair in zip(found[1:], old[1:], strict=True)))
-    terms, failures = base.average(state.terms, new, rho)
-    return TermsState(state.updates + 1, terms, iterations, state.failures + failures)
+
+    rank: int
+    decay: ScalarOrSchedule
+    estimate: Estimate
+    averaged: bool = True
+
+    @property
+    def needs_taps(self) -> bool:
+        return True
+
+    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
+        base.check_max_dim(max_dim)
+        return TermsState(
+            jnp.zeros((), jnp.int32),
+            {layer.name: tuple(base.zero_term(layer, max_dim) for _ in range(self.rank)) for layer in layers},
+            {layer.name: jnp.zeros((), jnp.int32) for layer in layers},
+            jnp.zeros((), jnp.int32),
+        )
+
+    def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
+        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        new, iterations = {}, {}
+        for name, old in state.terms.items():
+            layer = source.layers[name]
+            stacked = len(layer.stack_shape)
+            (first, *others), iterations[name] = self.estimate(source, layer, old, rho)
+            new[name] = (
+                first,
+                *(aligned(term, past, stacked) for term, past in zip(others, old[1:], strict=True)),
+            )
+        kept = rho if self.averaged else jnp.zeros_like(rho)
+        terms, failures = base.average(state.terms, new, kept)
+        return TermsState(state.updates + 1, terms, iterations, state.failures + failures)
+
+    def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
+        del layers
+        return state.terms
 
 
 def aligned(new: Term, old: Term, stacked: int) -> Term:

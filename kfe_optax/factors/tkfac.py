@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class Tkfac(NamedTuple):
         return terms
 
 
-def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Any:
+def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Tkfac:
     """TKFAC's factors: F ≈ σ Φ⊗Ψ, σ = E[tr Λ tr Γ], Φ = E[tr(Γ) Λ]/σ, Ψ = E[tr(Λ) Γ]/σ (Gao et al. 2020, section 3).
 
     Λ = ā āᵀ and Γ = g gᵀ are those of one example, so that tr F = σ is kept and tr Φ = tr Ψ = 1. The paper prints the decay on
