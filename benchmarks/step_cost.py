@@ -113,6 +113,11 @@ def build(batch: int, names: list[str]) -> tuple[list[Run], jax.Array]:
             kfe.scale_by_ekfac(layers, 10.0, factor_update_period=factors, basis_update_period=basis), rate
         )
 
+    def kronecker(method):
+        scale_by = kfe.METHODS[method].scale_by
+        options = {"factor_update_period": 10, "inverse_update_period": PERIOD, "initial_refreshes": 1}
+        return optax.chain(scale_by(layers, 10.0, **options), rate)
+
     known = {
         "gradient": (optax.sgd(1e-5), gradient),
         "adam": (optax.adam(1e-5), gradient),
@@ -122,10 +127,20 @@ def build(batch: int, names: list[str]) -> tuple[list[Run], jax.Array]:
         "ekfac 10/100": (ekfac(10, PERIOD), gradient + rotation + fisher / 10 + eigh / PERIOD),
         "kfac 1/100": (kfac(1, PERIOD), gradient + inverse + fisher + cholesky / PERIOD),
     }
+    rank_1 = gradient + inverse + fisher / 10 + cholesky / PERIOD
+    rank_2 = gradient + rotation + fisher / 10 + (cholesky + eigh) / PERIOD
+    for method, flops in (
+        ("tkfac", rank_1),
+        ("kpsvd", rank_1),
+        ("deflation", rank_2),
+        ("lanczos", rank_2),
+        ("kfac_corrected", rank_2),
+    ):
+        known[f"{method} 10/100"] = (kronecker(method), flops)
     runs = []
     for name in names or known:
         tx, flops = known[name]
-        curvature = "kfac" in name
+        curvature = name not in ("gradient", "adam")
         step = _step(tx, loss_fn, layers if curvature else None)
         copy = jax.tree.map(jnp.array, params)
         runs.append(Run(name, step, (copy, tx.init(copy)), flops))
