@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from kfe_optax.factors.base import Factors as Factors
 from kfe_optax.factors.base import Term as Term
+from kfe_optax.factors.base import estimate as estimate
 from kfe_optax.factors.deflation import deflation as deflation
 from kfe_optax.factors.gradient import gradient as gradient
 from kfe_optax.factors.kfac import kfac as kfac

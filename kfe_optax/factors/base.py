@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import core
 
 from kfe_optax.layers import Layer, Layers
-from kfe_optax.taps import Pulled
+from kfe_optax.taps import Pulled, Taps
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 T = TypeVar("T")
@@ -64,6 +64,45 @@ class Factors(Protocol):
 
     def terms(self, state: Any, layers: Layers) -> dict[str, tuple[Term, ...]]:
         """{layer: Kronecker terms}; the first one is positive semi-definite on both sides."""
+
+
+def estimate(
+    factors: Factors, taps: Taps, names: Sequence[str] | None = None, *, max_dim: int = 8192
+) -> dict[str, tuple[Term, ...]]:
+    """The Kronecker terms of one step's taps alone, without a running average: what `kfe.diagnostics` judges.
+
+    Args:
+      factors: one of `kfe.factors` that reads taps.
+      taps: what `kfe.value_grad_and_taps` returned.
+      names: for which layers; all by default.
+      max_dim: a side larger than this is treated as diagonal.
+
+    Returns:
+      {layer: ((A, B), ...)} with F ≈ A⊗B + ..., for use inside or outside `jit`.
+
+    Raises:
+      ValueError: factors that read gradients instead of taps.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, kfe_optax as kfe
+      >>> def loss_fn(params, x):
+      ...     z = kfe.tag_dense(x, x @ params["kernel"], params)
+      ...     return kfe.losses.l2_loss(z).sum(-1).mean()
+      >>> params, x = {"kernel": jnp.ones((3, 2))}, jnp.eye(3)
+      >>> layers = kfe.find_layers(loss_fn, params, x)
+      >>> _, _, taps = kfe.value_grad_and_taps(loss_fn, layers)(params, x, key=jax.random.key(0))
+      >>> (term,) = kfe.factors.estimate(kfe.factors.kpsvd(), taps)["kernel"]
+      >>> term.input.shape, term.output.shape
+      ((3, 3), (2, 2))
+    """
+    if not factors.needs_taps:
+        raise ValueError(
+            "These factors come from gradients, not from taps; call their init and update instead."
+        )
+    layers = taps.layers
+    state = factors.init([layers[name] for name in names or layers], max_dim)
+    state = factors.update(state, Source(layers, taps.pulled(), {}), jnp.zeros((), jnp.int32))
+    return factors.terms(state, layers)
 
 
 def check_max_dim(max_dim: Any) -> None:

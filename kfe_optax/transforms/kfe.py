@@ -89,9 +89,9 @@ def in_kfe(
 
     When the basis changes, R = U_newᵀ U_old, the state of the inner transformation moves along: first moments as R_A m R_Bᵀ,
     second moments as (R_A∘R_A) v (R_B∘R_B)ᵀ, which keeps them positive and keeps their sum. The state's leaves are told apart by
-    the name of their field: `mu`, `trace`, `ema` are first moments, `nu`, `nu_max`, `sum_of_squares`, `e_g`, `e_x` second ones. Leaves
-    that have not the shape of a layer's matrix (counts, factored moments) stay as they are; so should Adamax's `nu`, which is a
-    largest absolute value: `carry={"nu": "keep"}`.
+    the name of their field: `mu`, `trace`, `ema` are first moments, `nu`, `nu_max`, `sum_of_squares`, `e_g`, `e_x` second ones.
+    Leaves that have not the shape of a layer's matrix (counts, factored moments) stay as they are; so should Adamax's `nu`,
+    which is a largest absolute value: `carry={"nu": "keep"}`.
 
     Args:
       inner: any Optax transformation of gradients, such as `optax.scale_by_adam()`, `scale_by_rms`, `scale_by_rss`,
