@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ import kfe_optax as kfe
 
 from . import problems
 from .dense import assert_close
+from .methods import CASES, DAMPING
 
 
 @pytest.fixture(scope="module")
@@ -31,82 +34,68 @@ def update(tx, params, grads, taps):
 
 
 @pytest.fixture(scope="module")
-def bare(step):
+def bare_of(step):
+    """The update of a method by itself."""
     problem, layers, grads, taps = step
-    return update(kfe.scale_by_kfac(layers, 0.1), problem.params, grads, taps)[0]
+    return functools.cache(lambda name: update(CASES[name].make(layers), problem.params, grads, taps)[0])
 
 
+@pytest.fixture
+def bare(bare_of):
+    return bare_of("kfac")
+
+
+def _everywhere(value):
+    return lambda tree: jax.tree.map(lambda _: value, tree)
+
+
+# (case, layers) → the wrapped transformation, whose update is the bare one.
 WRAPPERS = {
-    "chain": lambda layers: optax.chain(optax.identity(), kfe.scale_by_kfac(layers, 0.1), optax.identity()),
-    "apply_if_finite": lambda layers: optax.apply_if_finite(kfe.scale_by_kfac(layers, 0.1), 3),
-    "masked": lambda layers: optax.masked(
-        kfe.scale_by_kfac(layers, 0.1), lambda p: jax.tree.map(lambda _: True, p)
+    "chain": lambda case, layers: optax.chain(optax.identity(), case.make(layers), optax.identity()),
+    "apply_if_finite": lambda case, layers: optax.apply_if_finite(case.make(layers), 3),
+    "masked": lambda case, layers: optax.masked(case.make(layers), _everywhere(True)),
+    "partition": lambda case, layers: optax.partition(
+        {"all": case.make(layers), "none": optax.set_to_zero()}, _everywhere("all")
     ),
-    "partition": lambda layers: optax.partition(
-        {"all": kfe.scale_by_kfac(layers, 0.1), "none": optax.set_to_zero()},
-        lambda p: jax.tree.map(lambda _: "all", p),
-    ),
-    "multi steps of one": lambda layers: optax.MultiSteps(
-        kfe.scale_by_kfac(layers, 0.1), 1
+    "multi steps of one": lambda case, layers: optax.MultiSteps(
+        case.make(layers), 1
     ).gradient_transformation(),
-    "inject_hyperparams": lambda layers: optax.inject_hyperparams(
-        kfe.scale_by_kfac, static_args=("max_dim",)
-    )(layers, lambda step: 0.1 + 0 * step),
-    "conditionally": lambda layers: optax.transforms.conditionally_transform(
-        kfe.scale_by_kfac(layers, 0.1), lambda step: step >= 0
+    "inject_hyperparams": lambda case, layers: case.inject(layers),
+    "conditionally": lambda case, layers: optax.transforms.conditionally_transform(
+        case.make(layers), lambda step: step >= 0
     ),
-    "clip": lambda layers: kfe.clip_by_kl(kfe.scale_by_kfac(layers, 0.1), 1e6),
+    "clip": lambda case, layers: kfe.clip_by_kl(case.make(layers), 1e6),
 }
+# Most of them at once, for every method, are in test_conformance_methods; each by itself is for the slow runs.
+QUICK = {("kfac", "conditionally"), ("kfac", "clip"), ("kfac", "inject_hyperparams")}
+EACH = [
+    pytest.param(name, wrapper, marks=[] if (name, wrapper) in QUICK else pytest.mark.slow)
+    for name in CASES
+    for wrapper in WRAPPERS
+]
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_wrappers(name, step, bare):
+@pytest.mark.parametrize(("name", "wrapper"), EACH)
+def test_wrappers(name, wrapper, step, bare_of):
     """Each passes the taps on, gives the same update, and `kfe.info` digs through its state."""
     problem, layers, grads, taps = step
-    updates, state = update(WRAPPERS[name](layers), problem.params, grads, taps)
-    assert_close(updates, bare, 1e-6)
+    updates, state = update(WRAPPERS[wrapper](CASES[name], layers), problem.params, grads, taps)
+    assert_close(updates, bare_of(name), 1e-5)
     info = kfe.info(state)
-    assert_close(info.damping, 0.1, 1e-6)
+    if CASES[name].damped:
+        assert_close(info.damping, DAMPING, 1e-6)
     assert (int(info.failures), int(info.last_refresh), int(info.nonfinite)) == (0, 0, 0)
-    assert (info.kl_factor is None) == (name != "clip")
+    assert (info.kl_factor is None) == (wrapper != "clip")
 
 
-@pytest.mark.parametrize("wrap", ["masked", "partition"])
-def test_a_layer_left_to_another_transformation(wrap, step, bare):
+def test_a_masked_layer(step, bare):
     """A wholly masked layer is not preconditioned, the other one as before."""
     problem, layers, grads, taps = step
-    kept = {"dense_0": False, "dense_1": True}
-    if wrap == "masked":
-        tx, scale = optax.masked(kfe.scale_by_kfac(layers, 0.1), kept), 1.0
-    else:
-        labels = {name: "kfac" if keep else "other" for name, keep in kept.items()}
-        tx, scale = (
-            optax.partition({"kfac": kfe.scale_by_kfac(layers, 0.1), "other": optax.scale(5.0)}, labels),
-            5.0,
-        )
+    tx = optax.masked(CASES["kfac"].make(layers), {"dense_0": False, "dense_1": True})
     updates, state = update(tx, problem.params, grads, taps)
     assert_close(updates["dense_1"], bare["dense_1"], 1e-6)
-    assert_close(updates["dense_0"], jax.tree.map(lambda g: scale * g, grads["dense_0"]), 1e-6)
-    assert_close(kfe.info(state).damping, 0.1, 1e-6)
-
-
-@pytest.mark.parametrize("alias", [kfe.kfac, kfe.ekfac])
-def test_inject_hyperparams_of_the_aliases(alias, step):
-    """Learning rate and damping in the state can be changed between steps without a new compilation."""
-    problem, layers, grads, taps = step
-    tx = optax.inject_hyperparams(alias)(0.1, layers, damping=0.2, max_kl=None)
-    state = tx.init(problem.params)
-    jitted = jax.jit(tx.update)
-    first, _ = jitted(grads, state, problem.params, taps=taps)
-    plain = alias(0.1, layers, damping=0.2, max_kl=None)
-    assert_close(first, update(plain, problem.params, grads, taps)[0], 1e-5)
-    for name, value in (("damping", 1.0), ("learning_rate", 0.3)):
-        state.hyperparams[name] = jnp.full_like(state.hyperparams[name], value)
-    second, state = jitted(grads, state, problem.params, taps=taps)
-    plain = alias(0.3, layers, damping=1.0, max_kl=None)
-    assert_close(second, update(plain, problem.params, grads, taps)[0], 1e-5)
-    assert jitted._cache_size() == 1
-    assert_close(kfe.info(state).damping, 1.0, 1e-7)
+    assert_close(updates["dense_0"], grads["dense_0"], 1e-6)
+    assert_close(kfe.info(state).damping, DAMPING, 1e-6)
 
 
 def test_multi_steps(step):
@@ -114,16 +103,17 @@ def test_multi_steps(step):
     problem, layers, *_ = step
     differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers)
     x, y = problem.args
-    tx = optax.MultiSteps(kfe.scale_by_kfac(layers, 0.1), 2)
+    tx = optax.MultiSteps(CASES["kfac"].make(layers), 2)
+    jitted = jax.jit(tx.update)
     state, halves, found = tx.init(problem.params), [], []
     for i, part in enumerate((slice(0, 4), slice(4, 8))):
         _, grads, taps = differentiate(problem.params, x[part], y[part], key=jax.random.key(i))
-        updates, state = jax.jit(tx.update)(grads, state, problem.params, taps=taps)
+        updates, state = jitted(grads, state, problem.params, taps=taps)
         halves.append(grads)
         found.append(updates)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(found[0]))
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
-    expected, _ = update(kfe.scale_by_kfac(layers, 0.1), problem.params, mean, taps)
+    expected, _ = update(CASES["kfac"].make(layers), problem.params, mean, taps)
     assert_close(found[1], expected, 1e-5)
 
 
@@ -177,8 +167,17 @@ def test_info_of_two_preconditioners(step):
     assert int(kfe.info(state).nonfinite) == 2
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
-@pytest.mark.parametrize("make", [kfe.kfac, kfe.ekfac])
+@pytest.mark.parametrize(
+    ("make", "fisher"),
+    [
+        (kfe.kfac, "sampled"),
+        (kfe.ekfac, "exact"),
+        (kfe.kfac, "empirical"),
+        pytest.param(kfe.kfac, "exact", marks=pytest.mark.slow),
+        pytest.param(kfe.ekfac, "sampled", marks=pytest.mark.slow),
+        pytest.param(kfe.ekfac, "empirical", marks=pytest.mark.slow),
+    ],
+)
 def test_two_devices_equal_one(make, fisher, x64):
     """pmap over two halves of a batch, statistics and sampled targets included, is one device on the whole batch."""
     problem = problems.make("plain")

@@ -70,6 +70,10 @@ def lanczos(
 
 def check_subspace(subspace: int, wanted: int) -> None:
     """Raises ValueError for a subspace in which a restart leaves no room."""
+    if isinstance(subspace, jax.Array):
+        raise ValueError(
+            "subspace fixes shapes and cannot be an array: give optax.inject_hyperparams static_args=('subspace',)."
+        )
     if subspace < wanted + 2:
         raise ValueError(
             f"A subspace of {subspace} leaves no room beside the {wanted} wanted triples; make it at least {wanted + 2}."

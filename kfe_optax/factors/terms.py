@@ -12,7 +12,7 @@ from kfe_optax import kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, times
-from kfe_optax.factors.singular import Triple
+from kfe_optax.factors.singular import Triple, length
 from kfe_optax.layers import Layer, Layers
 
 
@@ -124,10 +124,10 @@ def identity_like(side: jax.Array, stacked: int) -> jax.Array:
 
 
 def _or(old: jax.Array, other: jax.Array, stacked: int) -> jax.Array:
-    norm = jnp.sqrt(kronecker.dot(old, old, stacked))
-    known = norm > 0
+    norm = length(kronecker.dot(old, old, stacked))
+    known = norm != 0
     chosen = jnp.where(known.reshape(known.shape + (1,) * (old.ndim - known.ndim)), old, other)
-    size = jnp.sqrt(kronecker.dot(chosen, chosen, stacked))
+    size = length(kronecker.dot(chosen, chosen, stacked))
     return times(1 / size, chosen)
 
 
