@@ -24,18 +24,24 @@ def get_config() -> ConfigDict:
     schedule = settings.schedule
     config.adam = settings.adam(schedule(4e-3, "linear", warmup=50))
     config.sgd = settings.sgd(schedule(3e-3, "linear", warmup=50))
-    config.kfac = settings.kfac(
-        schedule(0.2, "linear"),
-        schedule(3.0, "exponential", end=0.2),
-        max_kl=0.3,
-        nesterov=True,
-        initial_refreshes=3,
-    )
+    rate, damping = schedule(0.2, "linear"), schedule(3.0, "exponential", end=0.06)
+    common = {"max_kl": 0.3, "nesterov": True, "initial_refreshes": 3}
+    # One Kronecker product is cheap to invert, a sum of two or an eigenbasis costs several times as much.
+    often = {"factor_update_period": 5, "inverse_update_period": 20}
+    for name in ("kfac", "tkfac", "kpsvd"):
+        config[name] = settings.kfac(rate, damping, **common, **often)
+    for name in ("deflation", "lanczos", "kfac_corrected"):
+        config[name] = settings.kfac(rate, damping, **common)
     config.ekfac = settings.ekfac(
-        schedule(0.2, "linear"),
+        rate,
         schedule(10.0, "exponential", end=0.3),
         max_kl=0.3,
         nesterov=True,
         basis_update_period=100,
     )
+    config.tekfac = settings.tekfac(
+        rate, schedule(10.0, "exponential", end=0.3), basis_update_period=100, **common
+    )
+    config.adam_in_kfe = settings.adam_in_kfe(schedule(6e-3, "linear", warmup=20), initial_refreshes=3)
+    config.soap = settings.soap(schedule(4e-3, "linear", warmup=20), basis_update_period=50)
     return settings.with_relatives(config)

@@ -1,4 +1,5 @@
-"""The training job: data, models, and the commands ``train``, ``compare`` and ``layers``.
+"""The training job: data, models, and the commands ``train``, ``compare``, ``layers``,
+``sweep`` and ``diagnose``.
 
 Nothing in the library imports this package; it uses the library as any user does.
 """

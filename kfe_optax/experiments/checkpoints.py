@@ -16,7 +16,7 @@ from kfe_optax.experiments.optimizers import METHODS
 
 # Settings that say how long a run is, what it writes, and where its data lie (the data themselves
 # are compared); all others fix its trajectory.
-_FREE_FIELDS = ("steps", "log_every", "checkpoint_every", "compare", "sweep", "title", "data_dir")
+_FREE_FIELDS = ("steps", "log_every", "checkpoint_every", "compare", "sweep", "diagnose", "title", "data_dir")
 
 
 class Restored(NamedTuple):

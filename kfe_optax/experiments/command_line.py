@@ -24,6 +24,8 @@ commands
   layers     print the layers that the library finds in the model
   sweep      search learning rate, damping and clipping: a picture and the best setting as a config
              ('kfe-optax sweep --help' explains it)
+  diagnose   train and measure how far every factorization is from a layer's exact Fisher block
+             ('kfe-optax diagnose --help' explains it)
 
 flags
   --config=FILE           a Python file with get_config(), as in configs/; a bare name stands for
@@ -31,7 +33,7 @@ flags
   --config.FIELD=VALUE    override a field of the config, as often as you like; nested fields are
                           written with dots
   --workdir=FOLDER        where results go (default: runs/NAME-OPTIMIZER for train, runs/NAME for
-                          compare, runs/NAME-OPTIMIZER-sweep for sweep)
+                          compare, runs/NAME-OPTIMIZER-sweep for sweep, runs/NAME-diagnose)
   --resume                (train) continue from the newest checkpoint in --workdir
                           (sweep) skip the trials that are recorded in --workdir
   --help                  this text; with --config also that config's fields and values
@@ -47,7 +49,7 @@ examples
       --config.compare.seconds=30
   kfe-optax layers --config=configs/mnist_classifier.py
 """
-_COMMANDS = ("train", "compare", "layers", "sweep")
+_COMMANDS = ("train", "compare", "layers", "sweep", "diagnose")
 _RESUMABLE = ("train", "sweep")
 _HELP_FLAGS = ("-h", "-help", "--help")
 
@@ -69,6 +71,10 @@ def run_command(arguments: list[str]) -> int:
             from kfe_optax.experiments.sweep_space import SWEEP_HELP
 
             print(f"\n{SWEEP_HELP}", end="")
+        if "diagnose" in words:
+            from kfe_optax.experiments.diagnose_plan import DIAGNOSE_HELP
+
+            print(f"\n{DIAGNOSE_HELP}", end="")
         if name:
             print(f"\nthe fields of this config\n{load_config(name)}")
         return 0 if wants_help else 2
@@ -84,6 +90,8 @@ def run_command(arguments: list[str]) -> int:
         return 0
     if request.command == "sweep":
         return _sweep(config, workdir, request.resume, console)
+    if request.command == "diagnose":
+        return _diagnose(config, workdir, console)
     from kfe_optax.experiments.data import load
     from kfe_optax.experiments.job import make_layers
 
@@ -125,6 +133,21 @@ def _sweep(config: ConfigDict, workdir: str, resume: bool, console: Console) -> 
         )
         return INTERRUPTED
     return 0
+
+
+def _diagnose(config: ConfigDict, workdir: str, console: Console) -> int:
+    from kfe_optax.experiments.diagnose import diagnose
+
+    folder = Path(workdir or Path("runs") / f"{config.name}-diagnose")
+    found = diagnose(config, folder, console=console)
+    if not found.interrupted:
+        return 0
+    console.print(
+        f"Interrupted after step {found.series.steps[-1]}, the last one measured; '{folder}' holds what was measured up to it.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return INTERRUPTED
 
 
 class _Request(NamedTuple):

@@ -234,6 +234,22 @@ def base_config(name: str) -> ConfigDict:
                 "examples": 0,
                 "chunk": 5,
             },
+            # 'kfe-optax diagnose --help' explains the values.
+            "diagnose": {
+                "layer": "",
+                "optimizer": "adam",
+                "steps": 150,
+                "every": 5,
+                "basis_update_period": 50,
+                "examples": 0,
+                "decay": 0.95,
+                "running_examples": 128,
+                "window": 60,
+                "spectrum_limit": 1500,
+                "coordinates": 36,
+                "tolerance": 1e-5,
+                "max_iterations": 500,
+            },
         }
     )
 

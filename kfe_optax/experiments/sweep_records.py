@@ -19,7 +19,7 @@ from kfe_optax.experiments.sweep_space import Trial
 _DIVERGED, _FINISHED = "diverged", "finished"
 # What a resumed sweep may change: where things lie, how they are written, and how many settings a
 # random search draws, of which the first ones stay the same.
-_FREE_FIELDS = ("title", "log_every", "checkpoint_every", "compare", "data_dir")
+_FREE_FIELDS = ("title", "log_every", "checkpoint_every", "compare", "diagnose", "data_dir")
 _FREE_SWEEP_FIELDS = ("chunk", "trials")
 
 

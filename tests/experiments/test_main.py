@@ -98,7 +98,7 @@ def test_help_shows_commands_and_with_a_config_its_fields(tiny_config_file, caps
     ("arguments", "sentence"),
     [
         (["train"], "Name a config"),
-        (["fly", "--config={}"], "Name one command of train, compare, layers, sweep (given: fly)"),
+        (["fly", "--config={}"], "Name one command of train, compare, layers, sweep, diagnose (given: fly)"),
         (["--config={}"], "(given: none)"),
         (["train", "compare", "--config={}"], "(given: train compare)"),
         (["compare", "--config={}", "--resume"], "--resume belongs to 'train'"),
