@@ -135,6 +135,13 @@ def trace(factor: jax.Array, stacked: int) -> jax.Array:
     return factor[..., index, index].sum(-1)
 
 
+def identity_like(factor: jax.Array, stacked: int) -> jax.Array:
+    """I in the shape of a factor, or a diagonal of ones."""
+    if is_diagonal(factor, stacked):
+        return jnp.ones_like(factor)
+    return jnp.broadcast_to(jnp.eye(factor.shape[-1], dtype=factor.dtype), factor.shape)
+
+
 def left(factor: jax.Array | None, v: jax.Array, stacked: int, transpose: bool = False) -> jax.Array:
     """factor @ V (or its transpose); a diagonal scales rows, None is the identity."""
     if factor is None:

@@ -64,25 +64,13 @@ def make_job(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: in
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(task.model.init)(init_key, batch["image"])["params"]
     settings = optimizer_settings(config, optimizer)
-    if find_method(optimizer).curvature:
-        layers = kfe.find_layers(task.loss_fn, params, batch)
-        transform = make_optimizer(optimizer, settings, run_steps, layers)
-        differentiate = kfe.value_grad_and_taps(task.loss_fn, layers, **tap_options(settings))
-
-        def update(state: TrainState, batch: Batch) -> tuple[jax.Array, Any, optax.OptState]:
-            key = jax.random.fold_in(step_key, state.step)
-            loss, grads, taps = differentiate(state.params, batch, key=key)
-            return loss, *transform.update(grads, state.opt_state, state.params, taps=taps)
-    else:
-        transform = make_optimizer(optimizer, settings, run_steps)
-
-        def update(state: TrainState, batch: Batch) -> tuple[jax.Array, Any, optax.OptState]:
-            loss, grads = jax.value_and_grad(task.loss_fn)(state.params, batch)
-            return loss, *transform.update(grads, state.opt_state, state.params)
+    layers = kfe.find_layers(task.loss_fn, params, batch) if find_method(optimizer).curvature else None
+    transform = make_optimizer(optimizer, settings, run_steps, layers)
+    update = make_update(task, settings, layers)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        loss, updates, opt_state = update(state, batch)
-        params = optax.apply_updates(state.params, updates)
+        key = jax.random.fold_in(step_key, state.step)
+        params, opt_state, loss = update(transform, state.params, state.opt_state, batch, key)
         return TrainState(params, opt_state, state.step + 1), loss * task.loss_scale
 
     @jax.jit
@@ -94,6 +82,29 @@ def make_job(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: in
     state = start(params)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     return Job(task, batches, state, compiled, time.perf_counter() - started)
+
+
+def make_update(task: Task, settings: ConfigDict, layers: Any) -> Callable[..., Any]:
+    """One step of training, ``update(transform, params, opt_state, batch, key)``.
+
+    It returns the new parameters, the new optimizer state and the loss. Without ``layers`` the
+    gradient is a plain one.
+    """
+    if layers is not None:
+        collect = kfe.value_grad_and_taps(task.loss_fn, layers, **tap_options(settings))
+
+    def update(
+        transform: optax.GradientTransformationExtraArgs, params: Params, opt_state: Any, batch: Any, key: Any
+    ) -> tuple[Params, Any, jax.Array]:
+        if layers is None:
+            loss, grads = jax.value_and_grad(task.loss_fn)(params, batch)
+            updates, opt_state = transform.update(grads, opt_state, params)
+        else:
+            loss, grads, taps = collect(params, batch, key=key)
+            updates, opt_state = transform.update(grads, opt_state, params, taps=taps)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    return update
 
 
 def make_layers(config: ConfigDict, dataset: Dataset) -> Any:

@@ -23,6 +23,12 @@ _STYLES = (
     ("#009E73", "-.", "v"),
     ("#0072B2", "--", "P"),
     ("#CC79A7", "-", "X"),
+    # The palette has no more colors: dashes and markers tell these from the first ones.
+    ("#E69F00", ":", "<"),
+    ("#56B4E9", "--", ">"),
+    ("#D55E00", ":", "p"),
+    ("#009E73", "--", "h"),
+    ("#0072B2", ":", "*"),
 )
 _MARKERS_A_CURVE = 8
 

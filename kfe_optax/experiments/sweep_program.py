@@ -9,18 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
 from kfe_optax.experiments.batches import Batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.job import make_update
 from kfe_optax.experiments.optimizers import (
     find_method,
     make_optimizer,
     optimizer_settings,
-    tap_options,
 )
 from kfe_optax.experiments.sweep_space import Trial, with_values
 from kfe_optax.experiments.task import Params, Task, make_task
@@ -158,7 +157,7 @@ def _trainer(
         batch = batches(0)
         params = jax.eval_shape(task.model.init, jax.random.key(0), batch["image"])["params"]
         layers = kfe.find_layers(task.loss_fn, params, batch)
-        differentiate = kfe.value_grad_and_taps(task.loss_fn, layers, **tap_options(settings))
+    update = make_update(task, settings, layers)
 
     def train(
         params: Params, key: jax.Array, images: dict[str, jax.Array], setting: dict[str, jax.Array]
@@ -170,13 +169,8 @@ def _trainer(
             params, opt_state = carry
             count, rows = at
             batch = jax.tree.map(lambda array: array[rows], images)
-            if layers is None:
-                grads = jax.grad(task.loss_fn)(params, batch)
-                updates, opt_state = transform.update(grads, opt_state, params)
-            else:
-                _, grads, taps = differentiate(params, batch, key=jax.random.fold_in(key, count))
-                updates, opt_state = transform.update(grads, opt_state, params, taps=taps)
-            return (optax.apply_updates(params, updates), opt_state), None
+            params, opt_state, _ = update(transform, params, opt_state, batch, jax.random.fold_in(key, count))
+            return (params, opt_state), None
 
         counts = jnp.arange(steps, dtype=jnp.int32)
         (params, _), _ = jax.lax.scan(step, (params, transform.init(params)), (counts, setting["order"]))

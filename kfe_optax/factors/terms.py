@@ -107,20 +107,13 @@ def _symmetric(side: jax.Array, stacked: int) -> jax.Array:
 
 def start_positive(old: jax.Array, stacked: int) -> jax.Array:
     """The old S, or the identity before the first estimate: both keep R and S positive semi-definite."""
-    return _or(old, identity_like(old, stacked), stacked)
+    return _or(old, kronecker.identity_like(old, stacked), stacked)
 
 
 def start_random(old: jax.Array, stacked: int) -> jax.Array:
     """The old Q, or a fixed random symmetric matrix before the first estimate."""
     drawn = jax.random.normal(jax.random.key(0), old.shape, old.dtype)
     return _or(old, _symmetric(drawn, stacked), stacked)
-
-
-def identity_like(side: jax.Array, stacked: int) -> jax.Array:
-    """I in the shape of a factor."""
-    if kronecker.is_diagonal(side, stacked):
-        return jnp.ones_like(side)
-    return jnp.broadcast_to(jnp.eye(side.shape[-1], dtype=side.dtype), side.shape)
 
 
 def _or(old: jax.Array, other: jax.Array, stacked: int) -> jax.Array:

@@ -168,12 +168,15 @@ class _Kronecker(NamedTuple):
             self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
         )
         refresh = step.finite & layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
-        terms = self.factors.terms(factors, self.layers)
         new_roots, failures = jax.lax.cond(
             refresh,
-            lambda: self.form.refresh(self.layers, terms, state.roots, strength),
+            # The terms are formed inside: where that takes arithmetic, a step without a refresh does not pay for it.
+            lambda: self.form.refresh(
+                self.layers, self.factors.terms(factors, self.layers), state.roots, strength
+            ),
             lambda: (state.roots, jnp.zeros((), jnp.int32)),
         )
+        terms = self.factors.terms(factors, self.layers)
         new = {}
         for name, v in step.gradients.items():
             stacked = len(self.layers[name].stack_shape)

@@ -45,7 +45,7 @@ class Inverses(NamedTuple):
     damping_type: DampingType
 
     def init(self, term, stacked):
-        return tuple(unit_factor(side, stacked) for side in term)
+        return tuple(kronecker.identity_like(side, stacked) for side in term)
 
     def refresh(self, layers, terms, old, strength):
         damped = _damped_first_terms(layers, terms, strength, self.damping_type)
@@ -123,22 +123,17 @@ def _damped_first_terms(
     return damped
 
 
-def unit_factor(side: jax.Array, stacked: int) -> jax.Array:
-    """I in the shape of a factor, or a diagonal of ones."""
-    if kronecker.is_diagonal(side, stacked):
-        return jnp.ones_like(side)
-    return jnp.broadcast_to(jnp.eye(side.shape[-1], dtype=side.dtype), side.shape)
-
-
 def unit_basis(side: jax.Array, stacked: int) -> Eigenbasis:
     """The identity basis with unit eigenvalues; a diagonal side has no vectors."""
     if kronecker.is_diagonal(side, stacked):
         return Eigenbasis(jnp.ones_like(side), None)
-    return Eigenbasis(jnp.ones(side.shape[:-1], side.dtype), unit_factor(side, stacked))
+    return Eigenbasis(jnp.ones(side.shape[:-1], side.dtype), kronecker.identity_like(side, stacked))
 
 
 def _unit_pencil(side: jax.Array, stacked: int) -> Eigenbasis:
-    return Eigenbasis(jnp.zeros(side.shape[: stacked + 1], side.dtype), unit_factor(side, stacked))
+    return Eigenbasis(
+        jnp.zeros(side.shape[: stacked + 1], side.dtype), kronecker.identity_like(side, stacked)
+    )
 
 
 def _diagonal_eigenbasis(side: jax.Array) -> Eigenbasis:
