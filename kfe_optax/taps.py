@@ -124,7 +124,10 @@ class Taps:
         if self._weights is None:
             return None
         total, square = self._weights[0], self._weights[1]
-        devices = 1 if self._plan.axis_name is None else jax.lax.psum(1, self._plan.axis_name)
+        devices: Any = 1
+        if self._plan.axis_name is not None:
+            # The loss is the mean over devices, whose weights may differ (masks).
+            devices, total, square = jax.lax.psum((1, total, square), self._plan.axis_name)
         return devices * total / jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
 
 

@@ -112,7 +112,9 @@ def test_unknown_options(step):
     for options in ({"num_samples": 0}, {"num_samples": 2, "fisher": "exact"}):
         with pytest.raises(ValueError, match="num_samples counts the draws"):
             kfe.value_grad_and_taps(problem.loss_fn, layers, **options)
-    with pytest.raises(ValueError, match="damping_type must be 'factored' or 'sqrt' or 'linear' or 'exact', not 'plain'"):
+    with pytest.raises(
+        ValueError, match="damping_type must be 'factored' or 'sqrt' or 'linear' or 'exact', not 'plain'"
+    ):
         kfe.scale_by_kfac(layers, 0.1, damping_type="plain")
     with pytest.raises(ValueError, match="scale must be 'batch' or 'running', not 'none'"):
         kfe.scale_by_ekfac(layers, 0.1, scale="none")

@@ -122,3 +122,84 @@ def test_clip_by_kl():
     updates, state = tx.update(zero, state)
     assert float(state.kl_factor) == 1
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "tekfac", "lanczos"])
+def test_a_bad_first_gradient_puts_the_start_off(name):
+    """Until the first refresh the gradient passes, and what was left out does not weigh as zeros afterwards."""
+    problem = problems.make("plain")
+    layers = problem.layers()
+    options = {"factor_update_period": 2, "initial_refreshes": 1, "rest": optax.identity()}
+    period = "inverse_update_period" if name in ("kfac", "lanczos") else "basis_update_period"
+    if name == "tekfac":
+        options["scale_update_period"] = 2
+    tx = kfe.METHODS[name].scale_by(layers, 0.1, **options, **{period: 2})
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers)
+    x, y = problem.args
+    update = jax.jit(tx.update)
+
+    def step(state, x, key):
+        _, grads, taps = differentiate(problem.params, x, y, key=jax.random.key(key))
+        return grads, *update(grads, state, problem.params, taps=taps)
+
+    _, _, state = step(tx.init(problem.params), x.at[0, 0].set(jnp.nan), 0)
+    grads, updates, state = step(state, x, 1)
+    assert_close(updates, grads, 1e-7)
+    assert int(kfe.info(state).last_refresh) == -1
+    _, updates, state = step(state, x, 2)
+    fresh = tx.init(problem.params)
+    _, expected, _ = step(fresh, x, 2)
+    if name != "ekfac":  # whose running scale already holds one gradient
+        assert_close(updates, expected, 1e-4)
+    assert int(kfe.info(state).last_refresh) == 2
+
+
+@pytest.mark.parametrize("make", [kfe.scale_by_kfac, kfe.scale_by_ekfac, kfe.scale_by_kpsvd])
+def test_vmap_over_seeds_with_one_count_keeps_the_branches(make):
+    """The refresh stays inside a cond whose predicate has no batch axis."""
+    problem = problems.make("plain")
+    layers = problem.layers()
+    tx = make(layers, 0.1)
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers)
+
+    def step(params, state, key):
+        _, grads, taps = differentiate(params, *problem.args, key=key)
+        return tx.update(grads, state, params, taps=taps)
+
+    axes = jax.tree.map(lambda _: 0, jax.eval_shape(tx.init, problem.params))._replace(count=None)
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), problem.params)
+    states = jax.vmap(tx.init, out_axes=axes)(stack)
+    mapped = jax.vmap(step, in_axes=(0, axes, 0), out_axes=(0, axes))
+    text = str(jax.make_jaxpr(mapped)(stack, states, jax.random.split(jax.random.key(0), 2)))
+    before, _, _ = text.partition("cond[")
+    assert "eigh" not in before
+    assert "cholesky" not in before
+    assert "cond[" in text
+
+
+def test_gradient_weight_of_devices_with_other_masks(x64):
+    """Σc / Σc² over all devices, as one device has it."""
+    problem = problems.make("plain")
+    layers = problem.layers()
+    x, y = problem.args
+    mask = jnp.asarray([1.0, 0, 0, 0, 1, 1, 1, 0])
+
+    def loss_fn(params, x, y, mask, total):
+        z = problems.plain_forward(params, x)
+        losses = kfe.losses.softmax_cross_entropy_with_integer_labels(z, y)
+        return (losses * mask).sum() / total
+
+    def weight(x, y, mask, total, axis_name=None):
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical", axis_name=axis_name)
+        return differentiate(problem.params, x, y, mask, total)[2].gradient_weight
+
+    one = weight(x, y, mask, jnp.asarray(4.0))
+    halves = [v.reshape(2, 4, *v.shape[1:]) for v in (x, y, mask)]
+    # The mean over two devices of sums divided by half the total.
+    two = jax.pmap(
+        lambda *args: weight(*args, axis_name="devices"),
+        "devices",
+        in_axes=(0, 0, 0, None),
+        devices=jax.devices()[:2],
+    )(*halves, jnp.asarray(2.0))
+    assert_close(two, jnp.stack([one, one]), 1e-12)

@@ -141,15 +141,25 @@ def weight_of_past(updates: jax.Array, decay: ScalarOrSchedule, count: jax.Array
     return jnp.minimum(1 - 1 / updates.astype(jnp.result_type(float)), bound)
 
 
+def rho_of(old: Any, rho: jax.Array) -> jax.Array:
+    """ρ of one layer: 0 while its factors are zero, as they are before the first estimate."""
+    known = jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(old)]).any()
+    return jnp.where(known, rho, 0)
+
+
 def average(old: dict[str, T], new: dict[str, T], rho: jax.Array) -> tuple[dict[str, T], jax.Array]:
-    """ρ old + (1 − ρ) new for every layer, the old one where the new one is not finite, and how many were not."""
+    """ρ old + (1 − ρ) new for every layer, the old one where the new one is not finite, and how many were not.
+
+    A layer that has no estimate yet takes the new one in full: a batch that was left out must not weigh as zeros.
+    """
     result, failures = {}, jnp.zeros((), jnp.int32)
     for name, before in old.items():
+        past = rho_of(before, rho)
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new[name])]).all()
         failures = failures + ~finite
 
-        def one(a, b, finite=finite):
-            weight = rho.astype(a.dtype)
+        def one(a, b, finite=finite, past=past):
+            weight = past.astype(a.dtype)
             return jnp.where(finite, weight * a + (1 - weight) * b.astype(a.dtype), a)
 
         result[name] = jax.tree.map(one, before, new[name])

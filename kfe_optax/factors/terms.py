@@ -71,7 +71,8 @@ class TermsFactors(NamedTuple):
         for name, old in state.terms.items():
             layer = source.layers[name]
             stacked = len(layer.stack_shape)
-            (first, *others), iterations[name] = self.estimate(source, layer, old, rho)
+            past = base.rho_of(old, rho)
+            (first, *others), iterations[name] = self.estimate(source, layer, old, past)
             new[name] = (
                 first,
                 *(aligned(term, past, stacked) for term, past in zip(others, old[1:], strict=True)),

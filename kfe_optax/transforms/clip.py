@@ -36,7 +36,7 @@ def clip_by_kl(
       learning_rate: η of the steps that follow in the chain, a scalar or a schedule.
 
     Returns:
-      A transformation whose state's `kl_factor` is ν (`kfe.info`).
+      A transformation whose state's `kl_factor` is ν (`kfe.info`), 0 for an update that is not finite, which is not taken.
 
     Example:
       >>> import jax.numpy as jnp, optax, kfe_optax as kfe
@@ -59,10 +59,10 @@ def clip_by_kl(
         )
         size = eta**2 * sum(jax.tree.leaves(products))
         bound = layerwise.value(max_kl, state.count)
-        # A zero or non-finite product leaves the update alone: 0/0 and NaN must not reach the parameters.
         factor = jnp.where(size > bound, jnp.sqrt(bound / jnp.where(size > 0, size, 1)), 1)
-        factor = factor.astype(state.kl_factor.dtype)
-        new = jax.tree.map(lambda d: (d * factor).astype(d.dtype), new)
+        # Nothing bounds a step whose size is not a number: it is not taken, and the factor says so.
+        factor = jnp.where(jnp.isfinite(size), factor, 0).astype(state.kl_factor.dtype)
+        new = jax.tree.map(lambda d: jnp.where(factor > 0, d * factor, 0).astype(d.dtype), new)
         return new, KlClipState(inner_state, state.count + 1, factor)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -19,6 +19,8 @@ from kfe_optax.transforms.basis import Refresh
 from kfe_optax.transforms.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax.transforms.roots import where_alive
 
+Scales = tuple[Matrices, jax.Array]  # the scales, and the failures
+
 
 class EkfacState(NamedTuple):
     """State of `scale_by_ekfac` (inside a `LayerwiseState`).
@@ -114,6 +116,11 @@ def scale_by_ekfac(
     """
     if factors is None:
         factors = factors_lib.kfac(decay)
+    if not factors.needs_taps:
+        raise ValueError(
+            "Factors of the mean gradient are in other units than EKFAC's scale; run a transformation in their basis with "
+            "kfe.in_kfe(inner, layers, basis=kfe.factors.gradient())."
+        )
     for name, chosen, known in (
         ("scale", scale, ("batch", "running")),
         ("damping_type", damping_type, ("plain", "appendix_c", "trace")),
@@ -174,12 +181,12 @@ class _Ekfac(NamedTuple):
         return EkfacState(factors, basis, scale, *layerwise.counters())
 
     def update(self, state: EkfacState, step: Step) -> tuple[Matrices, EkfacState]:
-        count, finite, taps = step.count, step.finite, step.taps
+        count, taps = step.count, step.taps
         assert taps is not None
         strength = layerwise.value(self.damping, count)
-        new_factors = finite & layerwise.due(count, self.factor_update_period, self.initial_refreshes)
-        new_basis = finite & layerwise.due(count, self.basis_update_period, self.initial_refreshes)
-        new_scale = finite & layerwise.due(count, self.scale_update_period)
+        new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
+        new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)
+        new_scale = layerwise.due(count, self.scale_update_period)
         refresh = new_factors | new_basis
         if self.batch:
             refresh |= new_scale
@@ -195,9 +202,13 @@ class _Ekfac(NamedTuple):
             for name, v in step.gradients.items()
         }
         if not self.batch:
-            state = jax.lax.cond(
-                new_scale, lambda: self._running_scale(state, rotated, count, taps), lambda: state
+            scale, failures = layerwise.refreshed(
+                new_scale,
+                step.finite,
+                lambda: self._running_scale(state, rotated, count, taps),
+                (state.scale, state.failures),
             )
+            state = state._replace(scale=scale, failures=failures)
         terms = self.factors.terms(state.factors, self.layers)
         denominators = self._denominators(state, strength)
         new = {}
@@ -205,7 +216,11 @@ class _Ekfac(NamedTuple):
             stacked = self._stacked(name)
             result = kronecker.from_basis(v / denominators[name], state.basis[name], stacked)
             new[name] = where_alive(
-                terms[name][0], stacked, result, step.gradients[name].astype(result.dtype)
+                terms[name][0],
+                stacked,
+                result,
+                step.gradients[name].astype(result.dtype),
+                state.last_refresh >= 0,
             )
         return new, state._replace(damping=strength)
 
@@ -229,24 +244,37 @@ class _Ekfac(NamedTuple):
         ratio = damping_lib.pi_of_means(inputs.values.mean(-1), outputs.values.mean(-1))
         return damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
 
+    @jax.default_matmul_precision("highest")
     def _refresh(self, state, step, pulled, new_factors, new_basis, new_scale) -> EkfacState:
         """Factors, basis and the batch scale from one shared pull."""
+        first = state.last_refresh < 0
         source = Source(self.layers, pulled, step.gradients)
-        factors = jax.lax.cond(
+        factors = layerwise.refreshed(
             new_factors,
+            step.finite,
             lambda: self.factors.update(state.factors, source, step.count),
-            lambda: state.factors,
+            state.factors,
         )
         failures = state.failures + factors.failures - state.factors.failures
         state = state._replace(factors=factors, failures=failures)
-        state = jax.lax.cond(new_basis, lambda: self._new_basis(state, step.count), lambda: state)
+        basis, scale, failures, last_refresh = layerwise.refreshed(
+            new_basis,
+            step.finite,
+            lambda: self._new_basis(state, step.count),
+            (state.basis, state.scale, state.failures, state.last_refresh),
+        )
+        state = state._replace(basis=basis, scale=scale, failures=failures, last_refresh=last_refresh)
         if self.batch:
-            state = jax.lax.cond(
-                new_scale, lambda: self._batch_scale(state, step.count, pulled), lambda: state
+            scale, failures = layerwise.refreshed(
+                new_scale,
+                step.finite,
+                lambda: self._batch_scale(state, step.count, pulled, first),
+                (state.scale, state.failures),
             )
+            state = state._replace(scale=scale, failures=failures)
         return state
 
-    def _new_basis(self, state: EkfacState, count: jax.Array) -> EkfacState:
+    def _new_basis(self, state: EkfacState, count: jax.Array) -> tuple[Any, Matrices, jax.Array, jax.Array]:
         first = state.last_refresh < 0
         terms = self.factors.terms(state.factors, self.layers)
         basis, failures = basis_lib.refreshed(
@@ -259,11 +287,9 @@ class _Ekfac(NamedTuple):
                 carried = kronecker.carry_second_moment(old, state.basis[name], basis[name])
                 restarted = jnp.where(first, restarted, carried)
             scale[name] = restarted
-        return state._replace(
-            basis=basis, scale=scale, failures=state.failures + failures, last_refresh=count
-        )
+        return basis, scale, state.failures + failures, count
 
-    def _batch_scale(self, state: EkfacState, count: jax.Array, pulled: Any) -> EkfacState:
+    def _batch_scale(self, state: EkfacState, count: jax.Array, pulled: Any, first: jax.Array) -> Scales:
         def moments(statistics):
             found = {
                 name: statistics[name].second_moment_in(inputs.vectors, outputs.vectors)
@@ -272,10 +298,10 @@ class _Ekfac(NamedTuple):
             return {name: moment for name, moment in found.items() if moment is not None}
 
         # The start s_A s_Gᵀ is only a stand-in: the first measured scale replaces it.
-        first = count == 0
+        first = first & (state.last_refresh >= 0)
         return self._average(state, pulled.reduce(moments), count, first)
 
-    def _running_scale(self, state: EkfacState, rotated: Matrices, count: jax.Array, taps: Any) -> EkfacState:
+    def _running_scale(self, state: EkfacState, rotated: Matrices, count: jax.Array, taps: Any) -> Scales:
         weight = taps.gradient_weight
         moments = {
             name: jnp.square(v)
@@ -288,9 +314,7 @@ class _Ekfac(NamedTuple):
         """N of a layer when the loss registers nothing (the empirical Fisher)."""
         return jnp.asarray(taps.layers[name].examples, jnp.float32)
 
-    def _average(
-        self, state: EkfacState, moments: Matrices, count: jax.Array, first: jax.Array
-    ) -> EkfacState:
+    def _average(self, state: EkfacState, moments: Matrices, count: jax.Array, first: jax.Array) -> Scales:
         decay = jnp.where(first, 0, layerwise.value(self.scale_decay, count))
         scale, failures = dict(state.scale), state.failures
         for name, moment in moments.items():
@@ -299,4 +323,4 @@ class _Ekfac(NamedTuple):
             finite = jnp.isfinite(jnp.sum(average))
             failures = failures + ~finite
             scale[name] = jnp.where(finite, average, scale[name])
-        return state._replace(scale=scale, failures=failures)
+        return scale, failures

@@ -60,7 +60,8 @@ class KfeInfo(NamedTuple):
     Attributes:
       eigenvalues: {layer: s_A s_Bᵀ (*stack, d_in, d_out)} of the basis.
       first: whether this is the first step with a basis.
-      gradient_weight: the factor from squared mean gradients to the Fisher (N for a mean over N); None without taps.
+      gradient_weight: the factor from squared mean gradients to the Fisher (N for a mean over N); None with factors that read
+        no taps.
     """
 
     eigenvalues: Matrices
@@ -96,7 +97,7 @@ def in_kfe(
     Args:
       inner: any Optax transformation of gradients, such as `optax.scale_by_adam()`, `scale_by_rms`, `scale_by_rss`,
         `scale_by_lion`, `trace`, or a chain of them. It sees {layer: (*stack, d_in, d_out)} for gradients and parameters, and the
-        extra argument `kfe` (a `KfeInfo`) if it takes extra arguments.
+        extra argument `kfe` (a `KfeInfo`) if it takes extra arguments. Its `init` sees zeros.
       layers: what `kfe.find_layers` returned.
       basis: one of `kfe.factors`; `kfe.factors.kfac()` by default.
       carry: {field: "first", "second", "keep", or a function (leaf, old basis, new basis) → leaf} for the fields of a state
@@ -107,12 +108,13 @@ def in_kfe(
       refresh: "eigh", or "qr": after the first eigh, one power step and a QR with sorted columns, U ← qr(A U).
       refresh_tolerance: a side of the basis with ‖offdiag(UᵀAU)‖_F ≤ tolerance ‖A‖_F is not refreshed; None: all are.
       max_dim: a side larger than this keeps the identity as its basis.
-      rest: the transformation of the parameters outside the layers; `inner`, without a basis, by default.
+      rest: the transformation of the parameters outside the layers; `inner`, without a basis and without `kfe`, by default.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`; no taps for `kfe.factors.gradient()`.
 
     Raises:
+      TypeError: `inner` is no Optax transformation.
       ValueError: in `init`, a field of the inner state that holds matrices of the layers and has no entry in `carry`; an
         option that does not exist; in `update`: no taps, taps of other layers, a changed or partly masked tree.
 
@@ -187,17 +189,19 @@ class _InKfe(NamedTuple):
             self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
         )
         first = state.last_refresh < 0
-        refresh = step.finite & layerwise.due(step.count, self.basis_update_period, self.initial_refreshes)
-        basis, inner, failures = jax.lax.cond(
-            refresh,
+        due = layerwise.due(step.count, self.basis_update_period, self.initial_refreshes)
+        basis, inner, failures = layerwise.refreshed(
+            due,
+            step.finite,
             lambda: self._new_basis(factors, state, first),
-            lambda: (state.basis, state.inner, jnp.zeros((), jnp.int32)),
+            (state.basis, state.inner, jnp.zeros((), jnp.int32)),
         )
+        refresh = due & step.finite
         gradients = self._rotated(step.gradients, basis)
         parameters = None if step.parameters is None else self._rotated(step.parameters, basis)
         weight = step.taps.gradient_weight if step.taps is not None else None
         eigenvalues = {name: kronecker.outer(a.values, b.values) for name, (a, b) in basis.items()}
-        known = KfeInfo(eigenvalues, first, weight)
+        known = KfeInfo(eigenvalues, first & refresh, weight)
         result: Any = self.inner.update(gradients, inner, parameters, kfe=known, **step.extra)
         updates, new_inner = result
         # A gradient that is not finite must not reach the moments.
@@ -228,10 +232,11 @@ class _InKfe(NamedTuple):
 
     def _new_basis(self, factors: Any, state: KfeState, first: jax.Array) -> tuple[Any, Any, jax.Array]:
         terms = self.factors.terms(factors, self.layers)
-        basis, failures = basis_lib.refreshed(
-            self.layers, terms, state.basis, first, self.refresh, self.refresh_tolerance
-        )
-        return basis, self._carried(state.inner, state.basis, basis), failures
+        with jax.default_matmul_precision("highest"):
+            basis, failures = basis_lib.refreshed(
+                self.layers, terms, state.basis, first, self.refresh, self.refresh_tolerance
+            )
+            return basis, self._carried(state.inner, state.basis, basis), failures
 
     def _carried(self, inner: Any, old: dict[str, Pair], new: dict[str, Pair]) -> Any:
         """The inner state in the new basis, leaf by leaf: those that hold a layer's matrix, by the name of their field."""
@@ -240,7 +245,9 @@ class _InKfe(NamedTuple):
             layer = getattr(path[-1], "key", "") if path else ""
             if layer not in old or jnp.shape(leaf) != self.layers[layer].shape:
                 return leaf
-            field = next((key.name for key in reversed(path[:-1]) if hasattr(key, "name")), "")
+            # The name of an attribute, or, in a state of plain dictionaries, the key above the layer's.
+            names = [getattr(key, "name", getattr(key, "key", "")) for key in path[:-1]]
+            field = next((name for name in reversed(names) if isinstance(name, str) and name), "")
             if field not in self.carry:
                 where = jax.tree_util.keystr(path)
                 raise ValueError(

@@ -167,28 +167,32 @@ class _Kronecker(NamedTuple):
         factors = update_factors(
             self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
         )
-        refresh = step.finite & layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
-        new_roots, failures = jax.lax.cond(
-            refresh,
+        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
+
+        def refresh() -> Any:
             # The terms are formed inside: where that takes arithmetic, a step without a refresh does not pay for it.
-            lambda: self.form.refresh(
-                self.layers, self.factors.terms(factors, self.layers), state.roots, strength
-            ),
-            lambda: (state.roots, jnp.zeros((), jnp.int32)),
+            terms = self.factors.terms(factors, self.layers)
+            with jax.default_matmul_precision("highest"):
+                return self.form.refresh(self.layers, terms, state.roots, strength)
+
+        new_roots, failures = layerwise.refreshed(
+            due, step.finite, refresh, (state.roots, jnp.zeros((), jnp.int32))
         )
         terms = self.factors.terms(factors, self.layers)
+        last_refresh = jnp.where(due & step.finite, step.count, state.last_refresh)
+        ready = last_refresh >= 0
         new = {}
         for name, v in step.gradients.items():
             stacked = len(self.layers[name].stack_shape)
             wide = v.astype(self.layers[name].factor_dtype)
             result = self.form.apply(wide, new_roots[name], strength, stacked)
-            new[name] = where_alive(terms[name][0], stacked, result, wide)
+            new[name] = where_alive(terms[name][0], stacked, result, wide, ready)
         state = KroneckerState(
             factors,
             new_roots,
             strength,
             state.failures + failures + factors.failures - state.factors.failures,
-            jnp.where(refresh, step.count, state.last_refresh),
+            last_refresh,
         )
         return new, state
 
@@ -200,8 +204,7 @@ def update_factors(
 
     def new() -> Any:
         pulled = step.taps.pulled() if factors.needs_taps and step.taps is not None else None
-        return factors.update(state, Source(layers, pulled, step.gradients), step.count)
+        with jax.default_matmul_precision("highest"):
+            return factors.update(state, Source(layers, pulled, step.gradients), step.count)
 
-    return jax.lax.cond(
-        step.finite & layerwise.due(step.count, period, initial_refreshes), new, lambda: state
-    )
+    return layerwise.refreshed(layerwise.due(step.count, period, initial_refreshes), step.finite, new, state)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ STATE_VERSION = 1
 Schedule = Callable[[Any], Any]
 ScalarOrSchedule = float | jax.Array | Schedule
 Matrices = dict[str, jax.Array]
+T = TypeVar("T")
 
 
 class Step(NamedTuple):
@@ -46,7 +47,7 @@ class Step(NamedTuple):
 
 
 class Method(Protocol):
-    """A preconditioner on matrices; its state has the fields `damping`, `failures` and `last_refresh`."""
+    """A preconditioner on matrices; its state has the fields `failures` and `last_refresh`, and `damping` if it has one."""
 
     @property
     def needs_taps(self) -> bool:
@@ -98,6 +99,19 @@ def due(count: jax.Array, period: Any, first: int = 0) -> jax.Array:
     return (count % every == 0) | (count < first)
 
 
+def refreshed(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -> T:
+    """`new()` on a step that is due and whose gradient is finite, `old` otherwise.
+
+    The branch is taken on the count alone: under a vmap over seeds, where the count is one and `finite` is one a seed, it
+    stays a branch.
+    """
+
+    def branch() -> T:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new(), old)
+
+    return jax.lax.cond(due, branch, lambda: old)
+
+
 def check_period(name: str, period: Any) -> None:
     """Raises unless a period is a positive integer (an array, from `inject_hyperparams`, is taken as it is)."""
     if not isinstance(period, jax.Array) and (period != int(period) or period < 1):
@@ -142,7 +156,10 @@ def layerwise(
             rest_params = _outside(layers, parameter_leaves)
             if method.reads_parameters:
                 parameters = _matrices(present, parameter_leaves)
-        rest_updates, rest_state = outside.update(_outside(layers, leaves), state.rest, rest_params, **extra)
+        others = _outside(layers, leaves)
+        rest_updates, rest_state = others, state.rest
+        if others:
+            rest_updates, rest_state = outside.update(others, state.rest, rest_params, **extra)
         finite = _all_finite(leaves.values())
         arrays, static = discovery.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
@@ -150,7 +167,7 @@ def layerwise(
             static, arrays, state.method, (state.count, matrices, finite, used, parameters)
         )
         new = {
-            path: jnp.where(finite, leaf, 0).astype(leaves[path].dtype)
+            path: _narrowed(jnp.where(finite, leaf, 0), leaves[path].dtype)
             for path, leaf in _scatter(present, new_matrices, layers, rest_updates).items()
         }
         rest_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), rest_state, state.rest)
@@ -171,6 +188,13 @@ def layerwise(
         return method.update(method_state, Step(*given, static(arrays)))
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _narrowed(leaf: jax.Array, dtype: Any) -> jax.Array:
+    """The leaf in the gradient's dtype; what float16 cannot hold becomes its largest number, not infinity."""
+    if jnp.finfo(dtype).max < jnp.finfo(leaf.dtype).max:
+        leaf = jnp.clip(leaf, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
+    return leaf.astype(dtype)
 
 
 def _matrices(present: list[Layer], leaves: dict[Path, jax.Array]) -> Matrices:

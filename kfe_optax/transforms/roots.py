@@ -187,7 +187,10 @@ def refresh_sides(
     return {name: tuple(pair) for name, pair in new.items()}, failures
 
 
-def where_alive(term: Term, stacked: int, new: jax.Array, old: jax.Array) -> jax.Array:
-    """`new` where the layer has curvature, `old` where a factor is zero (a layer that the loss does not use)."""
+def where_alive(term: Term, stacked: int, new: jax.Array, old: jax.Array, ready: jax.Array) -> jax.Array:
+    """`new` where the layer has curvature, `old` where a factor is zero (a layer that the loss does not use).
+
+    Nor is there curvature until the first refresh, which a gradient that is not finite can put off: not `ready`.
+    """
     alive = (kronecker.trace(term.input, stacked) > 0) & (kronecker.trace(term.output, stacked) > 0)
-    return jnp.where(alive[..., None, None], new, old)
+    return jnp.where((alive & ready)[..., None, None], new, old)
