@@ -16,7 +16,10 @@ Key = Any
 
 
 class Eigenbasis(NamedTuple):
-    """Eigenvalues (..., d), ascending, and eigenvectors (..., d, d) as columns; vectors None for a diagonal side."""
+    """Eigenvalues (..., d) and eigenvectors (..., d, d) as columns, in any order; vectors None for a diagonal side.
+
+    Of a pencil (see `pencil`), the relative eigenvalues s and the columns of K.
+    """
 
     values: jax.Array
     vectors: jax.Array | None

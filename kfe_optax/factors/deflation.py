@@ -32,7 +32,8 @@ def deflation(
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of R⊗S); rank 2.
 
     Raises:
-      ValueError: a negative tolerance, no iterations.
+      ValueError: a negative tolerance, no iterations; in `update`, a layer whose per-example gradients are not kept (under a
+        per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe

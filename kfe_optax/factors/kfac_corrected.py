@@ -30,7 +30,8 @@ def kfac_corrected(
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of A⊗G); rank 2.
 
     Raises:
-      ValueError: a negative tolerance, no iterations.
+      ValueError: a negative tolerance, no iterations; in `update`, a layer whose per-example gradients are not kept (under a
+        per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe

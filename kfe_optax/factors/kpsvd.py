@@ -36,7 +36,8 @@ def kpsvd(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iteration
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
 
     Raises:
-      ValueError: a negative tolerance, no iterations.
+      ValueError: a negative tolerance, no iterations; in `update`, a layer whose per-example gradients are not kept (under a
+        per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe

@@ -50,7 +50,8 @@ def lanczos(
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of R⊗S); rank 2.
 
     Raises:
-      ValueError: a negative tolerance, a subspace that is too small.
+      ValueError: a negative tolerance, a subspace that is too small; in `update`, a layer whose per-example gradients are not
+        kept (under a per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe

@@ -36,7 +36,8 @@ def streaming(
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of the leading term).
 
     Raises:
-      ValueError: a rank below 1, a negative tolerance, a subspace that is too small.
+      ValueError: a rank below 1, a negative tolerance, a subspace that is too small; in `update`, a layer whose per-example
+        gradients are not kept (under a per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe
