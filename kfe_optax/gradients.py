@@ -104,9 +104,13 @@ def value_grad_and_taps(
     options = (layers, fisher, num_samples, has_aux, axis_name)
     # The compiled function belongs to the loss function: a caller that builds this wrapper anew each step does not recompile.
     per_loss = _compiled.setdefault(loss_fn, {})
-    if options not in per_loss:
-        per_loss[options] = _compile(weakref.ref(loss_fn), *options)
-    compiled = per_loss[options]
+    reference, compiled = per_loss.get(options, (lambda: None, None))
+    # Two bound methods of one object are equal and share an entry: the one that was compiled must outlive this wrapper.
+    keep = reference()
+    if keep is None:
+        keep, reference = loss_fn, weakref.ref(loss_fn)
+        compiled = _compile(reference, *options)
+        per_loss[options] = (reference, compiled)
 
     def wrapped(params, *args, key=None, **kwargs):
         if fisher == "sampled" and key is None:
@@ -117,9 +121,8 @@ def value_grad_and_taps(
         parameters, other, rebuild = adapters.partition(params)
         arrays, static = discovery.split_static((other, args, kwargs))
         seed = jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32)
-        keep = loss_fn  # the compiled function holds it weakly
+        assert keep is not None  # the compiled function holds it weakly
         value, grads, taps, state = compiled(rebuild, static, parameters, arrays, seed)
-        del keep
         if nnx_adapter.is_module(params):
             nnx_adapter.update(params, state)
         return value, grads, taps

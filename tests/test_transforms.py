@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 
 import flax.linen as nn
@@ -203,3 +204,21 @@ def test_gradient_weight_of_devices_with_other_masks(x64):
         devices=jax.devices()[:2],
     )(*halves, jnp.asarray(2.0))
     assert_close(two, jnp.stack([one, one]), 1e-12)
+
+
+def test_a_method_as_the_loss():
+    """Two wrappers of one bound method, of which the first goes away: the second still has its loss."""
+    problem = problems.make("plain")
+
+    class Task:
+        def loss(self, params, x, y):
+            return problem.loss_fn(params, x, y)
+
+    task = Task()
+    layers = kfe.find_layers(task.loss, problem.params, *problem.args)
+    first = kfe.value_grad_and_taps(task.loss, layers, fisher="empirical")
+    second = kfe.value_grad_and_taps(task.loss, layers, fisher="empirical")
+    del first
+    gc.collect()
+    _, grads, _ = second(problem.params, *problem.args)
+    assert_close(grads, jax.grad(problem.loss_fn)(problem.params, *problem.args), 1e-6)
