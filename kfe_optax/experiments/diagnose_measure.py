@@ -15,7 +15,7 @@ from kfe_optax.diagnostics import eigenbasis_error, kronecker_error, spectrum_er
 from kfe_optax.experiments.batches import Batch
 from kfe_optax.experiments.diagnose_plan import Plan
 from kfe_optax.experiments.diagnose_rows import GivenRows
-from kfe_optax.experiments.task import Params, Task
+from kfe_optax.experiments.task import Params, State, Task
 from kfe_optax.factors import Term
 from kfe_optax.kronecker import Eigenbasis
 
@@ -58,9 +58,7 @@ class Measurement(NamedTuple):
     correlations: dict[str, jax.Array]  # "parameters" and "kfe"
 
 
-Measure = Callable[
-    [MeasureState, Params, Batch, jax.Array, jax.typing.ArrayLike], tuple[MeasureState, Measurement]
-]
+Measure = Callable[..., tuple[MeasureState, Measurement]]
 
 
 def fresh_estimators(plan: Plan) -> dict[str, Any]:
@@ -100,13 +98,18 @@ def averaged_estimators(plan: Plan) -> dict[str, Any]:
 
 
 def make_measure(
-    plan: Plan, task: Task, layers: kfe.Layers, params: Params, batch: Batch
+    plan: Plan,
+    task: Task,
+    layers: kfe.Layers,
+    params: Params,
+    batch: Batch,
+    model_state: State | None = None,
 ) -> tuple[Measure, MeasureState]:
     """The measuring function, to be compiled, and its first state.
 
-    ``measure(state, params, batch, key, refresh)`` looks at ``batch`` (the examples that make up F) with
-    targets drawn by ``key``: every method sees the same draw. ``refresh`` says whether the amortized
-    methods take new factors and a new basis now; it is true at the first call.
+    ``measure(state, params, batch, key, refresh, model_state)`` looks at ``batch`` (the examples that
+    make up F) with targets drawn by ``key``: every method sees the same draw. ``refresh`` says whether
+    the amortized methods take new factors and a new basis now; it is true at the first call.
 
     Example::
 
@@ -118,12 +121,13 @@ def make_measure(
     given = GivenRows(*layer.sides, layer.factor_dtype)
     fresh, averaged = fresh_estimators(plan), averaged_estimators(plan)
     best = kfe.factors.lanczos(0.0, **_lanczos_limits(plan))
-    differentiate = kfe.value_grad_and_taps(task.loss_fn, layers)
+    differentiate = kfe.value_grad_and_taps(task.loss_fn, layers, has_aux=task.has_state)
     coordinates = _coordinates(layer.sides, plan.coordinates)
 
-    def measure(state, params, batch, key, refresh):
+    def measure(state, params, batch, key, refresh, model_state=None):
         with jax.default_matmul_precision("highest"):
-            loss, _, taps = differentiate(params, batch, key=key)
+            loss, _, taps = differentiate(params, batch, model_state, key, key=key)
+            loss = loss[0] if task.has_state else loss
             a, g = taps[plan.layer].rows()
             # The same rows as a network of one layer, which is passed at no cost.
             tap = given.tap(a, g)
@@ -153,7 +157,9 @@ def make_measure(
         return new, Measurement(values, correlations)
 
     key = jax.random.key(0)
-    rows = jax.eval_shape(lambda p, b: differentiate(p, b, key=key)[2][plan.layer].rows(), params, batch)
+    rows = jax.eval_shape(
+        lambda p, b, s: differentiate(p, b, s, key, key=key)[2][plan.layer].rows(), params, batch, model_state
+    )
     window = Window(
         *(jnp.zeros((plan.window, plan.running_examples, *v.shape[1:]), v.dtype) for v in rows),
         jnp.zeros(plan.window, rows[0].dtype),

@@ -35,6 +35,7 @@ def embedded_faces(variations: int, seed: int = 0) -> Dataset:
         test,
         np.zeros(len(test), np.int32),
         "100 faces of scikit-image's lfw_subset, augmented",
+        image_shape=(SIDE, SIDE),
     )
 
 

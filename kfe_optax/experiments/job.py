@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
-from kfe_optax.experiments.batches import Batch, Batches
+from kfe_optax.experiments.batches import Batch, Batches, make_batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.optimizers import (
     find_method,
@@ -20,7 +20,7 @@ from kfe_optax.experiments.optimizers import (
     optimizer_settings,
     tap_options,
 )
-from kfe_optax.experiments.task import Params, Task, make_task
+from kfe_optax.experiments.task import Params, State, Task, make_task
 
 
 class TrainState(NamedTuple):
@@ -29,6 +29,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     step: jax.Array
+    model_state: State  # the running statistics of batch norm; {} for most models
 
 
 class Job(NamedTuple):
@@ -59,58 +60,74 @@ def make_job(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: in
             state, loss = job.step(state, job.batches(step))
     """
     task = make_task(config, dataset)
-    batches = Batches(dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed)
+    batches = make_batches(config, dataset)
     batch = batches(0)
     init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    params = jax.jit(task.model.init)(init_key, batch["image"])["params"]
+    params, model_state = jax.jit(task.init)(init_key, batch["image"])
     settings = optimizer_settings(config, optimizer)
-    layers = kfe.find_layers(task.loss_fn, params, batch) if find_method(optimizer).curvature else None
+    layers = find_layers(task, params, model_state, batch) if find_method(optimizer).curvature else None
     transform = make_optimizer(optimizer, settings, run_steps, layers)
     update = make_update(task, settings, layers)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         key = jax.random.fold_in(step_key, state.step)
-        params, opt_state, loss = update(transform, state.params, state.opt_state, batch, key)
-        return TrainState(params, opt_state, state.step + 1), loss * task.loss_scale
+        params, opt_state, model_state, loss = update(
+            transform, state.params, state.opt_state, state.model_state, batch, key
+        )
+        return TrainState(params, opt_state, state.step + 1, model_state), loss * task.loss_scale
 
     @jax.jit
-    def start(params: Params) -> TrainState:
-        return TrainState(params, transform.init(params), jnp.zeros((), jnp.int32))
+    def start(params: Params, model_state: State) -> TrainState:
+        return TrainState(params, transform.init(params), jnp.zeros((), jnp.int32), model_state)
 
     # Compiled ahead of the first step, so that no clock below ever contains a compilation.
     started = time.perf_counter()
-    state = start(params)
+    state = start(params, model_state)
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     return Job(task, batches, state, compiled, time.perf_counter() - started)
 
 
 def make_update(task: Task, settings: ConfigDict, layers: Any) -> Callable[..., Any]:
-    """One step of training, ``update(transform, params, opt_state, batch, key)``.
+    """One step of training, ``update(transform, params, opt_state, model_state, batch, key)``.
 
-    It returns the new parameters, the new optimizer state and the loss. Without ``layers`` the
-    gradient is a plain one.
+    It returns the new parameters, the new optimizer and model state and the loss. Without
+    ``layers`` the gradient is a plain one.
     """
     if layers is not None:
-        collect = kfe.value_grad_and_taps(task.loss_fn, layers, **tap_options(settings))
+        collect = kfe.value_grad_and_taps(
+            task.loss_fn, layers, has_aux=task.has_state, **tap_options(settings)
+        )
 
     def update(
-        transform: optax.GradientTransformationExtraArgs, params: Params, opt_state: Any, batch: Any, key: Any
-    ) -> tuple[Params, Any, jax.Array]:
+        transform: optax.GradientTransformationExtraArgs,
+        params: Params,
+        opt_state: Any,
+        model_state: State,
+        batch: Any,
+        key: Any,
+    ) -> tuple[Params, Any, State, jax.Array]:
         if layers is None:
-            loss, grads = jax.value_and_grad(task.loss_fn)(params, batch)
+            differentiate = jax.value_and_grad(task.loss_fn, has_aux=task.has_state)
+            found, grads = differentiate(params, batch, model_state, key)
             updates, opt_state = transform.update(grads, opt_state, params)
         else:
-            loss, grads, taps = collect(params, batch, key=key)
+            found, grads, taps = collect(params, batch, model_state, key, key=key)
             updates, opt_state = transform.update(grads, opt_state, params, taps=taps)
-        return optax.apply_updates(params, updates), opt_state, loss
+        loss, model_state = found if task.has_state else (found, model_state)
+        return optax.apply_updates(params, updates), opt_state, model_state, loss
 
     return update
 
 
-def make_layers(config: ConfigDict, dataset: Dataset) -> Any:
+def find_layers(task: Task, params: Params, model_state: State, batch: Batch) -> kfe.Layers:
+    """The layers that the library finds in the task's loss."""
+    key = jax.random.key(0)
+    return kfe.find_layers(task.loss_fn, params, batch, model_state, key, has_aux=task.has_state)
+
+
+def make_layers(config: ConfigDict, dataset: Dataset) -> kfe.Layers:
     """The layers that the library finds in the config's model, as a printable table."""
     task = make_task(config, dataset)
-    batches = Batches(dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed)
-    batch = batches(0)
-    params = jax.eval_shape(task.model.init, jax.random.key(0), batch["image"])["params"]
-    return kfe.find_layers(task.loss_fn, params, batch)
+    batch = make_batches(config, dataset)(0)
+    params, model_state = jax.eval_shape(task.init, jax.random.key(0), batch["image"])
+    return find_layers(task, params, model_state, batch)

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.settings import make_schedule
+from kfe_optax.experiments.settings import Schedule, make_schedule
+from kfe_optax.transforms import layerwise
 
 
 class Method(NamedTuple):
@@ -93,16 +95,33 @@ def make_optimizer(
     options = {
         field: make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
         for field, value in settings.items()
-        if field not in _FIELDS_OF_THE_STEP
+        if field not in _FIELDS_OF_THE_STEP and field != "max_kl"
     }
     learning_rate = options.pop("learning_rate")
     if method.curvature:
-        # A flag of the command line cannot say None, so that 0 stands for "no clip". A traced bound,
-        # of a sweep, cannot be asked; it is infinite there.
-        if "max_kl" in options and not isinstance(options["max_kl"], jax.Array):
-            options["max_kl"] = options["max_kl"] or None
+        if "max_kl" in settings:
+            options["max_kl"] = _clip_bound(settings.max_kl, run_steps)
         return method.make(learning_rate, layers, **options)
     return optax.with_extra_args_support(method.make(learning_rate, **options))
+
+
+def _clip_bound(max_kl: Any, run_steps: int) -> float | jax.Array | Schedule | None:
+    """The bound of the KL clip; 0, or a schedule that starts there, stands for no clip, which is None.
+
+    A flag of the command line cannot say None. A traced bound, of a sweep, cannot be asked; instead of
+    0 it is infinite.
+    """
+    scheduled = isinstance(max_kl, ConfigDict)
+    start = max_kl.value if scheduled else max_kl
+    traced = isinstance(start, jax.Array)
+    if not traced and not start:
+        return None
+    if not scheduled:
+        return max_kl
+    bound = make_schedule(max_kl, run_steps)
+    if not traced:
+        return bound
+    return lambda count: jnp.where(start > 0, layerwise.value(bound, count), jnp.inf)
 
 
 # Which Fisher the taps sample is an option of the differentiation, not of the transform.

@@ -1,4 +1,4 @@
-"""Reads a folder of IDX files (MNIST, Fashion-MNIST) or an ``.npz`` archive.
+"""Reads what lies at a place: IDX files (MNIST, Fashion-MNIST), CIFAR-10, an ``.npz``, or a text.
 
 Nothing is downloaded: the files are the ones that the data sets' own pages, torchvision or Keras
 leave on a disk. Every way in which such a file can be missing or damaged ends in one sentence.
@@ -15,8 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kfe_optax.experiments.dataset import Dataset, flat_images, flat_labels, split_off_test
+from kfe_optax.experiments.cifar import find_cifar, read_cifar_folder
+from kfe_optax.experiments.dataset import (
+    Dataset,
+    flat_images,
+    flat_labels,
+    shape_of_images,
+    split_off_test,
+)
 from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.texts import read_text
 
 # Where torchvision puts the IDX files below its root.
 _SUBFOLDERS = ("", "raw", "MNIST/raw", "FashionMNIST/raw")
@@ -31,8 +39,11 @@ _ALL_IMAGES = ("x", "X", "images", "image", "data", "faces", "arr_0")
 _ALL_LABELS = ("y", "Y", "labels", "label", "target", "arr_1")
 
 
-def read_data_dir(data_dir: str) -> Dataset:
-    """Reads the data set at ``data_dir``: a folder of IDX files or of one ``.npz``, or an ``.npz``.
+def read_data_dir(data_dir: str, text_length: int = 128) -> Dataset:
+    """Reads the data set at ``data_dir``: an ``.npz`` or ``.txt`` file, or a folder.
+
+    A folder is searched for IDX files, CIFAR-10's files, one ``.npz`` and one ``.txt``, in this
+    order. A text is cut into sequences of ``text_length`` characters.
 
     Example::
 
@@ -43,24 +54,25 @@ def read_data_dir(data_dir: str) -> Dataset:
     if not path.exists():
         raise ExperimentError(
             f"There is nothing at '{path}'; set config.data_dir to a folder with the four IDX "
-            "files of MNIST or Fashion-MNIST, or to an .npz file."
+            "files of MNIST or Fashion-MNIST or the six files of CIFAR-10, or to an .npz or .txt file."
         )
     if path.is_file():
-        return read_npz(path)
+        return read_text(path, text_length) if path.suffix.lower() == ".txt" else read_npz(path)
     for subfolder in _SUBFOLDERS:
         if _find_idx(path / subfolder, "train-images", 3) is not None:
             return read_idx_folder(path / subfolder)
-    archives = sorted(path.glob("*.npz"))
-    if len(archives) == 1:
-        return read_npz(archives[0])
-    if archives:
-        names = ", ".join(archive.name for archive in archives)
-        raise ExperimentError(
-            f"'{path}' holds several .npz files ({names}); name one of them in config.data_dir."
-        )
+    cifar = find_cifar(path)
+    if cifar is not None:
+        return read_cifar_folder(cifar)
+    archive = _only(path, ".npz")
+    if archive is not None:
+        return read_npz(archive)
+    text = _only(path, ".txt")
+    if text is not None:
+        return read_text(text, text_length)
     raise ExperimentError(
-        f"'{path}' holds neither 'train-images-idx3-ubyte' (with or without .gz) nor an .npz "
-        "file; set config.data_dir to a folder or a file that does."
+        f"'{path}' holds neither 'train-images-idx3-ubyte' (with or without .gz) nor 'data_batch_1' (with or "
+        "without .bin) nor an .npz or .txt file; set config.data_dir to a folder or a file that does."
     )
 
 
@@ -84,6 +96,7 @@ def read_idx_folder(folder: Path) -> Dataset:
         test,
         flat_labels(arrays["t10k-labels"], len(test), f"'{folder}/t10k-labels'"),
         f"IDX files in {folder}",
+        image_shape=arrays["train-images"].shape[1:],
     )
 
 
@@ -135,10 +148,10 @@ def read_npz(path: Path) -> Dataset:
                 f"'{path}' holds training images and no test images; add an array 'x_test'."
             )
         test = flat_images(test_images, f"The test images in '{path}'")
-        if train.shape[1] != test.shape[1]:
+        if images.shape[1:] != test_images.shape[1:]:
             raise ExperimentError(
                 f"'{path}' holds training images of {train.shape[1]} pixels and test images of "
-                f"{test.shape[1]}; they must agree."
+                f"{test.shape[1]}, of shapes {images.shape[1:]} and {test_images.shape[1:]}; they must agree."
             )
         train_where, test_where = f"'y_train' of '{path}'", f"'y_test' of '{path}'"
         return Dataset(
@@ -147,6 +160,7 @@ def read_npz(path: Path) -> Dataset:
             test,
             flat_labels(_first(arrays, _TEST_LABELS), len(test), test_where),
             str(path),
+            image_shape=shape_of_images(images, f"The array of training images in '{path}'"),
         )
     images = _first(arrays, _ALL_IMAGES)
     if images is None:
@@ -158,7 +172,19 @@ def read_npz(path: Path) -> Dataset:
     labels = flat_labels(_first(arrays, _ALL_LABELS), len(flat), f"The labels in '{path}'")
     if len(flat) < 2:
         raise ExperimentError(f"'{path}' holds one image; training and testing need one each.")
-    return split_off_test(flat, labels, max(1, len(flat) // 10), str(path))
+    shape = shape_of_images(images, f"The array of images in '{path}'")
+    return split_off_test(flat, labels, max(1, len(flat) // 10), str(path), image_shape=shape)
+
+
+def _only(folder: Path, suffix: str) -> Path | None:
+    """The one file of ``folder`` that ends in ``suffix``, or None where there is none."""
+    found = sorted(folder.glob(f"*{suffix}"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise ExperimentError(
+            f"'{folder}' holds several {suffix} files ({names}); name one of them in config.data_dir."
+        )
+    return found[0] if found else None
 
 
 def _first(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray | None:

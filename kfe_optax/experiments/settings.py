@@ -10,6 +10,7 @@ and is overridden as ``--config.ekfac.learning_rate.value=0.05``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,20 +22,37 @@ from kfe_optax.experiments.errors import ExperimentError
 
 Schedule = Callable[[jax.Array], jax.Array]
 
-_KINDS = ("constant", "linear", "cosine", "exponential")
+_KINDS = ("constant", "linear", "cosine", "exponential", "steps")
 
 
 def schedule(
-    value: float, kind: str = "constant", *, end: float = 0.0, warmup: int = 0, steps: int = 0
+    value: float,
+    kind: str = "constant",
+    *,
+    end: float = 0.0,
+    warmup: int = 0,
+    steps: int = 0,
+    boundaries: tuple[float, ...] = (),
+    factor: float = 0.1,
 ) -> ConfigDict:
     """Describes a hyper-parameter over time.
 
     Args:
       value: the value that is held, or from which the schedule departs.
-      kind: ``"constant"``, ``"linear"``, ``"cosine"`` or ``"exponential"``.
-      end: the value at the end, for all kinds but ``"constant"``; positive for ``"exponential"``.
+      kind: ``"constant"``, ``"linear"``, ``"cosine"``, ``"exponential"`` or ``"steps"``.
+      end: the value at the end of a linear, cosine or exponential schedule; positive for the last.
       warmup: steps over which the value first grows linearly from zero; they count in ``steps``.
       steps: the step at which ``end`` is reached; 0 stands for the length of the run.
+      boundaries: for ``"steps"``, fractions of ``steps``: from each of them on the value is
+        multiplied by ``factor`` once more.
+      factor: for ``"steps"``, see ``boundaries``.
+
+    Example::
+
+        # Of 200 epochs, 0.1 for the first 100, 0.01 to the 150th, then 0.001.
+        schedule(0.1, "steps", boundaries=(0.5, 0.75), factor=0.1)
+
+    On the command line: ``--config.sgd.learning_rate.boundaries="(0.5, 0.75)"``.
     """
     return ConfigDict(
         {
@@ -43,12 +61,15 @@ def schedule(
             "end": float(end),
             "warmup": int(warmup),
             "steps": int(steps),
+            "boundaries": tuple(map(float, boundaries)),
+            "factor": float(factor),
         }
     )
 
 
 def _as_schedule(value: float | ConfigDict) -> ConfigDict:
-    return value if isinstance(value, ConfigDict) else schedule(value)
+    # A copy: two optimizers that share a schedule in a config file are set one by one on the command line.
+    return ConfigDict(value.to_dict()) if isinstance(value, ConfigDict) else schedule(value)
 
 
 def adam(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
@@ -167,7 +188,7 @@ def _curvature_settings(
 ) -> ConfigDict:
     """What the optimizers with curvature have in common, written out so that it can be overridden.
 
-    ``max_kl`` is the bound of the KL clip, 0 for none.
+    ``max_kl`` is the bound of the KL clip, a number or a schedule, 0 for none.
     """
     common = {
         "learning_rate": _as_schedule(learning_rate),
@@ -181,7 +202,10 @@ def _curvature_settings(
         "factor_update_period": 10,
         "initial_refreshes": 1,
     }
-    return ConfigDict(common | method)
+    own = common | method
+    if isinstance(own["max_kl"], ConfigDict):
+        own["max_kl"] = _as_schedule(own["max_kl"])
+    return ConfigDict(own)
 
 
 def base_config(name: str) -> ConfigDict:
@@ -201,7 +225,15 @@ def base_config(name: str) -> ConfigDict:
             "title": name,
             "seed": 0,
             "data_dir": "",
-            "data": {"name": "mnist", "train_size": 0, "test_size": 0},
+            "data": {
+                "name": "mnist",
+                "train_size": 0,
+                "test_size": 0,
+                "normalize": False,  # mean 0 and standard deviation 1 in every channel
+                "augment": "",  # of the training batches: "crop,flip"
+                "channels": 1,  # of "digits32"
+                "length": 128,  # characters of a sequence of text
+            },
             "model": {
                 "kind": "autoencoder",
                 "sizes": (784, 250, 30, 250, 784),
@@ -272,6 +304,10 @@ def make_schedule(settings: ConfigDict, run_steps: int) -> float | Schedule:
         )
     if kind == "constant" and warmup == 0:
         return value
+    if kind == "steps":
+        _check_steps(settings)
+    # Of a run of 50 steps, 0.14 is step 7 although 0.14 * 50 is a little more.
+    places = [math.ceil(fraction * steps - 1e-6) for fraction in settings.boundaries]
 
     def at(count: jax.Array) -> jax.Array:
         # The step about to be taken counts, so that the first step of a warm-up is not lost.
@@ -283,8 +319,24 @@ def make_schedule(settings: ConfigDict, run_steps: int) -> float | Schedule:
             level = end + (value - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
         elif kind == "exponential":
             level = value * (end / value) ** progress
+        elif kind == "steps":
+            passed = sum(jnp.where(count >= place, 1, 0) for place in places)
+            level = value * settings.factor**passed
         else:
             level = jnp.asarray(value)
         return rise * level
 
     return at
+
+
+def _check_steps(settings: ConfigDict) -> None:
+    """Refuses boundaries that are not fractions of the run in order, and factors that end it."""
+    boundaries, factor = settings.boundaries, settings.factor
+    rising = all(low < high for low, high in zip((0.0, *boundaries), (*boundaries, 1.0), strict=True))
+    if not boundaries or not rising:
+        raise ExperimentError(
+            f"The boundaries of a schedule in steps are {boundaries}; give rising fractions of the run between 0 "
+            "and 1, as in (0.5, 0.75)."
+        )
+    if not isinstance(factor, jax.Array) and not factor > 0.0:
+        raise ExperimentError(f"The factor of a schedule in steps is {factor:g}; it must be positive.")

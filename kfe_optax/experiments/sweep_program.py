@@ -11,20 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-import kfe_optax as kfe
-from kfe_optax.experiments.batches import Batches
+from kfe_optax.experiments.batches import Batches, make_batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.job import make_update
+from kfe_optax.experiments.job import find_layers, make_update
 from kfe_optax.experiments.optimizers import (
     find_method,
     make_optimizer,
     optimizer_settings,
 )
 from kfe_optax.experiments.sweep_space import Trial, with_values
-from kfe_optax.experiments.task import Params, Task, make_task
+from kfe_optax.experiments.task import Params, State, Task, make_task
 
-_EVALUATION_BATCH = 1000
+_EVALUATION_BATCH = 1000  # at most; a task may want fewer
 _NOT_TRACEABLE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
@@ -40,6 +39,7 @@ class Losses(NamedTuple):
     test_loss: float
 
 
+Variables = tuple[Params, State]
 Sets = dict[str, dict[str, jax.Array]]
 Sums = tuple[jax.Array, jax.Array, jax.Array]  # of Losses' fields, a number an evaluation batch
 
@@ -85,7 +85,7 @@ def make_program(
 
     def trial(sets: Sets, setting: dict[str, jax.Array]) -> Sums:
         init_key, step_key = jax.random.split(jax.random.key(setting["seed"]))
-        start = task.model.init(init_key, sets["train"]["image"][:1])["params"]
+        start = task.init(init_key, sets["train"]["image"][:1])
         end = train(start, step_key, sets["train"], setting)
         return (
             _loss_sums(task, start, sets["fixed"]),
@@ -148,45 +148,45 @@ class _Arguments:
 
 def _trainer(
     config: ConfigDict, fields: Sequence[str], dataset: Dataset, task: Task, steps: int
-) -> Callable[[Params, jax.Array, dict[str, jax.Array], dict[str, jax.Array]], Params]:
+) -> Callable[[Variables, jax.Array, dict[str, jax.Array], dict[str, jax.Array]], Variables]:
     """The function from a trial's start to its end; the optimizer is built inside, of traced values."""
     name, settings = config.optimizer, optimizer_settings(config, config.optimizer)
     layers: Any = None
     if find_method(name).curvature:
-        batches = Batches(dataset.train_images, dataset.train_labels, config.batch_size, seed=config.seed)
-        batch = batches(0)
-        params = jax.eval_shape(task.model.init, jax.random.key(0), batch["image"])["params"]
-        layers = kfe.find_layers(task.loss_fn, params, batch)
+        batch = make_batches(config, dataset)(0)
+        layers = find_layers(task, *jax.eval_shape(task.init, jax.random.key(0), batch["image"]), batch)
     update = make_update(task, settings, layers)
 
     def train(
-        params: Params, key: jax.Array, images: dict[str, jax.Array], setting: dict[str, jax.Array]
-    ) -> Params:
+        variables: Variables, key: jax.Array, images: dict[str, jax.Array], setting: dict[str, jax.Array]
+    ) -> Variables:
         values = {field: setting["values"][index] for index, field in enumerate(fields)}
         transform = make_optimizer(name, with_values(settings, values), steps, layers)
 
-        def step(carry: tuple[Params, Any], at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            params, opt_state = carry
+        def step(carry: tuple[Params, Any, State], at: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             count, rows = at
             batch = jax.tree.map(lambda array: array[rows], images)
-            params, opt_state, _ = update(transform, params, opt_state, batch, jax.random.fold_in(key, count))
-            return (params, opt_state), None
+            *new, _ = update(transform, *carry, batch, jax.random.fold_in(key, count))
+            return tuple(new), None
 
         counts = jnp.arange(steps, dtype=jnp.int32)
-        (params, _), _ = jax.lax.scan(step, (params, transform.init(params)), (counts, setting["order"]))
-        return params
+        params, state = variables
+        start = params, transform.init(params), state
+        (params, _, state), _ = jax.lax.scan(step, start, (counts, setting["order"]))
+        return params, state
 
     return train
 
 
-def _loss_sums(task: Task, params: Params, images: dict[str, jax.Array]) -> jax.Array:
+def _loss_sums(task: Task, variables: Variables, images: dict[str, jax.Array]) -> jax.Array:
     """The loss summed over the images of each evaluation batch; every image counts once."""
     count = len(images["image"])
-    size = min(_EVALUATION_BATCH, count)
+    size = min(_EVALUATION_BATCH, task.evaluation_batch, count)
+    params, state = variables
 
     def of_batch(start: jax.Array) -> jax.Array:
         rows = start + jnp.arange(size)
         batch = jax.tree.map(lambda array: array[jnp.minimum(rows, count - 1)], images)
-        return task.measure(params, batch, (rows < count).astype(jnp.float32))["loss"]
+        return task.measure(params, batch, (rows < count).astype(jnp.float32), state)["loss"]
 
     return jax.lax.map(of_batch, jnp.arange(0, count, size))

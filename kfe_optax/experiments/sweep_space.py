@@ -39,6 +39,7 @@ sweep
   --resume                           skips the trials that sweep.csv in --workdir already holds
 
   A schedule keeps its shape: its 'value' is what is swept, and its 'end' is scaled alike.
+  The images are taken as they are: config.data.augment must be empty.
 
 examples
   kfe-optax sweep --config=configs/mnist_small.py --config.optimizer=kfac \\
@@ -97,6 +98,7 @@ def make_space(config: ConfigDict) -> Space:
         config.sweep.damping = "0.1,1,10"
         len(make_space(config).trials)                      # 15
     """
+    _check_data(config)
     if "sweep" not in config:
         raise ExperimentError("The config has no 'sweep'; let its file start from settings.base_config(...).")
     sweep, settings = config.sweep, optimizer_settings(config, config.optimizer)
@@ -164,10 +166,20 @@ def with_values(settings: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     return ConfigDict(fields)
 
 
+def _check_data(config: ConfigDict) -> None:
+    """Refuses an augmentation, which the compiled program of many trials does not have."""
+    if config.data.augment:
+        raise ExperimentError(
+            f"config.data.augment is '{config.data.augment}', and a sweep takes the images as they are; set "
+            "--config.data.augment= for the sweep, and augment again when you train with its best setting."
+        )
+
+
 def _check_schedules(settings: ConfigDict) -> None:
     """Refuses a schedule that cannot be, which the compiled program could no longer tell."""
-    for value in settings.values():
-        if isinstance(value, ConfigDict):
+    for field, value in settings.items():
+        # A clip whose schedule starts at 0 is no clip, and its schedule is never made.
+        if isinstance(value, ConfigDict) and (field != "max_kl" or value.value):
             make_schedule(value, run_steps=1)
 
 

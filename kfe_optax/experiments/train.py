@@ -19,7 +19,7 @@ from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import Job, TrainState, make_job
 from kfe_optax.experiments.progress import ProgressDisplay
 from kfe_optax.experiments.records import Record, Recorder
-from kfe_optax.experiments.task import Params, Task
+from kfe_optax.experiments.task import Params, State, Task
 
 
 class Outcome(NamedTuple):
@@ -80,18 +80,20 @@ def train(
         with Recorder(workdir, resume_at=step if resume else None) as recorder:
             outcome = _run(config, job, state, step, seconds, checkpoints, recorder, console)
             if not outcome.interrupted:
-                measures = evaluate(job.task, outcome.state.params, dataset)
+                measures = evaluate(job.task, outcome.state.params, dataset, outcome.state.model_state)
                 recorder.write_final(measures, outcome.step)
                 outcome = outcome._replace(measures=measures)
     return outcome
 
 
-def evaluate(task: Task, params: Params, dataset: Dataset) -> dict[str, float]:
+def evaluate(
+    task: Task, params: Params, dataset: Dataset, model_state: State | None = None
+) -> dict[str, float]:
     """The task's measures over the whole training set and the whole test set."""
     measures = {}
     for part in ("train", "test"):
         images, labels = getattr(dataset, f"{part}_images"), getattr(dataset, f"{part}_labels")
-        for name, value in task.evaluate(params, images, labels).items():
+        for name, value in task.evaluate(params, images, labels, model_state).items():
             measures[f"{part}_{name}"] = value
     return measures
 

@@ -29,6 +29,81 @@ def test_the_embedded_digits_are_real_and_divided_once():
     assert np.bincount(labels).tolist() == [500] * 10
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_digits_in_the_size_of_cifar(channels):
+    config = settings.base_config("digits")
+    digits = load(config)
+    config.data.update(name="digits32", channels=channels, train_size=20)
+    dataset = load(config)
+    assert dataset.image_shape == (32, 32, channels)
+    assert dataset.train_images.shape == (20, 1024 * channels) and dataset.test_images.shape == (
+        500,
+        1024 * channels,
+    )
+    images = dataset.train_images.reshape(20, 32, 32, channels)
+    for channel in range(channels):
+        inner = images[:, 2:30, 2:30, channel].reshape(20, 784)
+        np.testing.assert_array_equal(inner, digits.train_images[:20])
+        assert images[..., channel].sum() == pytest.approx(inner.sum())  # nothing around it
+    np.testing.assert_array_equal(dataset.test_labels, digits.test_labels)
+    config.data.channels = 4
+    with pytest.raises(ExperimentError, match="config.data.channels is 4; set it to 1 or 3"):
+        load(config)
+
+
+@pytest.mark.parametrize("name", ["mnist", "curves", "faces"])
+def test_images_keep_their_shape(name):
+    if name == "faces":
+        pytest.importorskip("skimage")
+    config = settings.base_config("shapes")
+    config.data.update(name=name, variations=1, train_size=10, test_size=5)
+    dataset = load(config)
+    assert dataset.image_shape == ((25, 25) if name == "faces" else (28, 28))
+    assert np.prod(dataset.image_shape) == dataset.pixels
+    assert dataset.vocabulary == 0
+
+
+def color_config(tmp_path, generator, **data):
+    images = (generator.random((30, 6, 5, 3)) * [40, 150, 255]).astype(np.uint8)
+    np.savez(tmp_path / "colors.npz", x_train=images[:20], x_test=images[20:])
+    config = settings.base_config("colors")
+    config.data_dir, config.loss = str(tmp_path), "squared_error"
+    config.data.update(data)
+    return config, images
+
+
+def test_normalization_takes_the_training_set_s_numbers_by_channel(tmp_path):
+    config, images = color_config(tmp_path, np.random.default_rng(0), normalize=True, train_size=12)
+    dataset = load(config)
+    plain = images.astype(np.float64) / 255
+    mean, deviation = plain[:12].mean(axis=(0, 1, 2)), plain[:12].std(axis=(0, 1, 2))
+    for found, original in ((dataset.train_images, plain[:12]), (dataset.test_images, plain[20:])):
+        expected = ((original - mean) / deviation).reshape(len(original), -1)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert dataset.train_images.dtype == np.float32
+    config.data.normalize = False
+    np.testing.assert_array_equal(load(config).test_images, (plain[20:].reshape(10, -1)).astype(np.float32))
+
+
+def test_normalization_of_gray_images_is_one_mean_and_deviation():
+    config = settings.base_config("digits")
+    config.data.normalize, config.loss = True, "softmax_cross_entropy"
+    dataset = load(config)
+    assert dataset.train_images.mean(dtype=np.float64) == pytest.approx(0.0, abs=1e-6)
+    assert dataset.train_images.std(dtype=np.float64) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_images_that_cannot_be_normalized_are_one_sentence(tmp_path):
+    config, images = color_config(tmp_path, np.random.default_rng(0), normalize=True)
+    images[:20, :, :, 1] = 7
+    np.savez(tmp_path / "colors.npz", x_train=images[:20], x_test=images[20:])
+    with pytest.raises(ExperimentError, match="Channel 1 of the training images .* is the same everywhere"):
+        load(config)
+    config.loss = "sigmoid_binary_cross_entropy"
+    with pytest.raises(ExperimentError, match="takes pixels for probabilities"):
+        load(config)
+
+
 def test_sizes_keep_the_first_images(tiny_config):
     whole = load(tiny_config)
     tiny_config.data.train_size, tiny_config.data.test_size = 30, 10
@@ -45,7 +120,7 @@ def test_a_data_dir_wins_over_the_name(tiny_config):
 def test_an_unknown_source_is_one_sentence():
     config = settings.base_config("digits")
     config.data.name = "cifar"
-    with pytest.raises(ExperimentError, match="choose one of mnist, curves, faces"):
+    with pytest.raises(ExperimentError, match="choose one of mnist, curves, faces, digits32, topics"):
         load(config)
 
 

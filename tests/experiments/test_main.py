@@ -185,19 +185,30 @@ def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_that_resumes(tiny_config_file,
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_describes_its_layers(path, tmp_path, capsys):
     config = load_config(str(path))
-    # Images of the right size stand in for the real ones, which take seconds to load.
-    generator = np.random.default_rng(0)
-    count, pixels = config.batch_size, config.model.sizes[0]
-    images = generator.integers(0, 256, (count, pixels), np.uint8)
-    labels = generator.integers(0, 10, count)
-    archive = tmp_path / "images.npz"
-    np.savez(archive, x_train=images, y_train=labels, x_test=images[:2], y_test=labels[:2])
-    assert main(["layers", f"--config={path}", f"--config.data_dir={archive}"]) == 0
+    data = stand_in(config, tmp_path)
+    assert main(["layers", f"--config={path}", f"--config.data_dir={data}"]) == 0
     table = capsys.readouterr().out
-    for index in range(1, len(config.model.sizes)):
-        assert f"dense_{index} " in table
+    dense = [f"dense_{index}" for index in range(1, len(config.model.get("sizes", ())))]
+    for name in dense or ["logits"]:
+        assert f"\n{name} " in table
     for name in ("adam", "sgd", "kfac", "ekfac"):
         assert name in config
+
+
+def stand_in(config, folder):
+    """Data of the right size in the place of the real ones, which take seconds to load."""
+    generator = np.random.default_rng(0)
+    if config.model.kind in ("transformer", "recurrent"):
+        text = folder / "text.txt"
+        text.write_text("".join(map(chr, generator.integers(32, 127, 10_000))))
+        return text
+    count, sizes = config.batch_size, config.model.get("sizes")
+    shape = (sizes[0],) if sizes else (32, 32, config.data.channels)
+    images = generator.integers(0, 256, (count, *shape), np.uint8)
+    labels = generator.integers(0, 10, count)
+    archive = folder / "images.npz"
+    np.savez(archive, x_train=images, y_train=labels, x_test=images[:2], y_test=labels[:2])
+    return archive
 
 
 @pytest.mark.slow

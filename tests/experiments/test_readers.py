@@ -102,6 +102,22 @@ def test_archives_of_four_arrays(tmp_path, names, as_folder):
     np.testing.assert_array_equal(dataset.test_labels, LABELS[:5])
 
 
+def test_shapes_of_images(tmp_path):
+    write_idx_folder(tmp_path / "idx")
+    assert read_data_dir(str(tmp_path / "idx")).image_shape == (8, 8)
+    colors = np.stack([IMAGES, IMAGES // 2, IMAGES // 3], axis=-1)
+    path = tmp_path / "images.npz"
+    # Keras has CIFAR-10's labels in a column.
+    np.savez(path, x_train=colors, y_train=LABELS[:, None], x_test=colors[:5], y_test=LABELS[:5])
+    dataset = read_data_dir(str(path))
+    assert dataset.image_shape == (8, 8, 3)
+    np.testing.assert_array_equal(dataset.train_images[0].reshape(8, 8, 3) * np.float32(255), colors[0])
+    np.testing.assert_array_equal(dataset.train_labels, LABELS)
+    for array, shape in ((IMAGES, (8, 8)), (IMAGES[..., None], (8, 8, 1)), (IMAGES.reshape(20, 64), (64,))):
+        np.savez(path, images=array)
+        assert read_data_dir(str(path)).image_shape == shape
+
+
 def test_an_undivided_archive_is_split_and_needs_no_labels(tmp_path):
     path = tmp_path / "faces.npz"
     np.savez(path, images=IMAGES / 255.0)
@@ -125,6 +141,9 @@ def test_floats_up_to_255_are_bytes(tmp_path):
         ({"weights": IMAGES}, "holds 'weights'; expected arrays 'x_train'"),
         ({"x_train": IMAGES}, "no test images"),
         ({"x_train": IMAGES, "x_test": IMAGES[:, :4]}, "64 pixels and test images of 32"),
+        ({"x_train": IMAGES, "x_test": IMAGES.reshape(20, 4, 16)}, r"of shapes \(8, 8\) and \(4, 16\)"),
+        ({"x": np.zeros((4, 3, 8, 8), np.uint8)}, r"shape \(4, 3, 8, 8\); .* with the channels last"),
+        ({"x": np.zeros((4, 2, 2, 2, 2), np.uint8)}, "with the channels last"),
         ({"x": IMAGES / 255.0 - 0.5}, "pixel values from -0.5"),
         ({"x": np.full((4, 3), np.nan)}, "pixel values from nan"),
         ({"x": np.array(["a", "b"])[:, None]}, "values of type <U1"),

@@ -9,10 +9,14 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+import kfe_optax as kfe
 from kfe_optax.experiments import settings
+from kfe_optax.experiments.command_line import _parse
+from kfe_optax.experiments.data import load
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.models import Autoencoder, make_model
+from kfe_optax.experiments.models import Autoencoder, Classifier, make_model
 from kfe_optax.experiments.optimizers import METHODS, make_optimizer, optimizer_settings
+from kfe_optax.experiments.sweep_space import make_space, with_values
 
 
 def values(schedule, steps=range(11)):
@@ -52,6 +56,126 @@ def test_schedules_that_cannot_be_are_one_sentence():
         settings.make_schedule(settings.schedule(1.0, "step"), 10)
     with pytest.raises(ExperimentError, match="both must be positive"):
         settings.make_schedule(settings.schedule(1.0, "exponential"), 10)
+
+
+def test_steps_multiply_at_fractions_of_the_run():
+    schedule = settings.schedule(0.8, "steps", boundaries=(0.5, 0.75), factor=0.1)
+    expected = [0.8] * 4 + [0.08] * 2 + [0.008] * 4
+    np.testing.assert_allclose(values(settings.make_schedule(schedule, 8), range(10)), expected, rtol=1e-6)
+    # Of 50 steps, 0.14 is step 7, although in floating point 0.14 * 50 > 7; 12.5 is step 13.
+    schedule = settings.schedule(1.0, "steps", boundaries=(0.14, 0.25), factor=0.5)
+    expected = [1.0] * 7 + [0.5] * 6 + [0.25] * 3
+    np.testing.assert_allclose(values(settings.make_schedule(schedule, 50), range(16)), expected)
+    # With the schedule's own length and a warm-up.
+    schedule = settings.schedule(1.0, "steps", warmup=2, steps=4, boundaries=(0.75,))
+    expected = [0.5, 1, 1, 0.1, 0.1, 0.1]
+    np.testing.assert_allclose(values(settings.make_schedule(schedule, 100), range(6)), expected, rtol=1e-6)
+
+
+def test_steps_are_those_of_optax():
+    schedule = settings.schedule(0.3, "steps", boundaries=(0.2, 0.4, 0.9), factor=0.3)
+    theirs = optax.piecewise_constant_schedule(0.3, {4: 0.3, 8: 0.3, 18: 0.3})
+    ours = values(settings.make_schedule(schedule, 20), range(25))
+    np.testing.assert_allclose(ours, values(theirs, range(25)), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({}, r"are \(\); give rising fractions"),
+        ({"boundaries": (0.75, 0.5)}, "give rising fractions"),
+        ({"boundaries": (0.0, 0.5)}, "give rising fractions"),
+        ({"boundaries": (100, 150)}, "fractions of the run between 0 and 1"),
+        ({"boundaries": (0.5,), "factor": 0.0}, "factor .* is 0; it must be positive"),
+    ],
+)
+def test_steps_that_cannot_be_are_one_sentence(options, sentence):
+    with pytest.raises(ExperimentError, match=sentence):
+        settings.make_schedule(settings.schedule(1.0, "steps", **options), 10)
+
+
+def test_steps_are_set_on_the_command_line_and_kept_by_relatives_and_sweeps(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from kfe_optax.experiments import settings\n"
+        "def get_config():\n"
+        "    config = settings.base_config('steps')\n"
+        "    config.kfac = settings.kfac(settings.schedule(0.1, 'linear'), 1.0)\n"
+        "    return settings.with_relatives(config)\n"
+    )
+    field = "--config.kfac.learning_rate"
+    arguments = ["train", f"--config={path}", f"{field}.kind=steps", f"{field}.boundaries=(0.5, 0.75)"]
+    config = _parse([*arguments, f"{field}.factor=0.2"]).config
+    assert config.tkfac.learning_rate.boundaries == ()
+    config.optimizer = "kfac"
+    at = settings.make_schedule(config.kfac.learning_rate, 4)
+    np.testing.assert_allclose(values(at, range(4)), [0.1, 0.1, 0.02, 0.004], rtol=1e-6)
+    relative = settings.with_relatives(ConfigDict({"kfac": config.kfac.to_dict()})).tkfac
+    assert relative.learning_rate.to_dict() == config.kfac.learning_rate.to_dict()
+    trial = {"learning_rate": jnp.asarray(1.0), "learning_rate.factor": jnp.asarray(0.5)}
+    at = settings.make_schedule(with_values(config.kfac, trial).learning_rate, 4)
+    np.testing.assert_allclose(values(at, range(4)), [1, 1, 0.5, 0.25], rtol=1e-6)
+    config.sweep.update(learning_rate="0.1,1", damping="", others="learning_rate.factor=0.5")
+    assert len(make_space(config).trials) == 2
+    config.sweep.others = "learning_rate.factor=0,0.5"
+    with pytest.raises(ExperimentError, match="factor of a schedule in steps is 0"):
+        make_space(config)
+    config.data.augment = "crop"
+    with pytest.raises(ExperimentError, match="a sweep takes the images as they are"):
+        make_space(config)
+
+
+def clip_factors(max_kl, steps=5):
+    """The KL clip's factor ν of each step of K-FAC with ``max_kl``, or None where there is no clip."""
+    model = Classifier(sizes=(4, 3))
+    images, labels = jax.random.normal(jax.random.key(0), (8, 4)), jnp.arange(8) % 3
+    params = model.init(jax.random.key(1), images)["params"]
+
+    def loss_fn(params):
+        logits = model.apply({"params": params}, images)
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    layers = kfe.find_layers(loss_fn, params)
+    transform = make_optimizer("kfac", settings.kfac(1.0, 1.0, max_kl=max_kl), steps, layers)
+    _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers)(params, key=jax.random.key(2))
+    state, found = transform.init(params), []
+    for _ in range(steps):
+        _, state = transform.update(grads, state, params, taps=taps)
+        found.append(kfe.info(state).kl_factor)
+    return found
+
+
+def test_the_bound_of_the_clip_may_be_a_schedule():
+    schedule = settings.schedule(1e-4, "exponential", end=1e-8)
+    factors = np.array(clip_factors(schedule))
+    # The factor is the root of the bound over a constant size; the bound falls by 10^4 in 5 steps.
+    np.testing.assert_allclose(factors[1:] / factors[:-1], 10**-0.4, rtol=1e-3)
+    constant = np.array(clip_factors(settings.schedule(1e-4)))
+    np.testing.assert_allclose(constant, np.array(clip_factors(1e-4)), rtol=1e-6)
+    np.testing.assert_allclose(factors[0], constant[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "max_kl", [0.0, settings.schedule(0.0), settings.schedule(0.0, "exponential", end=0.1)]
+)
+def test_a_bound_of_zero_is_no_clip(max_kl):
+    assert clip_factors(max_kl, steps=1) == [None]
+
+
+def test_in_a_sweep_a_scheduled_bound_of_zero_is_infinite():
+    own = settings.kfac(1.0, 1.0, max_kl=settings.schedule(0.1, "exponential", end=0.001))
+    for value in (0.0, 1e-4):
+        trial = with_values(own, {"max_kl": jnp.asarray(value)})
+        factors = clip_factors(trial.max_kl)
+        if value:
+            assert trial.max_kl.end == pytest.approx(1e-6)
+            np.testing.assert_allclose(factors[1] / factors[0], 10**-0.2, rtol=1e-3)
+        else:
+            np.testing.assert_array_equal(factors, 1.0)
+    config = settings.base_config("sweep")
+    config.optimizer, config.kfac = "kfac", own
+    config.sweep.update(learning_rate="", damping="", max_kl="0,x10")
+    assert [trial.values for trial in make_space(config).trials] == [(0.0,), (1.0,)]
 
 
 def test_every_named_optimizer_has_a_builder_of_settings():
@@ -107,7 +231,7 @@ def test_the_code_is_linear_and_so_are_the_outputs():
         ({"sizes": (9, 4, 64)}, "let it start with 64"),
         ({"sizes": (64,)}, "an autoencoder's sizes end|let it start"),
         ({"sizes": (64, 4, 9)}, "an autoencoder's sizes end with 64"),
-        ({"kind": "transformer"}, "choose 'autoencoder' or 'classifier'"),
+        ({"kind": "perceptron"}, "'perceptron'; choose one of autoencoder, classifier"),
         ({"activation": "softsign"}, "choose one of relu, tanh"),
         ({"initializer": "zeros"}, "choose one of lecun_normal"),
     ],
@@ -115,4 +239,14 @@ def test_the_code_is_linear_and_so_are_the_outputs():
 def test_models_that_cannot_be_are_one_sentence(tiny_config, changes, sentence):
     tiny_config.model.update(changes)
     with pytest.raises(ExperimentError, match=sentence):
-        make_model(tiny_config.model, pixels=64)
+        make_model(tiny_config.model, load(tiny_config))
+
+
+def test_a_shared_schedule_is_set_for_one_optimizer_alone():
+    """A config file may give one schedule to several optimizers; each has a copy."""
+    rate = settings.schedule(0.1, "linear")
+    first, second = (settings.kfac(rate, rate, max_kl=rate) for _ in range(2))
+    for field in ("learning_rate", "damping", "max_kl"):
+        first[field].value = 0.5
+        assert second[field].value == rate.value == 0.1
+    assert len({first[field].value for field in ("learning_rate", "damping", "max_kl")}) == 1

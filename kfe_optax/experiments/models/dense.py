@@ -1,4 +1,4 @@
-"""The networks of the experiments: ordinary Flax models that know nothing of this library."""
+"""Stacks of dense layers: the autoencoder and the classifier of flat images."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ def _dense_stack(module: Autoencoder | Classifier, hidden: jax.Array, linear: in
     return hidden
 
 
-def make_model(settings: ConfigDict, pixels: int) -> Autoencoder | Classifier:
-    """The model that ``config.model`` describes, checked against the images it will see."""
+def make_dense(settings: ConfigDict, pixels: int) -> Autoencoder | Classifier:
+    """The dense model that ``config.model`` describes, checked against the images it will see."""
     sizes = tuple(settings.sizes)
     _check_choice("config.model.activation", settings.activation, _ACTIVATIONS)
     _check_choice("config.model.initializer", settings.initializer, _INITIALIZERS)
@@ -82,16 +82,14 @@ def make_model(settings: ConfigDict, pixels: int) -> Autoencoder | Classifier:
         raise ExperimentError(
             f"The images have {pixels} pixels and config.model.sizes is {sizes}; let it start with {pixels}."
         )
-    if settings.kind == "autoencoder":
-        if sizes[-1] != pixels:
-            raise ExperimentError(
-                f"The images have {pixels} pixels and config.model.sizes is {sizes}; an "
-                f"autoencoder's sizes end with {pixels} too."
-            )
-        return Autoencoder(sizes, settings.activation, settings.linear_code, settings.initializer)
     if settings.kind == "classifier":
         return Classifier(sizes, settings.activation, settings.initializer)
-    raise ExperimentError(f"config.model.kind is '{settings.kind}'; choose 'autoencoder' or 'classifier'.")
+    if sizes[-1] != pixels:
+        raise ExperimentError(
+            f"The images have {pixels} pixels and config.model.sizes is {sizes}; an "
+            f"autoencoder's sizes end with {pixels} too."
+        )
+    return Autoencoder(sizes, settings.activation, settings.linear_code, settings.initializer)
 
 
 def _check_choice(name: str, value: str, choices: Mapping[str, object]) -> None:

@@ -1,0 +1,117 @@
+"""Transformers: of image patches for classes, and of characters for the next one."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+_POSITIONS = nn.initializers.normal(0.02)
+
+
+class Block(nn.Module):
+    """Attention and two dense layers, each on a layer norm's output and added to its input.
+
+    It returns a pair, as the body of a loop does.
+    """
+
+    heads: int
+    hidden: int
+    causal: bool
+    dropout: float
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        # One mask for all examples; (1, 1, length, length).
+        mask = nn.make_causal_mask(jnp.ones((1, x.shape[1]))) if self.causal else None
+        attention = nn.MultiHeadDotProductAttention(
+            self.heads, dropout_rate=self.dropout, deterministic=not self.train, name="attention"
+        )
+        x = x + self._dropped(attention(nn.LayerNorm(name="norm_1")(x), mask=mask))
+        wide = jax.nn.gelu(nn.Dense(self.hidden, name="dense_1")(nn.LayerNorm(name="norm_2")(x)))
+        return x + self._dropped(nn.Dense(x.shape[-1], name="dense_2")(wide)), None
+
+    def _dropped(self, x: jax.Array) -> jax.Array:
+        return nn.Dropout(self.dropout, deterministic=not self.train)(x)
+
+
+class VisionTransformer(nn.Module):
+    """Patches of an image, embedded by a convolution, through blocks, to the logits of their mean.
+
+    Example::
+
+        model = VisionTransformer(image_shape=(32, 32, 3), patch=4)
+        params = model.init(key, flat_images)["params"]  # flat_images (n, 3072)
+    """
+
+    image_shape: tuple[int, int, int]
+    classes: int = 10
+    patch: int = 4
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    hidden: int = 768
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        x = images.reshape(-1, *self.image_shape)
+        size = (self.patch, self.patch)
+        x = nn.Conv(self.width, size, strides=size, name="patches")(x)
+        x = x.reshape(len(x), -1, self.width)
+        x = x + self.param("positions", _POSITIONS, x.shape[1:])
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        for index in range(1, self.depth + 1):
+            block = Block(self.heads, self.hidden, False, self.dropout, train, name=f"block_{index}")
+            x, _ = block(x)
+        return nn.Dense(self.classes, name="logits")(nn.LayerNorm(name="norm")(x).mean(1))
+
+
+class CharacterTransformer(nn.Module):
+    """Characters (n, length) to the logits of each next one, (n, length, vocabulary).
+
+    ``tied`` takes the embedding's table for the last layer as well. ``scan`` makes a loop of the
+    blocks, whose parameters are then stacked and whose activations are computed again in the
+    backward pass: a program and a memory that hardly grow with ``depth``.
+
+    Example::
+
+        model = CharacterTransformer(vocabulary=96, length=128)
+        params = model.init(key, tokens)["params"]  # tokens (n, 128) int32
+    """
+
+    vocabulary: int
+    length: int
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    hidden: int = 512
+    dropout: float = 0.0
+    tied: bool = False
+    scan: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        embed = nn.Embed(self.vocabulary, self.width, embedding_init=_POSITIONS, name="embed")
+        positions = self.param("positions", _POSITIONS, (self.length, self.width))
+        x = embed(tokens) + positions[: tokens.shape[1]]
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        block = functools.partial(
+            Block, heads=self.heads, hidden=self.hidden, causal=True, dropout=self.dropout, train=train
+        )
+        if self.scan:
+            loop = nn.scan(
+                nn.remat(Block, prevent_cse=False),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=self.depth,
+            )
+            x, _ = loop(**block.keywords, name="blocks")(x, None)
+        else:
+            for index in range(1, self.depth + 1):
+                x, _ = block(name=f"block_{index}")(x)
+        x = nn.LayerNorm(name="norm")(x)
+        return embed.attend(x) if self.tied else nn.Dense(self.vocabulary, name="logits")(x)
