@@ -12,9 +12,10 @@ from kfe_optax.distributions import Gaussian as Gaussian
 from kfe_optax.gradients import value_grad_and_taps as value_grad_and_taps
 from kfe_optax.info import Info as Info
 from kfe_optax.info import info as info
-from kfe_optax.layers import Layer as Layer
+from kfe_optax.layer import Layer as Layer
 from kfe_optax.layers import Layers as Layers
 from kfe_optax.losses import register_output as register_output
+from kfe_optax.masks import row_mask as row_mask
 from kfe_optax.optimizers import METHODS as METHODS
 from kfe_optax.optimizers import deflation as deflation
 from kfe_optax.optimizers import ekfac as ekfac

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from kfe_optax import kronecker
-from kfe_optax.kinds import KINDS
 
 
 def pi(input_factor: jax.Array, output_factor: jax.Array, stacked: int) -> jax.Array:
@@ -26,6 +26,12 @@ def pi_of_means(mean_in: jax.Array, mean_out: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.where((mean_in > 0) & (mean_out > 0), ratio, 1))
 
 
+def common_pi(mean_in: jax.Array, mean_out: jax.Array) -> jax.Array:
+    """π of every block from the mean eigenvalues of its A and G; of their means where several blocks share a factor."""
+    shared = tuple(i for i, sizes in enumerate(zip(mean_in.shape, mean_out.shape, strict=True)) if 1 in sizes)
+    return pi_of_means(*(mean.mean(shared, keepdims=True) for mean in (mean_in, mean_out)))
+
+
 def add_to_diagonal(factor: jax.Array, amount: jax.Array, stacked: int) -> jax.Array:
     """factor + amount I, one amount a matrix (...,)."""
     if kronecker.is_diagonal(factor, stacked):
@@ -37,7 +43,9 @@ def factored(
     input_factor: jax.Array, output_factor: jax.Array, damping: jax.Array, stacked: int
 ) -> tuple[jax.Array, jax.Array]:
     """(A + π√λ I, G + √λ/π I): factored Tikhonov damping (Martens & Grosse 2015, section 6.3)."""
-    ratio = pi(input_factor, output_factor, stacked)
+    mean_in = kronecker.trace(input_factor, stacked) / input_factor.shape[-1]
+    mean_out = kronecker.trace(output_factor, stacked) / output_factor.shape[-1]
+    ratio = common_pi(mean_in, mean_out)
     root = jnp.sqrt(damping).astype(input_factor.dtype)
     return (
         add_to_diagonal(input_factor, ratio * root, stacked),
@@ -60,20 +68,23 @@ def trace_tuned(
 ) -> dict[str, jax.Array]:
     """TEKFAC's denominators from the scales Θ (Gao et al. 2020, section 4).
 
-    A convolution l has Θ_l + λ_l, λ_l = max{tr Θ_l, ϑ} / (d_in d_out). A fully connected layer has β(Θ + λ) with β the
+    A convolution l has Θ_l + λ_l, λ_l = max{tr Θ_l, ϑ} / (d_in d_out), its mean eigenvalue: with feature groups that of all its
+    blocks, tr Θ_l the sum of their traces and d_in d_out the number of their elements. Stacked layers are layers of their own.
+    All else (dense layers, embeddings, norms, convolutions that share nothing) is fully connected and has β(Θ + λ) with β the
     largest λ_l, or Θ + λ in a network without convolutions. The paper leaves λ inside β open.
 
     Args:
-      scales: {layer: Θ (*stack, d_in, d_out)}.
+      scales: {layer: Θ (*stack, d_in, d_out)}, stacked layers first, then blocks.
       layers: {layer: its description}.
       damping: λ.
       floor: ϑ.
     """
     tuned = {}
     for name, scale in scales.items():
-        if KINDS[layers[name].kind].convolution:
-            trace = jnp.maximum(scale.sum((-2, -1), keepdims=True), floor)
-            tuned[name] = trace / (scale.shape[-2] * scale.shape[-1])
+        if layers[name].kind.convolution:
+            own = tuple(range(len(layers[name].stacked), scale.ndim))
+            trace = jnp.maximum(scale.sum(own, keepdims=True), floor)
+            tuned[name] = trace / math.prod(scale.shape[axis] for axis in own)
     factor = jnp.stack([value.max() for value in tuned.values()]).max() if tuned else None
     denominators = {}
     for name, scale in scales.items():

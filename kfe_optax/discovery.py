@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from kfe_optax import adapters, jaxprs, tags
+from kfe_optax import adapters, jaxprs, masks, tags
 from kfe_optax.adapters import nnx as nnx_adapter
-from kfe_optax.kinds import KINDS
-from kfe_optax.layers import Layer, Layers, Path, leaves_by_path, path_name
+from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
+from kfe_optax.layers import Layers
 from kfe_optax.outputs import Output
 
 
@@ -152,16 +152,20 @@ class _Discovery:
     def __init__(self):
         self._outputs: list[tuple[Any, tuple[int, ...]]] = []
 
-    def tag(self, kind, roles, x, y, kernel, box):
+    def tag(self, kind, roles, x, y, kernel, box, label):
         probe = box.get(roles[0][1])
         if probe is None:
+            self.unsupported(f"the {roles[0][1]} beside it is not among the parameters", box)
             return y
-        shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name)
-        return jaxprs.layer_mark.bind(y, probe, kernel, kind=kind, roles=roles, shapes=shapes, vmaps=())
+        shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, label)
+        masked = masks.active()
+        return jaxprs.layer_mark.bind(
+            y, probe, kernel, kind=kind, roles=roles, shapes=shapes, masked=masked, vmaps=()
+        )
 
-    def unsupported(self, name, box):
+    def unsupported(self, reason, box):
         for probe in box.values():
-            jaxprs.unsupported_mark.bind(probe, module=name, vmaps=())
+            jaxprs.unsupported_mark.bind(probe, reason=reason, vmaps=())
 
     def output(self, spec, z, args):
         serial = len(self._outputs)
@@ -221,12 +225,21 @@ def _build(uses: list[jaxprs.Use], shapes: dict[Path, Any]) -> tuple[tuple[Layer
         if use.trail is None:
             continue
         if use.info["mark"] is jaxprs.unsupported_mark:
-            reasons.setdefault(use.trail.path, f"{use.info['module']} has no curvature block")
+            reasons.setdefault(use.trail.path, use.info["reason"])
         elif use.info["mark"] is jaxprs.layer_mark:
             by_path.setdefault(use.trail.path, []).append(use)
+    # A loss inside the loop sees other examples in each iteration.
+    looped = any(use.info["mark"] is jaxprs.output_mark and use.loops for use in uses)
+    parents = collections.Counter(path[:-1] for path in by_path)
     layers = []
     for path, group in by_path.items():
+        single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
+        if group[0].info["kind"].per_example and not single:
+            trouble = (
+                trouble
+                or "applied to single examples or parts of the batch (vmap, map): its examples are not known"
+            )
         paths = tuple((role, (*path[:-1], name)) for role, name in group[0].info["roles"])
         absent = [p for _, p in paths if p not in shapes]
         if absent:
@@ -234,7 +247,10 @@ def _build(uses: list[jaxprs.Use], shapes: dict[Path, Any]) -> tuple[tuple[Layer
         if trouble:
             reasons.update({p: trouble for _, p in paths})
         else:
-            layers.append(_layer(path, paths, group, len(layers), shapes[path]))
+            name = path_name(path if parents[path[:-1]] > 1 else path[:-1]) or path_name(path)
+            size = sum(int(np.prod(shapes[p].shape)) for _, p in paths)
+            layer = _layer(name, paths, group, len(layers), shapes[path])
+            layers.append(dataclasses.replace(layer, size=size, per_example=layer.per_example and single))
     return tuple(layers), reasons
 
 
@@ -255,6 +271,8 @@ def _trouble(use: jaxprs.Use) -> str | None:
     if kernel is None or kernel.lost or kernel.path != trail.path:
         how = kernel.lost if kernel is not None and kernel.lost else "replaced"
         return f"changed before the layer uses it ({how})"
+    if kernel.stopped:
+        return "frozen by stop_gradient"
     inner = trail.dims[len(trail.dims) - _inner_rank(use) :]
     if inner != tuple(sorted(inner)):
         return "transposed before the layer uses it"
@@ -275,33 +293,39 @@ def _stack(use: jaxprs.Use) -> tuple[tuple[int, int], ...]:
     return (*trail.stack, *zip(trail.dims, mapped, strict=False))
 
 
-def _layer(path: Path, paths: Any, group: list[jaxprs.Use], order: int, kernel: Any) -> Layer:
+def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: Any) -> Layer:
     first = group[0]
+    kind = first.info["kind"]
     stack = _stack(first)
     kernel_shape = tuple(s for i, s in enumerate(kernel.shape) if i not in {axis for axis, _ in stack})
-    # A vmap that maps the layer's data but not its parameters, or a loop around it, broadcasts the parameters.
-    spread = [m for m in first.info["vmaps"] if not m[1][1]]
+    spread = _spread(first)
     trail = first.trail
     assert trail is not None
-    shared = len(group) > 1 or bool(spread) or trail.broadcast
     uses = tuple(use.info["shapes"] for use in group)
-    batch = {KINDS[first.info["kind"]].positions(x)[0] for x, *_ in uses}
-    examples, positions = KINDS[first.info["kind"]].positions(uses[0][0])
+    free = [kind.free(x, y) for x, y, *_ in uses]
+    shared = len(group) > 1 or bool(spread) or trail.broadcast
     return Layer(
-        name=path_name(path[:-1]) or path_name(path),
-        kind=first.info["kind"],
+        name=name,
+        kind=kind,
         paths=paths,
         kernel_shape=kernel_shape,
         stack_axes=tuple(axis for axis, _ in stack),
-        stack_shape=tuple(size for _, size in stack),
+        stacked=tuple(size for _, size in stack),
         shared=shared,
         order=order,
         dtype=np.dtype(kernel.dtype).name,
         uses=uses,
-        examples=int(np.prod([size for size, _ in spread], initial=1)) if spread else examples,
-        positions=positions,
-        per_example=shared and not spread and len(batch) == 1,
+        examples=int(np.prod([size for size, _ in spread], initial=1)) if spread else free[0][0],
+        positions=int(np.prod(free[0][1:], initial=1)),
+        per_example=len({f[0] for f in free}) == 1,
+        in_loop=any(use.trail is not None and use.trail.broadcast for use in group),
+        masked=any(use.info["masked"] for use in group),
     )
+
+
+def _spread(use: jaxprs.Use) -> list[Any]:
+    """The vmaps that map the layer's data but not its parameters: around one example, they broadcast the parameters."""
+    return [m for m in use.info["vmaps"] if not m[1][1]]
 
 
 def _reason(path: Path, reasons: dict[Path, str], unused: frozenset[Path], classes: dict[Path, str]) -> str:
@@ -332,7 +356,7 @@ def same_layers(expected: Layers, found: Layers) -> str | None:
     extra = [name for name in found if name not in expected]
     if extra:
         return f"layer {extra[0]!r} is new"
-    if expected.rest != found.rest:
+    if set(expected.rest) != set(found.rest):
         changed = set(expected.rest) ^ set(found.rest)
         return f"the parameters outside the layers differ ({', '.join(map(path_name, sorted(changed, key=str)))})"
     return None

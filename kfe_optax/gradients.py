@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,29 +11,54 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import adapters, discovery, outputs, tags
+from kfe_optax import adapters, discovery, masks, outputs, tags
 from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.layers import Layers
 from kfe_optax.taps import Fisher, Plan, Taps
+
+# The name of a part of a layer's rider in its slot, which the layers of one module share.
+_RIDER = re.compile(r"rider(\d+)_(\w+)")
 
 
 class _Collection:
     """Puts the tags on (see `tags.Listener`)."""
 
-    def __init__(self, registered: dict[int, outputs.Output], controls: dict[int, Any], axis_name: Any):
+    def __init__(
+        self,
+        layers: Layers,
+        registered: dict[int, outputs.Output],
+        controls: dict[int, Any],
+        axis_name: Any,
+    ):
+        self._layers = list(layers.values())
         self._registered = registered
         self._controls = controls
         self._axis_name = axis_name
         self._serial = 0
 
-    def tag(self, kind, roles, x, y, kernel, box):
-        del kind, roles, kernel
-        if "input" in box:
-            return tags.row_tag(x, y, dict(box))
-        return tags.additive_tag(x, y, dict(box)) if "inputs" in box else y
+    def tag(self, kind, roles, x, y, kernel, box, label):
+        del kernel
+        rider, order = {}, None
+        for name, value in box.items():
+            own = _RIDER.fullmatch(name)
+            if own and self._layers[int(own[1])].paths[0][1][-1] == roles[0][1]:
+                rider[own[2]], order = value, int(own[1])
+        if order is None:
+            return y
+        layer = self._layers[order]
+        kind = layer.kind  # with its approximation
+        free = kind.free(x.shape, y.shape)
+        live = None
+        if not kind.per_example:
+            live = masks.live(layer.name, free, layer.in_loop)
+        # The leading axis is the batch's, also when it is flattened with others.
+        examples = layer.examples if layer.per_example else free[0]
+        use = tags.Use(kind, layer.kernel_shape, layer.bias, label, examples, layer.row_bytes)
+        add = tags.row_tag if layer.has_rows else tags.additive_tag
+        return add(use, x, y, live, rider)
 
-    def unsupported(self, name, box):
-        del name, box
+    def unsupported(self, reason, box):
+        del reason, box
 
     def output(self, spec, z, args):
         serial, self._serial = self._serial, self._serial + 1
@@ -71,7 +97,8 @@ def value_grad_and_taps(
         example. The gradients stay local, as those of `jax.value_and_grad`: average them yourself.
 
     Returns:
-      `f(params, *args, key=None, **kwargs) -> (loss, grads, taps)`, `((loss, aux), grads, taps)` with `has_aux`. `loss` and
+      `f(params, *args, key=None, row_mask=None, **kwargs) -> (loss, grads, taps)`, `((loss, aux), grads, taps)` with `has_aux`.
+      `row_mask`, (n,) or (n, t, ...), leaves padded positions out of the statistics (see `kfe.row_mask`). `loss` and
       `grads` are those of `jax.value_and_grad` (`nnx.value_and_grad` for an `nnx.Module`, whose batch statistics and rng
       counts move alike). It is compiled; arrays are traced, Python values among the arguments are static, so pass
       numbers that change as arrays. Under `vmap` a period's `lax.cond` on a batched step count becomes a select and
@@ -112,7 +139,7 @@ def value_grad_and_taps(
         compiled = _compile(reference, *options)
         per_loss[options] = (reference, compiled)
 
-    def wrapped(params, *args, key=None, **kwargs):
+    def wrapped(params, *args, key=None, row_mask=None, **kwargs):
         if fisher == "sampled" and key is None:
             raise ValueError(
                 "fisher='sampled' draws targets from the model and needs a random key: pass key=jax.random.fold_in(key, step), "
@@ -122,7 +149,7 @@ def value_grad_and_taps(
         arrays, static = discovery.split_static((other, args, kwargs))
         seed = jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32)
         assert keep is not None  # the compiled function holds it weakly
-        value, grads, taps, state = compiled(rebuild, static, parameters, arrays, seed)
+        value, grads, taps, state = compiled(rebuild, static, parameters, arrays, seed, row_mask)
         if nnx_adapter.is_module(params):
             nnx_adapter.update(params, state)
         return value, grads, taps
@@ -131,9 +158,10 @@ def value_grad_and_taps(
 
 
 def _compile(loss_reference, layers: Layers, fisher: Fisher, num_samples: int, has_aux: bool, axis_name: Any):
-    def step(rebuild, static, parameters, arrays, seed):
+    def step(rebuild, static, parameters, arrays, seed, row_mask):
         loss_fn = loss_reference()
-        found = discovery.discover(loss_fn, has_aux, parameters, arrays, rebuild, static, {})
+        with masks.row_mask(row_mask):
+            found = discovery.discover(loss_fn, has_aux, parameters, arrays, rebuild, static, {})
         found = _check(layers, found, fisher)
         registered = {output.serial: output for output in found.outputs}
         controls = dict(zip(registered, outputs.control_zeros(len(registered)), strict=True))
@@ -146,17 +174,18 @@ def _compile(loss_reference, layers: Layers, fisher: Fisher, num_samples: int, h
         }
 
         def run(parameters, riders):
-            boxes = {
-                layer.paths[0][1][:-1]: rider
-                for layer, rider in zip(found.values(), riders["layers"], strict=True)
-            }
+            boxes: dict[Any, dict[str, Any]] = {}
+            for layer, rider in zip(found.values(), riders["layers"], strict=True):
+                slot = boxes.setdefault(layer.paths[0][1][:-1], {})
+                slot.update({f"rider{layer.order}_{part}": value for part, value in rider.items()})
             live = {
                 serial: controls[serial]._replace(rider=rider)
                 for serial, rider in zip(controls, riders["outputs"], strict=True)
             }
             other, args, kwargs = static(arrays)
             model = rebuild(parameters, other, boxes)
-            with tags.listening(_Collection(registered, live, axis_name)), adapters.intercepting():
+            collection = _Collection(found, registered, live, axis_name)
+            with tags.listening(collection), adapters.intercepting(), masks.row_mask(row_mask):
                 loss = loss_fn(model, *args, **kwargs)
             loss, aux = loss if has_aux else (loss, None)
             state = nnx_adapter.other_state(model) if nnx_adapter.is_module(model) else None
@@ -196,6 +225,7 @@ def _find(leaves: list[Any], control: outputs.Control, field: str) -> tuple[int,
 
 def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
     """Raises for a call that does not fit the layers; otherwise the layers found, with the batch axis settled."""
+    found = found.configured_like(layers)
     difference = discovery.same_layers(layers, found)
     if difference:
         raise ValueError(
@@ -217,9 +247,7 @@ def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
         output
         for output in found.outputs
         if output.mapped
-        and any(
-            output.examples not in (layer.examples, math.prod(layer.stack_shape)) for layer in found.values()
-        )
+        and any(output.examples not in (layer.examples, math.prod(layer.stacked)) for layer in found.values())
     ]
     if fisher == "exact" and spread:
         raise ValueError(

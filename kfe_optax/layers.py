@@ -1,203 +1,16 @@
-"""Layer descriptions: which parameters form which layer, parameters ↔ matrix, taps → rows. Knows no optimizer."""
+"""The layers of a loss function: a static mapping from name to `Layer`, and how they are configured."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+import fnmatch
+import glob
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from kfe_optax import table
-from kfe_optax.kinds import KINDS, Kind
-
-Path = tuple[str | int, ...]
-
-
-def key_path(path: tuple[Any, ...]) -> Path:
-    """A JAX key path as plain names, the same for a dict, an `nnx.State` and an attribute."""
-    names: list[str | int] = []
-    for key in path:
-        for field in ("key", "name", "idx"):
-            if hasattr(key, field):
-                names.append(getattr(key, field))
-                break
-        else:
-            names.append(str(key))
-    # An NNX variable is a node with one child, its value.
-    if names and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
-        names.pop()
-    return tuple(names)
-
-
-def path_name(path: Path) -> str:
-    return "/".join(map(str, path))
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """The static description of one layer (or of a stack of like layers): s = W̄ᵀ ā, W̄ of shape (d_in, d_out).
-
-    Attributes:
-      name: the path of the layer's parameters, joined by "/".
-      kind: a key of `kfe_optax.kinds.KINDS`.
-      paths: ((role, key path), ...), such as (("kernel", ("Dense_0", "kernel")), ("bias", ("Dense_0", "bias"))).
-      kernel_shape: the kernel's shape without stacked axes.
-      stack_axes: where the stacked axes (scan over layers, ensembles) stand in the kernel, outermost first.
-      stack_shape: their sizes.
-      shared: True when the parameters are used more than once in a forward pass (a repeated call, a scan over time, a vmap
-        over examples): its statistics are sums over the uses (additive riders) and it has no rows.
-      order: its place in the forward pass.
-      dtype: the kernel's dtype.
-      uses: ((input shape, output shape, input dtype, output dtype), ...) of the calls that were traced; not part of the
-        layer's identity, since another batch size is the same layer.
-    """
-
-    name: str
-    kind: str
-    paths: tuple[tuple[str, Path], ...]
-    kernel_shape: tuple[int, ...]
-    stack_axes: tuple[int, ...]
-    stack_shape: tuple[int, ...]
-    shared: bool
-    order: int
-    dtype: str
-    uses: tuple[tuple[tuple[int, ...], tuple[int, ...], str, str], ...] = dataclasses.field(
-        compare=False, repr=False
-    )
-    examples: int = dataclasses.field(compare=False, repr=False)
-    positions: int = dataclasses.field(compare=False, repr=False)
-    per_example: bool = dataclasses.field(compare=False, repr=False)
-
-    @property
-    def _kind(self) -> Kind:
-        return KINDS[self.kind]
-
-    @property
-    def bias(self) -> bool:
-        return any(role == "bias" for role, _ in self.paths)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """(d_in, d_out), d_in with the homogeneous 1 of the bias."""
-        return self._kind.sides(self.kernel_shape, self.bias)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of W̄: (*stack, d_in, d_out)."""
-        return (*self.stack_shape, *self.sides)
-
-    @property
-    def factor_dtype(self) -> Any:
-        """The dtype of factors, bases and scales: float32, or float64 for float64 parameters."""
-        return jnp.promote_types(self.dtype, jnp.float32)
-
-    def _positions(self, ndim: int) -> tuple[int, ...]:
-        # A stacked axis stands at the same place in every leaf, except where a leaf has too few axes (an axis of −1).
-        return tuple(min(axis, ndim - 1) for axis in self.stack_axes)
-
-    def stack_first(self, leaf: jax.Array) -> jax.Array:
-        """Moves the stacked axes of a parameter, gradient or rider to the front."""
-        stacked = self._positions(leaf.ndim)
-        return jnp.moveaxis(leaf, stacked, range(len(stacked))) if stacked else leaf
-
-    def unstack_first(self, leaf: jax.Array) -> jax.Array:
-        """The inverse of `stack_first`."""
-        stacked = self._positions(leaf.ndim)
-        return jnp.moveaxis(leaf, range(len(stacked)), stacked) if stacked else leaf
-
-    def stacked_shape(self, inner: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a leaf with inner shape `inner` when the stacked axes are put where the kernel has them."""
-        ndim = len(inner) + len(self.stack_shape)
-        sizes = dict(zip(self._positions(ndim), self.stack_shape, strict=True))
-        rest = iter(inner)
-        return tuple(sizes[i] if i in sizes else next(rest) for i in range(ndim))
-
-    def to_matrix(self, tree: Any) -> jax.Array:
-        """The layer's W̄ (*stack, d_in, d_out) out of a parameter-shaped tree; the bias is the last row.
-
-        Raises:
-          ValueError: the tree lacks one of the layer's parameters.
-        """
-        leaves = leaves_by_path(tree)
-        missing = [path_name(path) for _, path in self.paths if path not in leaves]
-        if missing:
-            raise ValueError(
-                f"Layer {self.name!r} needs {', '.join(missing)}, which the tree does not hold; pass a tree with the "
-                "structure of the parameters that find_layers saw."
-            )
-        return self.gather({role: leaves[path] for role, path in self.paths})
-
-    def gather(self, leaves: Mapping[str, jax.Array]) -> jax.Array:
-        """{role: leaf} → W̄ (*stack, d_in, d_out)."""
-        return self._kind.to_matrix({role: self.stack_first(leaf) for role, leaf in leaves.items()})
-
-    def from_matrix(self, matrix: jax.Array) -> dict[Path, jax.Array]:
-        """W̄ (*stack, d_in, d_out) → {key path: parameter-shaped array}, the inverse of `to_matrix`.
-
-        Raises:
-          ValueError: the matrix does not have the layer's shape.
-        """
-        if matrix.shape != self.shape:
-            raise ValueError(f"Layer {self.name!r} has matrices of shape {self.shape}, not {matrix.shape}.")
-        leaves = self._kind.from_matrix(matrix, self.kernel_shape, self.bias)
-        return {path: self.unstack_first(leaves[role]) for role, path in self.paths}
-
-    def rows(self, tap: Any) -> tuple[jax.Array, jax.Array]:
-        """ā (*stack, n, t, d_in) and g (*stack, n, t, d_out) of a tap, n examples with t shared positions each.
-
-        g carries √N, so that the layer's Fisher block is (1/N) Σ over the rows' outer products; with `fisher="empirical"`
-        Σ_t ā_{n,t} g_{n,t}ᵀ is N times the part of the gradient that comes from example n. With several Fisher samples,
-        or `fisher="exact"`, g has a leading axis for them.
-
-        Raises:
-          ValueError: the layer is shared (its statistics are sums), or the tap is another layer's.
-        """
-        if tap.name != self.name:
-            raise ValueError(
-                f"Layer {self.name!r} was given the tap of {tap.name!r}; pass taps[{self.name!r}]."
-            )
-        return tap.rows()
-
-    def split_rows(self, rider: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """A row rider's cotangent → (ā, g), without any scale."""
-        x, g = (self.stack_first(rider[side]) for side in ("input", "output"))
-        return self._kind.rows(x, g, self.examples, self.bias)
-
-    def rider_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the layer's rider for the calls that were traced."""
-        x, y, x_dtype, y_dtype = self.uses[0]
-        if not self.shared:
-            dtypes = {"input": x_dtype, "output": y_dtype}
-            shapes = self._kind.row_riders(x, y)
-        else:
-            shapes = self._kind.additive_riders(self.kernel_shape, x, self.per_example)
-            dtypes = dict.fromkeys(shapes, np.dtype(self.factor_dtype).name)
-        return {
-            name: jax.ShapeDtypeStruct(self.stacked_shape(shape), jnp.dtype(dtypes[name]))
-            for name, shape in shapes.items()
-        }
-
-    def additive_factors(self, rider: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """An additive rider's cotangent → A (the mean over all rows) and G (the sum), bias included."""
-        sums = {name: self.stack_first(value) for name, value in rider.items() if name != "examples"}
-
-        def factors(s):
-            return self._kind.additive_factors(s, self.bias)
-
-        for _ in self.stack_shape:
-            factors = jax.vmap(factors)
-        return factors(sums)
-
-    def example_gradients(self, rider: Mapping[str, jax.Array]) -> jax.Array:
-        """An additive rider's per-example gradients Σ_t ā gᵀ, (*stack, n, d_in, d_out)."""
-        stacked = self.stack_first(rider["examples"])
-        d, d_out = self.kernel_shape
-        examples = stacked.reshape(*stacked.shape[:-1], d + 1, d_out)
-        return examples if self.bias else examples[..., :-1, :]
+from kfe_optax.kinds import Kind
+from kfe_optax.layer import Layer, Path
 
 
 class Layers(Mapping[str, Layer]):
@@ -237,12 +50,12 @@ class Layers(Mapping[str, Layer]):
         return len(self._layers)
 
     def __hash__(self) -> int:
-        return hash((self._layers, self.rest))
+        return hash((self._layers, frozenset(self.rest)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Layers):
             return NotImplemented
-        return (self._layers, self.rest) == (other._layers, other.rest)
+        return (self._layers, frozenset(self.rest)) == (other._layers, frozenset(other.rest))
 
     def __repr__(self) -> str:
         return f"Layers({', '.join(self._by_name)}; {len(self.rest)} parameters outside)"
@@ -258,10 +71,14 @@ class Layers(Mapping[str, Layer]):
         """
         settled = []
         for layer in self._layers:
-            if layer.shared or layer.examples in batches:
+            if layer.examples in batches or (layer.shared and not layer.per_example):
                 settled.append(layer)
                 continue
             n = max((b for b in batches if layer.examples % b == 0 and b > 1), default=None)
+            if n is None and layer.shared:
+                # Sums over all rows are right whatever the rows are; only single examples are not known.
+                settled.append(dataclasses.replace(layer, per_example=False))
+                continue
             if n is None:
                 raise ValueError(
                     f"The leading axis of the input of layer {layer.name!r} has size {layer.examples}, but the registered loss "
@@ -270,18 +87,139 @@ class Layers(Mapping[str, Layer]):
                 )
             positions = layer.positions * (layer.examples // n)
             settled.append(dataclasses.replace(layer, examples=n, positions=positions))
-        return Layers(tuple(settled), self.rest, self.reasons, self._sizes, self.outputs)
+        return self._with(settled)
+
+    def _with(self, layers: Iterable[Layer]) -> Layers:
+        return Layers(tuple(layers), self.rest, self.reasons, self._sizes, self.outputs)
+
+    def configure(
+        self,
+        pattern: str = "*",
+        *,
+        approximation: str | None = None,
+        sharing: str | None = None,
+        **options: Any,
+    ) -> Layers:
+        """The layers with another approximation, or another treatment of shared positions, for some of them.
+
+        Args:
+          pattern: which layers, by name, as in a shell: "*", "encoder/*", "block_?/conv".
+          approximation: one of the kind's own: of convolutions "kfc", "sua", "sua_uncentered" or "groups" with
+            `num_groups=`; of dense layers "joint" or "heads"; of norms "full" or "diagonal". Matching layers of other kinds
+            stay as they are.
+          sharing: of dense layers, convolutions and embeddings. "expand": A = E[mean_t ā āᵀ], G = E[Σ_t g gᵀ], exact for deep
+          linear
+            networks with a loss at each position. "reduce": A = E[(mean_t ā)(mean_t ā)ᵀ], G = E[(Σ_t g)(Σ_t g)ᵀ], exact for
+            deep linear networks that average over the positions; cheaper (Eschenhagen et al. 2023).
+          **options: further options of the approximation.
+
+        Raises:
+          ValueError: no layer has such a name or such an approximation, or the layer's shape does not admit it.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, flax.linen as nn, kfe_optax as kfe
+          >>> model = nn.Conv(4, (3, 3))
+          >>> x = jnp.ones((2, 8, 8, 3))
+          >>> params = {"conv": model.init(jax.random.key(0), x)["params"]}
+          >>> def loss_fn(params, x):
+          ...     return kfe.losses.l2_loss(model.apply({"params": params["conv"]}, x)).mean()
+          >>> layers = kfe.find_layers(loss_fn, params, x)
+          >>> layers["conv"].shape, layers.configure(approximation="sua_uncentered")["conv"].shape
+          ((28, 4), (9, 1, 4, 4))
+        """
+        matching = fnmatch.filter(self._by_name, pattern)
+        if not matching:
+            raise ValueError(
+                f"No layer's name matches {pattern!r}; the layers are {', '.join(self._by_name)}."
+            )
+        changed = {}
+        for name in matching:
+            layer = self._by_name[name]
+            new = layer
+            if approximation is not None and approximation in layer.kind.approximations:
+                new = dataclasses.replace(new, kind=_configured(layer, approximation, options))
+            if sharing is not None and not layer.kind.per_example:
+                new = dataclasses.replace(new, sharing=sharing)
+                _check_sharing(new)
+            if new is not layer:
+                changed[name] = new
+        if not changed:
+            kinds = ", ".join(sorted({self._by_name[name].kind.name for name in matching}))
+            raise ValueError(
+                f"None of the layers that match {pattern!r} ({kinds}) has "
+                f"approximation={approximation!r}, sharing={sharing!r}; see Layers.configure."
+            )
+        for layer in changed.values():
+            _check_sharing(layer)
+        return self._with(changed.get(name, layer) for name, layer in self._by_name.items())
+
+    def without(self, pattern: str) -> Layers:
+        """The layers but those whose name matches `pattern` (as in `configure`); their parameters go through `rest`.
+
+        Raises:
+          ValueError: no layer has such a name.
+        """
+        names = fnmatch.filter(self._by_name, pattern)
+        if not names:
+            raise ValueError(
+                f"No layer's name matches {pattern!r}; the layers are {', '.join(self._by_name)}."
+            )
+        left = {path: size for name in names for path, size in self._by_name[name].leaf_sizes().items()}
+        kept = [layer for layer in self._layers if layer.name not in names]
+        layers = (dataclasses.replace(layer, order=order) for order, layer in enumerate(kept))
+        return Layers(
+            tuple(layers),
+            (*self.rest, *left),
+            (*self.reasons, *("left out by Layers.without" for _ in left)),
+            (*self._sizes, *left.values()),
+            self.outputs,
+        )
+
+    def configured_like(self, other: Layers) -> Layers:
+        """The layers that `other` has kept, with its approximations and its sharing."""
+        out = {layer.name for layer in self._layers if {path for _, path in layer.paths} <= set(other.rest)}
+        kept = self
+        for name in out:
+            kept = kept.without(glob.escape(name))
+        return kept._like(other)
+
+    def _like(self, other: Layers) -> Layers:
+
+        def like(layer: Layer) -> Layer:
+            theirs = other._by_name.get(layer.name)
+            if theirs is None or theirs.kind.plain() != layer.kind:
+                return layer
+            return dataclasses.replace(layer, kind=theirs.kind, sharing=theirs.sharing)
+
+        return self._with(map(like, self._layers))
 
     def table(self, max_dim: int = 8192) -> str:
         """The layers as an aligned table, with the bytes of state and the cost of a refresh under `max_dim`."""
         return table.layer_table(self._layers, self.rest, self.reasons, self._sizes, max_dim)
 
 
-def leaves_by_path(tree: Any) -> dict[Path, Any]:
-    """{key path: leaf} of a parameter-shaped tree."""
-    return {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _configured(layer: Layer, approximation: str, options: Mapping[str, Any]) -> Kind:
+    try:
+        kind = layer.kind.configured(approximation, options)
+        kind.check(layer.kernel_shape)
+    except ValueError as error:
+        raise ValueError(f"Layer {layer.name!r}: {error}.") from None
+    return kind
 
 
-def matrix_elements(layer: Layer) -> int:
-    """The number of parameters of a layer, over its whole stack."""
-    return math.prod(layer.shape)
+def _check_sharing(layer: Layer) -> None:
+    if layer.sharing not in ("expand", "reduce"):
+        raise ValueError(f"sharing must be 'expand' or 'reduce', not {layer.sharing!r}.")
+    if layer.sharing == "expand":
+        return
+    trouble = None
+    if layer.kind.approximation.startswith("sua"):
+        trouble = (
+            f"approximation={layer.kind.approximation!r} is about single positions: combine it with 'expand'"
+        )
+    elif layer.mixed:
+        trouble = "a tied embedding's two uses have no common mean: leave it at 'expand'"
+    elif not layer.has_rows and not layer.per_example:
+        trouble = "its examples are not known (a vmap over examples, or batches of different sizes): leave it at 'expand'"
+    if trouble:
+        raise ValueError(f"Layer {layer.name!r} cannot have sharing='reduce': {trouble}.")

@@ -35,13 +35,27 @@ def quantity(value: float, unit: str) -> str:
 def state_bytes(layer: Any, max_dim: int) -> int:
     """Bytes of the two factors and their inverses (or bases) of one layer; a diagonal side keeps vectors."""
     item = jnp.dtype(layer.factor_dtype).itemsize
-    per_layer = sum(2 * (d * d if d <= max_dim else d) for d in layer.sides)
-    return item * per_layer * math.prod(layer.stack_shape)
+    elements = (
+        math.prod(layer.side_stack(side)) * (d if layer.is_diagonal(side, max_dim) else d * d)
+        for side, d in enumerate(layer.sides)
+    )
+    return 2 * item * sum(elements)
 
 
 def refresh_flops(layer: Any, max_dim: int) -> float:
     """Floating-point operations of one basis refresh: about 9 d³ for the eigendecomposition of a d × d factor."""
-    return 9.0 * math.prod(layer.stack_shape) * sum(d**3 for d in layer.sides if d <= max_dim)
+    return 9.0 * sum(
+        math.prod(layer.side_stack(side)) * d**3
+        for side, d in enumerate(layer.sides)
+        if not layer.is_diagonal(side, max_dim)
+    )
+
+
+def _kind(layer: Any) -> str:
+    """The kind, with what differs from its default."""
+    notes = [layer.kind.approximation] if layer.kind != layer.kind.plain() else []
+    notes += [layer.sharing] if layer.sharing != "expand" else []
+    return layer.kind.name + (f" ({', '.join(notes)})" if notes else "")
 
 
 def layer_table(
@@ -52,17 +66,17 @@ def layer_table(
     rows = []
     for layer in layers:
         d_in, d_out = layer.sides
-        diagonal = [side for side, d in (("in", d_in), ("out", d_out)) if d > max_dim]
-        positions = "shared" if layer.shared else str(layer.positions)
-        if layer.shared and layer.per_example:
+        diagonal = [name for side, name in enumerate(("in", "out")) if layer.is_diagonal(side, max_dim)]
+        positions = str(layer.positions) if layer.has_rows else "shared"
+        if not layer.has_rows and layer.per_example:
             # Per-example gradients are kept only while a refresh that asks for them runs.
             examples = layer.examples * math.prod(layer.shape) * jnp.dtype(layer.factor_dtype).itemsize
             positions += f" (per-example gradients {quantity(examples, 'B')})"
         rows.append(
             (
                 layer.name,
-                layer.kind,
-                f"{math.prod(layer.shape):,}",
+                _kind(layer),
+                f"{layer.size:,}",
                 f"{d_in} × {d_out}" + (f" (diagonal: {', '.join(diagonal)})" if diagonal else ""),
                 " × ".join(map(str, layer.stack_shape)) or "–",
                 positions,
@@ -70,7 +84,7 @@ def layer_table(
                 quantity(refresh_flops(layer, max_dim), "FLOP"),
             )
         )
-    counted = sum(math.prod(layer.shape) for layer in layers)
+    counted = sum(layer.size for layer in layers)
     state = sum(state_bytes(layer, max_dim) for layer in layers)
     flops = sum(refresh_flops(layer, max_dim) for layer in layers)
     text = align(header, rows, right=(2, 6, 7))

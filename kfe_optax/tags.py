@@ -16,27 +16,29 @@ import contextlib
 import contextvars
 import functools
 from collections.abc import Generator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from kfe_optax import sums
+from kfe_optax.kinds import Dense, Kind
 
 SLOT = "kfe_tag"
 """The name under which probes and riders stand beside a layer's parameters."""
 
 Box = Mapping[str, Any]
+Roles = tuple[tuple[str, str], ...]
 
 
 class Listener(Protocol):
     """What listens to tags while a loss is traced: discovery, or the collection of taps."""
 
-    def tag(
-        self, kind: str, roles: tuple[tuple[str, str], ...], x: Any, y: Any, kernel: Any, box: Box
-    ) -> Any:
+    def tag(self, kind: Kind, roles: Roles, x: Any, y: Any, kernel: Any, box: Box, label: str) -> Any:
         """Called for every tagged layer; returns y, tagged."""
 
-    def unsupported(self, name: str, box: Box) -> None:
-        """Called for every module of a class that has no kind."""
+    def unsupported(self, reason: str, box: Box) -> None:
+        """Called for every module that owns parameters and has no kind, with the reason."""
 
     def output(self, spec: Any, z: Any, args: tuple[Any, ...]) -> Any:
         """Called for every registered loss; returns the loss, tagged (see `kfe_optax.losses`)."""
@@ -64,25 +66,28 @@ def listening(active: Listener) -> Generator[None]:
         _listener.reset(token)
 
 
-def tag(kind: str, roles: tuple[tuple[str, str], ...], x: Any, y: Any, kernel: Any, box: Box) -> Any:
+def tag(
+    kind: Kind, roles: Roles, x: Any, y: Any, kernel: Any, box: Box, label: str = "", dtype: Any = None
+) -> Any:
     """Tags `y`, the output of a layer of the given kind for the input `x`; the identity when nobody listens.
 
-    `roles` names the parameters that the layer consists of, as ((role, name beside the slot), ...); `kernel` is the kernel that
-    the layer used.
+    `roles` names the parameters that the layer consists of, as ((role, name beside the slot), ...); `kernel` is the first of
+    them as the layer used it. `label` tells different uses of one layer apart.
     """
     active = _listener.get()
     if active is None or not box:
         return y
-    # An integer input (one-hot rows) has no tangent; the layer computes with it in the output's dtype anyway.
-    x = x if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.asarray(x, jnp.result_type(y))
-    return active.tag(kind, roles, jax.lax.stop_gradient(x), y, kernel, box)
+    # An integer input (one-hot rows, tokens) has no tangent; the layer computes with it in the output's dtype anyway.
+    wide = dtype or jnp.result_type(y)
+    x = x if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.asarray(x, wide)
+    return active.tag(kind, roles, jax.lax.stop_gradient(x), y, kernel, box, label)
 
 
-def unsupported(name: str, box: Box) -> None:
-    """Tells the listener that a module of class `name`, which has no kind, owns the parameters beside this slot."""
+def unsupported(reason: str, box: Box) -> None:
+    """Tells the listener why the parameters beside this slot belong to no layer."""
     active = _listener.get()
     if active is not None and box:
-        active.unsupported(name, box)
+        active.unsupported(reason, box)
 
 
 def tag_dense(
@@ -137,7 +142,7 @@ def tag_dense(
     roles = [("kernel", kernel)]
     if bias is not None and bias in params:
         roles.append(("bias", bias))
-    return tag("dense", tuple(roles), x, y, params[kernel], params.get(SLOT, {}))
+    return tag(Dense(), tuple(roles), x, y, params[kernel], params.get(SLOT, {}))
 
 
 def plain(params: Any) -> Any:
@@ -162,72 +167,61 @@ Rider = dict[str, jax.Array]
 _Spec = tuple[tuple[str, tuple[int, ...], Any], ...]
 
 
+class Use(NamedTuple):
+    """What is static about one use of a layer: enough to form its statistics."""
+
+    kind: Kind
+    kernel: tuple[int, ...]
+    bias: bool
+    label: str
+    examples: int
+    row_bytes: int
+
+
 def _spec(rider: Rider) -> _Spec:
     # Shapes and dtypes are static: the zeros themselves need not wait among the residuals for the backward pass.
     return tuple((name, zeros.shape, zeros.dtype) for name, zeros in sorted(rider.items()))
 
 
 def _fit(values: dict[str, jax.Array], spec: _Spec) -> Rider:
-    return {name: values[name].reshape(shape).astype(dtype) for name, shape, dtype in spec}
-
-
-def row_tag(x: jax.Array, y: jax.Array, rider: Rider) -> jax.Array:
-    """The identity on y; the rider {"input", "output"} receives x and ∂L/∂y as they are, flattened to rows.
-
-    Riders have the kernel's rank, so that an axis that Flax stacks at −1 falls on the same place in both.
-    """
-    return _row_tag(_spec(rider), x, y, rider)
-
-
-def additive_tag(x: jax.Array, y: jax.Array, rider: Rider) -> jax.Array:
-    """The identity on y; the rider receives sums, which is what JAX makes of cotangents of a broadcast variable.
-
-    "inputs" (d, d): Σ x xᵀ, "outputs" (d_out, d_out): Σ g gᵀ, "input_sum" (1, d): Σ x, "count" (1, 1): the number of rows; when
-    present "examples" (n, (d + 1) d_out): [x; 1] gᵀ summed over the positions of each example.
-    """
-    return _additive_tag(_spec(rider), x, y, rider)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _row_tag(spec: _Spec, x: jax.Array, y: jax.Array, rider: Rider) -> jax.Array:
-    del spec, x, rider
-    return y
-
-
-def _forward(spec, x, y, rider):
-    del spec, rider
-    return y, x
-
-
-def _row_backward(spec, x, g):
-    return None, g, _fit({"input": x, "output": g}, spec)
-
-
-_row_tag.defvjp(_forward, _row_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _additive_tag(spec: _Spec, x: jax.Array, y: jax.Array, rider: Rider) -> jax.Array:
-    del spec, x, rider
-    return y
-
-
-def _additive_backward(spec, x, g):
-    shapes = {name: (shape, dtype) for name, shape, dtype in spec}
-    dtype = shapes["inputs"][1]
-    n = shapes["examples"][0][0] if "examples" in shapes else 1
-    rows = x.reshape(n, -1, x.shape[-1]).astype(dtype)
-    cotangents = g.reshape(n, -1, g.shape[-1]).astype(dtype)
-    sums = {
-        "inputs": jnp.einsum("nta,ntb->ab", rows, rows),
-        "outputs": jnp.einsum("nta,ntb->ab", cotangents, cotangents),
-        "input_sum": rows.sum((0, 1)),
-        "count": jnp.full((), rows.shape[0] * rows.shape[1], dtype),
+    """The rider's cotangent: the values in the rider's shapes (see `Layer.rider_shapes`), zeros for what this use has not."""
+    return {
+        name: values[name].reshape(shape).astype(dtype) if name in values else jnp.zeros(shape, dtype)
+        for name, shape, dtype in spec
     }
-    if "examples" in shapes:
-        rows = jnp.concatenate([rows, jnp.ones_like(rows[..., :1])], -1)
-        sums["examples"] = jnp.einsum("nta,ntb->nab", rows, cotangents)
-    return None, g, _fit(sums, spec)
 
 
-_additive_tag.defvjp(_forward, _additive_backward)
+def row_tag(use: Use, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: Rider) -> jax.Array:
+    """The identity on y; the rider receives x and g = ∂L/∂y as they are (the kind's `row_values`), and which rows are live."""
+    return _tag((_row_values, use, _spec(rider)), x, y, live, rider)
+
+
+def additive_tag(use: Use, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: Rider) -> jax.Array:
+    """The identity on y; the rider receives sums (see `sums`), which is what JAX makes of cotangents of a broadcast variable."""
+    return _tag((sums.of_use, use, _spec(rider)), x, y, live, rider)
+
+
+def _row_values(use, x, g, live, spec):
+    del spec
+    values = use.kind.row_values(x, g)
+    return values if live is None else values | {"live": live}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tag(static: Any, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: Rider) -> jax.Array:
+    del static, x, live, rider
+    return y
+
+
+def _forward(static, x, y, live, rider):
+    del static, rider
+    return y, (x, live)
+
+
+def _backward(static, residuals, g):
+    values, use, spec = static
+    x, live = residuals
+    return None, g, None, _fit(values(use, x, g, live, spec), spec)
+
+
+_tag.defvjp(_forward, _backward)

@@ -162,7 +162,8 @@ class Pulled:
         """
         if self._statistics is None or self._taps._plan.axis_name is not None:
             return None
-        if self._taps.layers[name].shared:
+        layer = self._taps.layers[name]
+        if not layer.has_rows or layer.positions > 1 or layer.kind.statistics != "rows":
             return None
         a, g = self._statistics[name].rows()
         return (a[..., 0, :], g[..., 0, :]) if a.shape[-2] == 1 else None
@@ -197,7 +198,7 @@ class Tap:
     def rows(self) -> tuple[jax.Array, jax.Array]:
         """(ā, g), see `Layer.rows`."""
         layer = self.taps.layers[self.name]
-        if layer.shared:
+        if not layer.has_rows:
             raise ValueError(
                 f"Layer {self.name!r} uses its parameters more than once, so its statistics are sums over the uses and it has no "
                 "rows; read tap.covariances() or tap.example_gradients()."

@@ -21,6 +21,7 @@ from .models import (
 )
 
 IN, HID, OUT = (INPUTS + 1, WIDTH), (WIDTH + 1, WIDTH), (WIDTH + 1, CLASSES)
+NORM = (WIDTH, 1, 2)
 
 
 class Block(nn.Module):
@@ -246,7 +247,7 @@ def frozen_part(dtype):
     return loss_fn, params, (x, labels)
 
 
-@case(IN, OUT)
+@case(IN, NORM, OUT)
 def norm_between(dtype):
     layers = [nn.Dense(WIDTH), nn.LayerNorm(), nn.tanh, nn.Dense(CLASSES)]
     return linen(nn.Sequential(layers), dtype, *batch(dtype))

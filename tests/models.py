@@ -33,6 +33,7 @@ class Case:
       independent: whether the loss of an example depends on that example alone (no batch statistics, no dropout).
       example_gradients: whether the layers keep per-example gradients.
       has_aux: whether the loss returns an auxiliary value.
+      slow: whether it takes long and seldom says what the others do not.
     """
 
     make: Callable[[Any], tuple[Callable[..., Any], Any, tuple[Any, ...]]]
@@ -40,6 +41,7 @@ class Case:
     independent: bool = True
     example_gradients: bool = True
     has_aux: bool = False
+    slow: bool = False
 
 
 CASES: dict[str, Case] = {}
@@ -61,6 +63,13 @@ def batch(dtype: Any, *shape: int, classes: int = CLASSES) -> tuple[jax.Array, j
     generator = np.random.default_rng(0)
     x = generator.normal(size=(BATCH, *(shape or (INPUTS,))))
     return jnp.asarray(x, dtype), jnp.asarray(generator.integers(0, classes, BATCH))
+
+
+def tokens(vocabulary: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens (BATCH, length) and integer labels (BATCH,)."""
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(0, vocabulary, (BATCH, length))
+    return jnp.asarray(drawn), jnp.asarray(generator.integers(0, CLASSES, BATCH))
 
 
 def randomized(params: Any, dtype: Any, seed: int = 1) -> Any:

@@ -11,6 +11,7 @@ import kfe_optax as kfe
 from .models import CLASSES, INPUTS, WIDTH, batch, case, cross_entropy, nnx_loss, nnx_model, randomized
 
 IN, HID, OUT = (INPUTS + 1, WIDTH), (WIDTH + 1, WIDTH), (WIDTH + 1, CLASSES)
+NORM = (WIDTH, 1, 2)
 
 
 def linear(d, d_out, dtype, rngs, **options):
@@ -97,7 +98,7 @@ class Regularized(nnx.Module):
         return self.last(self.dropout(jnp.tanh(self.norm(self.first(x)))))
 
 
-@case(IN, OUT, independent=False)
+@case(IN, NORM, OUT, independent=False)
 def batch_norm_dropout(dtype):
     return nnx_loss, nnx_model(Regularized(dtype), dtype), batch(dtype)
 

@@ -12,14 +12,19 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
-from kfe_optax.layers import leaves_by_path
+from kfe_optax.kinds import Dense
+from kfe_optax.layer import leaves_by_path
 
 from .dense import assert_close, relative_error
 from .models import BATCH, batch, linen, other_state
 from .zoo import CASES
 
 # The scope keeps the tests of one model together, so that `empirical` computes it once.
-ALL = pytest.mark.parametrize("name", CASES, scope="module")
+ALL = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()],
+    scope="module",
+)
 
 
 def reference(case, loss_fn, params, args):
@@ -129,7 +134,7 @@ def example_gradients(case, loss_fn, params, args):
     """vmap(grad) over batches of one."""
     if isinstance(params, nnx.Module):
         graph, parameters, other = nnx.split(params, nnx.Param, ...)
-        rebuild = lambda parameters: nnx.merge(graph, parameters, other)
+        rebuild = lambda parameters: nnx.merge(graph, parameters, other, copy=True)
     else:
         parameters, rebuild = params, lambda parameters: parameters
 
@@ -154,22 +159,28 @@ def test_no_example_gradients_under_a_vmap(name):
 
 @ALL
 def test_matrix_and_back(name, x64):
-    """W̄ is the kernel above the bias, stacked axes first, and `from_matrix` is the inverse."""
+    """W̄ holds every element of the parameters once, stacked axes first; `from_matrix` is the inverse."""
     _, _, before, _, _, layers, *_ = empirical(name)
     tree = nnx.state(before, nnx.Param) if isinstance(before, nnx.Module) else before
     leaves = leaves_by_path(tree)
     for layer in layers.values():
         matrix = np.asarray(layer.to_matrix(tree))
-        for index in np.ndindex(*layer.stack_shape):
+        assert matrix.shape == layer.shape
+        for index in np.ndindex(*layer.stacked):
             slices = {}
             for role, path in layer.paths:
                 leaf = np.asarray(leaves[path])
                 for axis, i in sorted(zip(layer.stack_axes, index, strict=True), reverse=True):
                     leaf = np.take(leaf, i, min(axis, leaf.ndim - 1))
                 slices[role] = leaf
-            rows = [slices["kernel"], *([slices["bias"][None]] if "bias" in slices else [])]
-            np.testing.assert_array_equal(matrix[index], np.concatenate(rows))
-        for path, leaf in layer.from_matrix(jnp.asarray(matrix)).items():
+            elements = np.concatenate([leaf.ravel() for leaf in slices.values()])
+            np.testing.assert_array_equal(np.sort(matrix[index].ravel()), np.sort(elements))
+            if layer.kind == Dense():  # the kernel above the bias
+                rows = [slices["kernel"], *([slices["bias"][None]] if "bias" in slices else [])]
+                np.testing.assert_array_equal(matrix[index], np.concatenate(rows))
+        back = layer.from_matrix(jnp.asarray(matrix))
+        assert back.keys() == {path for _, path in layer.paths}
+        for path, leaf in back.items():
             np.testing.assert_array_equal(leaf, leaves[path])
 
 

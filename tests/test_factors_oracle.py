@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import statistics
 from kfe_optax.factors import operators
 from kfe_optax.factors.base import Source, Term
+from kfe_optax.statistics.rows import Rows
 
 from . import dense, problems
 from . import factor_rows as fr
@@ -161,7 +162,7 @@ def test_both_forms_of_the_operator_agree(name, diagonal, x64):
 
     plus = [Term(symmetric(0), symmetric(1)) for _ in range(2)]
     rows = operators._in_coefficients(a[..., 0, :], g[..., 0, :], diagonal, 0.3, plus)
-    pulled = Batch({name: statistics._Rows(layer, a, g)})
+    pulled = Batch({name: GivenRows(layer, a, g)})
     matrices = operators._in_matrices(Source(layers, pulled, {}), layer, diagonal, 0.3, plus)
     v, w, z = (symmetric(1) for _ in range(3))
 
@@ -186,6 +187,16 @@ def test_both_forms_of_the_operator_agree(name, diagonal, x64):
             x, y, own = form.first(w), form.adjoint(form.first(v)), change(form)
             assert_close(own.dot_in(x, own.forward(y)), own.dot_out(own.adjoint(x), y), 1e-11)
         assert expected[0].shape == (2,) * stacked
+
+
+class GivenRows(Rows):
+    """The statistics of ā (*stack, n, t, d_in) and g (*stack, n, t, d_out) as they are."""
+
+    def __init__(self, layer, a, g):
+        n, t = a.shape[len(layer.stacked) :][:2]
+        self.layer = dataclasses.replace(layer, examples=n, positions=t)
+        assert not layer.bias  # ā is all of the input
+        self._parts, self._scale = {"input": a, "output": g}, 1.0
 
 
 class Batch:
@@ -225,7 +236,7 @@ def iterate(factors, seeds, name="dense"):
 
     @jax.jit
     def update(state, a, g):
-        return factors.update(state, Source(layers, Batch({name: statistics._Rows(layer, a, g)}), {}), 0)
+        return factors.update(state, Source(layers, Batch({name: GivenRows(layer, a, g)}), {}), 0)
 
     for seed in seeds:
         state = update(state, *fr.random_rows(seed)[name])

@@ -270,7 +270,7 @@ def test_reasons_for_what_is_no_layer():
     class Model(nn.Module):
         @nn.compact
         def __call__(self, x):
-            x = nn.LayerNorm()(nn.Dense(4)(x))
+            x = nn.PReLU()(nn.Dense(4)(x))
             x = nn.Dense(4, name="changed")(x)
             scale = self.param("scale", nn.initializers.ones, (4,))
             frozen = nn.Dense(4, name="frozen")
@@ -288,7 +288,7 @@ def test_reasons_for_what_is_no_layer():
     reasons = {
         "/".join(map(str, path)): reason for path, reason in zip(layers.rest, layers.reasons, strict=True)
     }
-    assert reasons["LayerNorm_0/scale"] == "LayerNorm has no curvature block"
+    assert reasons["PReLU_0/negative_slope"] == "PReLU has no curvature block"
     assert reasons["unused/kernel"] == "the loss does not use it"
     assert reasons["scale"] == "Model has no curvature block"
     assert "changed before the layer uses it" in reasons["changed/kernel"]

@@ -11,7 +11,6 @@ import pytest
 
 import kfe_optax as kfe
 from kfe_optax import damping as damping_lib
-from kfe_optax.kinds import KINDS
 from kfe_optax.kinds.dense import Dense
 
 from . import dense_factors as df
@@ -102,18 +101,20 @@ def test_dense_loop(pairing, damping_type, convolutions, x64, monkeypatch):
 
 
 @pytest.mark.parametrize("trace_tuned", [True, False])
-def test_trace_tuned_damping(trace_tuned, x64, monkeypatch):
+def test_trace_tuned_damping(trace_tuned, x64):
     """Two convolutions, one of them a stack of two, and two fully connected layers; ϑ above one trace and below the others."""
-    monkeypatch.setitem(KINDS, "conv", types.SimpleNamespace(convolution=trace_tuned))
     generator = np.random.default_rng(0)
-    kinds = {"c": "conv", "d": "dense", "cc": "conv", "e": "dense"}
+    convolution = {"c": trace_tuned, "d": False, "cc": trace_tuned, "e": False}
     shapes = {"c": (4, 3), "d": (3, 2), "cc": (2, 2, 3), "e": (5, 1)}
     scales = {name: generator.uniform(size=shape) for name, shape in shapes.items()}
     scales["cc"] *= np.array([5, 0.01])[:, None, None]
     floor, damping = 0.5, 0.2
     found = damping_lib.trace_tuned(
         {name: jnp.asarray(scale) for name, scale in scales.items()},
-        {name: types.SimpleNamespace(kind=kind) for name, kind in kinds.items()},
+        {
+            name: types.SimpleNamespace(kind=types.SimpleNamespace(convolution=c), stacked=shapes[name][:-2])
+            for name, c in convolution.items()
+        },
         jnp.asarray(damping),
         floor,
     )

@@ -11,11 +11,11 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
-from kfe_optax import layers as layers_lib
+from kfe_optax import layer as layer_lib
 from kfe_optax import tags
 from kfe_optax.adapters import linen, nnx
 
-Boxes = Mapping[layers_lib.Path, dict[str, Any]]
+Boxes = Mapping[layer_lib.Path, dict[str, Any]]
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def _rebuild_tree(parameters: Any, other: Any, boxes: Boxes) -> Any:
     return insert_tree(parameters, boxes)
 
 
-def insert_tree(tree: Any, boxes: Boxes, path: layers_lib.Path = ()) -> Any:
+def insert_tree(tree: Any, boxes: Boxes, path: layer_lib.Path = ()) -> Any:
     """The tree with a slot in each mapping named by `boxes`; lists, tuples and mappings are descended."""
 
     def child(key, value):
@@ -76,9 +76,9 @@ def strip(params: Any) -> Any:
     return params
 
 
-def slots(params: Any) -> dict[layers_lib.Path, tuple[str, ...]]:
+def slots(params: Any) -> dict[layer_lib.Path, tuple[str, ...]]:
     """{parent key path: names of its own parameters} for every place that can take a slot."""
-    found: dict[layers_lib.Path, tuple[str, ...]] = {}
+    found: dict[layer_lib.Path, tuple[str, ...]] = {}
     if nnx.is_module(params):
         return nnx.slots(params)
 

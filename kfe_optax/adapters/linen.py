@@ -3,44 +3,109 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import optax
 from flax.training import train_state
 
 from kfe_optax import tags
+from kfe_optax.adapters import modules
+from kfe_optax.kinds import Kind
+from kfe_optax.kinds.embedding import ATTEND, LOOKUP
 
-SUPPORTED: dict[type[nn.Module], str] = {nn.Dense: "dense"}
-"""Linen module → kind. A subclass that overrides `__call__` is not mistaken for its base."""
+SUPPORTED: dict[type[nn.Module], modules.Maker] = {
+    nn.Dense: modules.dense,
+    nn.DenseGeneral: modules.dense_general,
+    nn.Conv: modules.conv,
+    nn.ConvLocal: modules.conv_local,
+    nn.ConvTranspose: modules.conv_transpose,
+}
+"""Linen modules of one kernel → kind. A subclass that overrides `__call__` is not mistaken for its base."""
+
+NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm, nn.RMSNorm)
 
 
-def _kind(module: nn.Module) -> str | None:
-    for supported, kind in SUPPORTED.items():
-        if isinstance(module, supported) and type(module).__call__ is supported.__call__:
-            return kind
-    return None
-
-
-def _roles(module: nn.Module) -> tuple[tuple[str, str], ...]:
-    bias = getattr(module, "use_bias", False)
-    return (("kernel", "kernel"), ("bias", "bias")) if bias else (("kernel", "kernel"),)
+def _calls(module: nn.Module, base: type[nn.Module], method: str = "__call__") -> bool:
+    """Whether a module's method is that of `base`."""
+    return isinstance(module, base) and getattr(type(module), method) is getattr(base, method)
 
 
 def _interceptor(next_function, args, kwargs, context):
+    module, method = context.module, context.method_name
+    if method == "__call__" and _calls(module, nn.OptimizedLSTMCell) and tags.listener() is not None:
+        return _gates(module, next_function, args, kwargs)
+    owns = module.scope is not None and module.has_variable("params", tags.SLOT)
+    if not owns or method not in ("__call__", "attend"):
+        return next_function(*args, **kwargs)
     y = next_function(*args, **kwargs)
-    module = context.module
-    if context.method_name != "__call__" or module.scope is None:
-        return y
-    if not module.has_variable("params", tags.SLOT):
-        return y
     box = module.get_variable("params", tags.SLOT)
-    kind = _kind(module)
-    if kind is None:
-        tags.unsupported(type(module).__name__, box)
-        return y
     x = args[0] if args else next(iter(kwargs.values()))
-    return tags.tag(kind, _roles(module), x, y, module.get_variable("params", "kernel"), box)
+    if method == "attend":
+        return _embedding(module, x, y, box, ATTEND) if _calls(module, nn.Embed, "attend") else y
+    if _calls(module, nn.Embed):
+        return _embedding(module, x, y, box, LOOKUP)
+    if any(_calls(module, base) for base in NORMS):
+        return _norm(module, args, kwargs, y, box)
+    if _calls(module, nn.Einsum):
+        formula = args[1] if len(args) > 1 else kwargs.get("einsum_str")
+        kernel = module.get_variable("params", "kernel")
+        return _tagged(
+            module, modules.einsum(module, x, kernel.shape, formula or module.einsum_str), x, y, box
+        )
+    for base, make in SUPPORTED.items():
+        if _calls(module, base):
+            kernel = module.get_variable("params", "kernel")
+            return _tagged(module, make(module, x, kernel.shape), x, y, box)
+    tags.unsupported(f"{type(module).__name__} has no curvature block", box)
+    return y
+
+
+def _tagged(module: nn.Module, kind: Kind | str, x: Any, y: Any, box: Any) -> Any:
+    if isinstance(kind, str):
+        tags.unsupported(kind, box)
+        return y
+    roles = [("kernel", "kernel")]
+    if module.has_variable("params", "bias"):
+        roles.append(("bias", "bias"))
+    return tags.tag(kind, tuple(roles), x, y, module.get_variable("params", "kernel"), box)
+
+
+def _embedding(module: nn.Module, x: Any, y: Any, box: Any, use: str) -> Any:
+    table = module.get_variable("params", "embedding")
+    kind = modules.embedding(module, x, table.shape)
+    if isinstance(kind, str):
+        tags.unsupported(kind, box)
+        return y
+    # Tokens as numbers that float32 holds exactly, whatever the layer computes in.
+    return tags.tag(kind, (("kernel", "embedding"),), x, y, table, box, use, jnp.float32)
+
+
+def _gates(module: nn.Module, next_function: Any, args: Any, kwargs: Any) -> Any:
+    """The cell that it optimizes, which has the same parameters and a dense layer a gate instead of one product for all."""
+    if module.is_initializing():
+        return next_function(*args, **kwargs)
+    plain: Any = nn.LSTMCell
+    fields = {field.name for field in dataclasses.fields(plain)} - {"parent", "name"}
+    cell = plain(**{name: getattr(module, name) for name in fields}, parent=None)
+    return cell.apply({"params": module.variables["params"]}, *args, **kwargs)
+
+
+def _norm(module: nn.Module, args: Any, kwargs: Any, y: Any, box: Any) -> Any:
+    if tags.listener() is None:
+        return y
+    present = tuple(name for name in ("scale", "bias") if module.has_variable("params", name))
+    # The normalized input: the same module without scale and shift. Its batch statistics are not kept.
+    plain = {name: False for name in ("use_scale", "use_bias") if hasattr(module, name)}
+    bare = module.clone(parent=None, name=None, **plain)
+    state = {name: dict(values) for name, values in module.variables.items() if name != "params"}
+    normalized, _ = bare.apply(state, *args, mutable=list(state), **kwargs)
+    x = args[0] if args else next(iter(kwargs.values()))
+    kind = modules.norm(module, x, present)
+    roles = tuple((name, name) for name in present)
+    return tags.tag(kind, roles, normalized, y, module.get_variable("params", present[0]), box)
 
 
 def intercepting() -> contextlib.AbstractContextManager[Any]:

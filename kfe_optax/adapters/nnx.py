@@ -9,40 +9,143 @@ import threading
 from collections.abc import Callable, Generator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from kfe_optax import layers as layers_lib
+from kfe_optax import layer as layer_lib
 from kfe_optax import tags
+from kfe_optax.adapters import modules
+from kfe_optax.kinds import Dense, Kind
+from kfe_optax.kinds.embedding import ATTEND, LOOKUP
 
-SUPPORTED: dict[type[nnx.Module], str] = {nnx.Linear: "dense"}
-"""NNX module → kind. The wrapper sits on the class's own `__call__`; a subclass's `super().__call__` is its base's layer."""
+SUPPORTED: dict[type[nnx.Module], modules.Maker] = {
+    nnx.Linear: modules.dense,
+    nnx.LinearGeneral: modules.dense_general,
+    nnx.Conv: modules.conv,
+    nnx.ConvTranspose: modules.conv_transpose,
+}
+"""NNX modules of one kernel → kind. The wrapper sits on the class's own `__call__`; a subclass's `super().__call__` is its base's
+layer."""
+
+NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.RMSNorm)
 
 _PREFIX = f"{tags.SLOT}_"
 _patch_lock = threading.Lock()
 _patch_users = 0
-_originals: dict[type[nnx.Module], Callable[..., Any]] = {}
+_originals: dict[tuple[type[nnx.Module], str], Callable[..., Any]] = {}
 
 
 def is_module(params: Any) -> bool:
     return isinstance(params, nnx.Module)
 
 
-def _wrap(original: Callable[..., Any], kind: str) -> Callable[..., Any]:
+def _box(module: nnx.Module) -> dict[str, Any]:
+    return {
+        name.removeprefix(_PREFIX): value[...]
+        for name, value in vars(module).items()
+        if name.startswith(_PREFIX)
+    }
+
+
+Function = Callable[..., Any]
+# (original, module, box, *args, **kwargs) → the tagged output.
+Tagger = Callable[..., Any]
+
+
+def _wrap(original: Function, tagger: Tagger) -> Function:
     @functools.wraps(original)
-    def call(self, inputs, *args, **kwargs):
-        y = original(self, inputs, *args, **kwargs)
-        if tags.listener() is None:
-            return y
-        box = {
-            name.removeprefix(_PREFIX): value[...]
-            for name, value in vars(self).items()
-            if name.startswith(_PREFIX)
-        }
-        bias = getattr(self, "bias", None) is not None
-        roles = (("kernel", "kernel"), ("bias", "bias")) if bias else (("kernel", "kernel"),)
-        return tags.tag(kind, roles, inputs, y, self.kernel[...], box)
+    def call(self, *args, **kwargs):
+        box = _box(self) if tags.listener() is not None else None
+        if not box:
+            return original(self, *args, **kwargs)
+        return tagger(original, self, box, *args, **kwargs)
 
     return call
+
+
+def _kernel_tagger(make: modules.Maker) -> Tagger:
+    def tagger(original, module, box, inputs, *args, **kwargs):
+        y = original(module, inputs, *args, **kwargs)
+        return _tagged(module, make(module, inputs, module.kernel[...].shape), inputs, y, box)
+
+    return tagger
+
+
+def _tagged(module: Any, kind: Kind | str, x: Any, y: Any, box: Any) -> Any:
+    if isinstance(kind, str):
+        tags.unsupported(kind, box)
+        return y
+    roles = [("kernel", "kernel")]
+    if getattr(module, "bias", None) is not None:
+        roles.append(("bias", "bias"))
+    return tags.tag(kind, tuple(roles), x, y, module.kernel[...], box)
+
+
+def _einsum(original, module, box, inputs, einsum_str=None, **kwargs):
+    y = original(module, inputs, einsum_str, **kwargs)
+    formula = einsum_str or module.einsum_str
+    return _tagged(module, modules.einsum(module, inputs, module.kernel[...].shape, formula), inputs, y, box)
+
+
+def _embedding_tagger(use: str) -> Tagger:
+    def tagger(original, module, box, inputs, *args, **kwargs):
+        y = original(module, inputs, *args, **kwargs)
+        table = module.embedding[...]
+        kind = modules.embedding(module, inputs, table.shape)
+        if isinstance(kind, str):
+            tags.unsupported(kind, box)
+            return y
+        return tags.tag(kind, (("kernel", "embedding"),), inputs, y, table, box, use, jnp.float32)
+
+    return tagger
+
+
+class _Unmoved(nnx.BatchStat):
+    """Batch statistics that keep their value when a normalization moves them."""
+
+    def __setitem__(self, key, value):
+        del key, value
+
+
+def _bare(module: nnx.Module) -> nnx.Module:
+    """The normalization without scale and shift, and with batch statistics of its own."""
+    bare = object.__new__(type(module))
+    # Past `Module.__setattr__`, which would check and register what lives for one call.
+    vars(bare).update(vars(module))
+    for name, value in vars(module).items():
+        if isinstance(value, nnx.BatchStat):
+            vars(bare)[name] = _Unmoved(value[...])
+    vars(bare).update({name: None for name in ("scale", "bias") if hasattr(module, name)})
+    return bare
+
+
+def _norm(original, module, box, x, *args, **kwargs):
+    y = original(module, x, *args, **kwargs)
+    present = tuple(name for name in ("scale", "bias") if getattr(module, name, None) is not None)
+    # One equation of the program around it: NNX looks for the origin of what it writes to batch statistics in all of them.
+    normalized = jax.jit(lambda x: original(_bare(module), x, *args, **kwargs))(jax.lax.stop_gradient(x))
+    kind = modules.norm(module, x, present)
+    roles = tuple((name, name) for name in present)
+    return tags.tag(kind, roles, normalized, y, getattr(module, present[0])[...], box)
+
+
+def _lora(original, module, box, x, *args, **kwargs):
+    """x A B + base(x), with A and B as two dense layers; the wrapped module cannot say what is between them."""
+    x, a, b = module.promote_dtype((x, module.lora_a[...], module.lora_b[...]), dtype=module.dtype)
+    hidden = tags.tag(Dense(), (("kernel", "lora_a"),), x, x @ a, module.lora_a[...], box)
+    y = tags.tag(Dense(), (("kernel", "lora_b"),), hidden, hidden @ b, module.lora_b[...], box)
+    return y if module.base_module is None else y + module.base_module(x, *args, **kwargs)
+
+
+_TAGGERS: dict[tuple[type[nnx.Module], str], Tagger] = {
+    **{(module, "__call__"): _kernel_tagger(make) for module, make in SUPPORTED.items()},
+    **{(module, "__call__"): _norm for module in NORMS},
+    (nnx.Einsum, "__call__"): _einsum,
+    (nnx.Embed, "__call__"): _embedding_tagger(LOOKUP),
+    (nnx.Embed, "attend"): _embedding_tagger(ATTEND),
+    (nnx.LoRA, "__call__"): _lora,
+}
 
 
 @contextlib.contextmanager
@@ -51,9 +154,10 @@ def intercepting() -> Generator[None]:
     global _patch_users
     with _patch_lock:
         if _patch_users == 0:
-            for module, kind in SUPPORTED.items():
-                _originals[module] = module.__call__
-                module.__call__ = _wrap(module.__call__, kind)  # ty: ignore
+            for (module, method), tagger in _TAGGERS.items():
+                original = getattr(module, method)
+                _originals[module, method] = original
+                setattr(module, method, _wrap(original, tagger))
         _patch_users += 1
     try:
         yield
@@ -61,8 +165,8 @@ def intercepting() -> Generator[None]:
         with _patch_lock:
             _patch_users -= 1
             if _patch_users == 0:
-                for module, original in _originals.items():
-                    module.__call__ = original  # ty: ignore
+                for (module, method), original in _originals.items():
+                    setattr(module, method, original)
                 _originals.clear()
 
 
@@ -87,23 +191,23 @@ class Rebuild:
         return model
 
 
-def _descend(node: Any, path: layers_lib.Path) -> Any:
+def _descend(node: Any, path: layer_lib.Path) -> Any:
     for key in path:
         node = node[key] if isinstance(key, int) or not hasattr(node, str(key)) else getattr(node, key)
     return node
 
 
-def slots(model: nnx.Module) -> dict[layers_lib.Path, tuple[str, ...]]:
+def slots(model: nnx.Module) -> dict[layer_lib.Path, tuple[str, ...]]:
     """{module path: names of its own parameters}."""
-    found: dict[layers_lib.Path, tuple[str, ...]] = {}
-    for path in layers_lib.leaves_by_path(nnx.state(model, nnx.Param)):
+    found: dict[layer_lib.Path, tuple[str, ...]] = {}
+    for path in layer_lib.leaves_by_path(nnx.state(model, nnx.Param)):
         parent, name = path[:-1], path[-1]
         if isinstance(_descend(model, parent), nnx.Module) and isinstance(name, str):
             found[parent] = (*found.get(parent, ()), name)
     return found
 
 
-def class_names(model: nnx.Module) -> dict[layers_lib.Path, str]:
+def class_names(model: nnx.Module) -> dict[layer_lib.Path, str]:
     """{module path: class name}, for the reasons in the table."""
     return {path: type(_descend(model, path)).__name__ for path in slots(model)}
 

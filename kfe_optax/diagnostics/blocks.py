@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kfe_optax import adapters, kronecker
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import BUDGET, MAX_SIZE, check_size, layer_of, precise
-from kfe_optax.layers import Layer, key_path
+from kfe_optax.layer import Layer, key_path
 
 
 @precise
@@ -65,7 +65,7 @@ def _fisher_block(tap: Any, chunk: int) -> jax.Array:
 
 
 def _block(layer: Layer, statistics: Any, chunk: int) -> jax.Array:
-    if layer.shared:
+    if not layer.has_rows:
         return _outer(statistics.example_gradients()) / layer.examples
     a, g = statistics.rows()
     stacked = len(layer.stack_shape)

@@ -11,7 +11,8 @@ import numpy as np
 
 from kfe_optax import adapters, discovery, table
 from kfe_optax.gradients import value_grad_and_taps
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 
 
 class LayerCheck(NamedTuple):
@@ -119,7 +120,7 @@ def check_layers(
 
 
 def _check(layer: Layer, taps: Any, grads: Any, alone: Any, trouble: str) -> LayerCheck:
-    if layer.shared and not layer.per_example:
+    if not layer.per_example and not layer.has_rows:
         return LayerCheck(
             layer.name, None, None, "applied to one example at a time: no per-example gradients"
         )
@@ -139,7 +140,7 @@ def _error(found: np.ndarray, reference: np.ndarray) -> float:
 
 def _alone(pure: Any, parameters: Any, args: Any, layers: Layers, value: Any) -> tuple[Any, str]:
     """Gradients of the loss of each example alone, stacked; or None and why."""
-    batches = {layer.examples for layer in layers.values() if not layer.shared}
+    batches = {layer.examples for layer in layers.values() if layer.has_rows}
     arrays, static = discovery.split_static(args)
     n = max(batches, default=0)
     if len(batches) != 1 or not any(a.ndim and a.shape[0] == n for a in arrays):

@@ -12,7 +12,7 @@ from jax import core
 
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import MAX_SIZE, check_size, layer_of, precise
-from kfe_optax.layers import Layer
+from kfe_optax.layer import Layer
 
 
 @precise
@@ -96,7 +96,7 @@ def _correlation(tap: Any, basis: Any, indices: Any) -> jax.Array:
 def _coordinates(layer: Layer, statistics: Any, basis: Any, indices: Any) -> jax.Array:
     """The chosen entries of U_Aᵀ M U_G of every example, (*stack, n, k)."""
     u_in, u_out = basis
-    if layer.shared:
+    if not layer.has_rows:
         gradients = statistics.example_gradients()
         if u_in is not None:
             gradients = jnp.einsum("...ac,...nab->...ncb", u_in, gradients)

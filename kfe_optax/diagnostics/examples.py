@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kfe_optax.kronecker import Eigenbasis
-from kfe_optax.layers import Layer
+from kfe_optax.layer import Layer
 
 # Numbers that an intermediate result may hold: 64 MiB in float32.
 BUDGET = 2**24
@@ -52,7 +52,7 @@ def collect(tap: Any) -> Examples:
 
     def read(index):
         statistics = tap.taps.draw(index)[tap.name]
-        return (None, statistics.example_gradients()) if layer.shared else statistics.rows()
+        return (None, statistics.example_gradients()) if not layer.has_rows else statistics.rows()
 
     if plan.draws == 1:
         a, g = read(0)
@@ -61,7 +61,7 @@ def collect(tap: Any) -> Examples:
         a = read(0)[0]
         g = jax.lax.map(lambda index: read(index)[1], jnp.arange(plan.draws))
     stacked = len(layer.stack_shape)
-    if layer.shared:
+    if not layer.has_rows:
         g = g.reshape(*g.shape[:-2], -1)
     if plan.axis_name is not None:
         g = jax.lax.all_gather(g, plan.axis_name, axis=stacked + 1, tiled=True)

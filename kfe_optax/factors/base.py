@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 from kfe_optax.taps import Pulled, Taps
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
@@ -114,6 +115,27 @@ def check_max_dim(max_dim: Any) -> None:
         )
 
 
+def check_own_factors(layers: Sequence[Layer], factors: str, starts_with_kfac: bool = False) -> None:
+    """Raises ValueError for a layer configured for K-FAC's A and G, which these factors do not estimate.
+
+    Args:
+      layers: the layers.
+      factors: the name of the factors.
+      starts_with_kfac: whether one of their terms is K-FAC's, each block with its own.
+    """
+    for layer in layers:
+        approximation, option = layer.kind.approximation, None
+        if layer.shares_factors or (approximation == "sua" and not starts_with_kfac):
+            option = f"approximation={approximation!r}"
+        elif layer.sharing == "reduce" and (layer.shared or layer.positions > 1) and not starts_with_kfac:
+            option = "sharing='reduce'"
+        if option:
+            raise ValueError(
+                f"{option} of layer {layer.name!r} is about K-FAC's A and G, and {factors} estimates other factors: use "
+                "kfe.factors.kfac (kfe.kfac, kfe.ekfac), or leave this layer as find_layers found it."
+            )
+
+
 def zero_term(layer: Layer, max_dim: int) -> Term:
     """Zeros in the shapes of a layer's factors."""
     return Term(*(jnp.zeros(_side_shape(layer, side, max_dim), layer.factor_dtype) for side in (0, 1)))
@@ -121,7 +143,8 @@ def zero_term(layer: Layer, max_dim: int) -> Term:
 
 def _side_shape(layer: Layer, side: int, max_dim: int) -> tuple[int, ...]:
     d = layer.sides[side]
-    return (*layer.stack_shape, d, d) if d <= max_dim else (*layer.stack_shape, d)
+    stack = layer.side_stack(side)
+    return (*stack, d) if layer.is_diagonal(side, max_dim) else (*stack, d, d)
 
 
 def is_diagonal(layer: Layer, term: Term) -> tuple[bool, bool]:

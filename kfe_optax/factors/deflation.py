@@ -10,7 +10,7 @@ from kfe_optax.factors.kpsvd import leading
 from kfe_optax.factors.operators import fisher_operator, without
 from kfe_optax.factors.singular import power
 from kfe_optax.factors.terms import TermsFactors
-from kfe_optax.layers import Layer
+from kfe_optax.layer import Layer
 
 
 def deflation(

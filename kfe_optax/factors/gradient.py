@@ -12,7 +12,8 @@ from kfe_optax import kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import FactorsState, averaged, zeros
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 
 
 class Gradient(NamedTuple):
@@ -24,6 +25,7 @@ class Gradient(NamedTuple):
     needs_taps = False
 
     def init(self, layers: Sequence[Layer], max_dim: int) -> FactorsState:
+        base.check_own_factors(layers, "kfe.factors.gradient")
         return zeros(layers, max_dim)
 
     def update(self, state: FactorsState, source: Source, count: jax.Array) -> FactorsState:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 
 
 class FactorsState(NamedTuple):
@@ -54,9 +55,21 @@ def estimate(source: Source, diagonal: dict[str, tuple[bool, bool]]) -> dict[str
     """A and G of one batch."""
     pulled = source.pulled
     assert pulled is not None
-    inputs = pulled.inputs(lambda s: {n: s[n].input_factor(d[0]) for n, d in diagonal.items()})
-    outputs = pulled.reduce(lambda s: {n: s[n].output_factor(d[1]) for n, d in diagonal.items()})
-    return {name: Term(inputs[name], outputs[name]) for name in diagonal}
+    plain = {name: d for name, d in diagonal.items() if not source.layers[name].mixed}
+    # An embedding that is an output layer as well: A and G of its two uses, each with the other side's traces as weights.
+    mixed = {name: d for name, d in diagonal.items() if name not in plain}
+    inputs = pulled.inputs(lambda s: {n: s[n].input_factor(d[0]) for n, d in plain.items()})
+    outputs, traced = pulled.reduce(
+        lambda s: (
+            {n: s[n].output_factor(d[1]) for n, d in plain.items()},
+            {n: s[n].traced_factors("use", d) for n, d in mixed.items()},
+        )
+    )
+    terms = {name: Term(inputs[name], outputs[name]) for name in plain}
+    for name, (sigma, first, second) in traced.items():
+        trace = jnp.where(sigma > 0, sigma, 1)
+        terms[name] = Term(first / trace[..., None], second)
+    return {name: terms[name] for name in diagonal}
 
 
 class Kfac(NamedTuple):

@@ -10,7 +10,7 @@ from kfe_optax.factors.kfac import estimate as kfac_estimate
 from kfe_optax.factors.operators import fisher_operator
 from kfe_optax.factors.singular import power
 from kfe_optax.factors.terms import TermsFactors
-from kfe_optax.layers import Layer
+from kfe_optax.layer import Layer
 
 
 def kfac_corrected(
@@ -51,4 +51,4 @@ def kfac_corrected(
         second, iterations = power(operator, start, tolerance, max_iterations)
         return (first, terms.term_of(operator, second, stacked)), iterations
 
-    return TermsFactors(2, decay, estimate)
+    return TermsFactors(2, decay, estimate, starts_with_kfac=True)

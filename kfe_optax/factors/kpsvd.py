@@ -9,7 +9,7 @@ from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, fisher_operator
 from kfe_optax.factors.singular import Triple, power
 from kfe_optax.factors.terms import TermsFactors
-from kfe_optax.layers import Layer
+from kfe_optax.layer import Layer
 
 
 def leading(

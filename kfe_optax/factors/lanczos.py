@@ -8,7 +8,7 @@ from kfe_optax.factors import singular, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, fisher_operator, times
 from kfe_optax.factors.terms import TermsFactors
-from kfe_optax.layers import Layer
+from kfe_optax.layer import Layer
 
 
 def leading_terms(

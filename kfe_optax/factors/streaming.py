@@ -9,7 +9,7 @@ from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.lanczos import check_subspace, leading_terms
 from kfe_optax.factors.operators import fisher_operator, times
 from kfe_optax.factors.terms import TermsFactors
-from kfe_optax.layers import Layer
+from kfe_optax.layer import Layer
 
 
 def streaming(

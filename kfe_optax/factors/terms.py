@@ -13,7 +13,8 @@ from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, times
 from kfe_optax.factors.singular import Triple, length
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 
 
 class TermsState(NamedTuple):
@@ -45,12 +46,14 @@ class TermsFactors(NamedTuple):
       estimate: see `Estimate`.
       averaged: whether R, S, P, Q, ... are averaged side by side, the signs of all terms but the first aligned with the old ones;
         if not, the estimate replaces the terms.
+      starts_with_kfac: whether the first term is K-FAC's.
     """
 
     rank: int
     decay: ScalarOrSchedule
     estimate: Estimate
     averaged: bool = True
+    starts_with_kfac: bool = False
 
     @property
     def needs_taps(self) -> bool:
@@ -58,6 +61,7 @@ class TermsFactors(NamedTuple):
 
     def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
         base.check_max_dim(max_dim)
+        base.check_own_factors(layers, "this method", self.starts_with_kfac)
         return TermsState(
             jnp.zeros((), jnp.int32),
             {layer.name: tuple(base.zero_term(layer, max_dim) for _ in range(self.rank)) for layer in layers},

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 from kfe_optax.statistics import Pairing
 
 
@@ -43,6 +44,7 @@ class Tkfac(NamedTuple):
 
     def init(self, layers: Sequence[Layer], max_dim: int) -> TkfacState:
         base.check_max_dim(max_dim)
+        base.check_own_factors(layers, "TKFAC")
         terms = {layer.name: base.zero_term(layer, max_dim) for layer in layers}
         return TkfacState(
             jnp.zeros((), jnp.int32),

@@ -1,68 +1,164 @@
-"""Dense layers: s = Wᵀ x + b for a kernel W (d, d_out); ā = [x; 1], W̄ = [W; bᵀ]."""
+"""Dense layers: s = Wᵀ x + b for a kernel W (d, d_out); ā = [x; 1], W̄ = [W; bᵀ]. Any linear map of one kernel is one."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-Shape = tuple[int, ...]
+from kfe_optax.kinds.base import Kind, Parts, Shape, grid_matrix, grid_parts, homogeneous
 
 
-class Dense:
-    """`nn.Dense`, `nnx.Linear`, `tag_dense`: any leading axes beyond the batch are shared positions (see `Kind`)."""
+@dataclasses.dataclass(frozen=True)
+class Dense(Kind):
+    """`nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `tag_dense`.
 
-    name = "dense"
-    convolution = False
+    y = einsum("inputs,kernel->outputs", x, kernel) + bias. Axes of x that the kernel lacks are the examples and shared positions,
+    axes of the kernel that only x has form d_in, those that only y has form d_out, and those that both have are blocks, each a
+    dense layer of its own.
 
-    def sides(self, kernel: Shape, bias: bool) -> tuple[int, int]:
-        return kernel[0] + bias, kernel[1]
+    Attributes:
+      approximation: "joint": one A and one G; "heads": the first of several input axes (an attention's output projection) or
+        output axes (its query, key and value) is cut into heads, with an A or a G a head.
+      kernel: a letter an axis of the kernel.
+      inputs: those of x; "..." stands for any leading axes.
+      outputs: those of y.
+      bias: those of the bias.
+    """
 
-    def to_matrix(self, leaves: Mapping[str, jax.Array]) -> jax.Array:
-        if "bias" not in leaves:
-            return leaves["kernel"]
-        return jnp.concatenate([leaves["kernel"], leaves["bias"][..., None, :]], -2)
+    approximation: str = "joint"
+    kernel: str = "io"
+    inputs: str = "...i"
+    outputs: str = "...o"
+    bias: str = "o"
 
-    def from_matrix(self, matrix: jax.Array, kernel: Shape, bias: bool) -> dict[str, jax.Array]:
-        if not bias:
-            return {"kernel": matrix}
-        return {"kernel": matrix[..., : kernel[0], :], "bias": matrix[..., kernel[0], :]}
+    name: ClassVar[str] = "dense"
+    approximations: ClassVar[tuple[str, ...]] = ("joint", "heads")
 
-    def positions(self, x: Shape) -> tuple[int, int]:
-        return (x[0], math.prod(x[1:-1])) if len(x) > 1 else (1, 1)
+    @property
+    def _labels(self) -> tuple[str, str, str]:
+        """The kernel's letters of the blocks, of the input and of the output."""
+        both = [c for c in self.kernel if c in self.inputs and c in self.outputs]
+        ins = [c for c in self.kernel if c not in self.outputs]
+        outs = [c for c in self.kernel if c not in self.inputs]
+        return "".join(both), "".join(ins), "".join(outs)
 
-    def row_riders(self, x: Shape, y: Shape) -> dict[str, Shape]:
-        rows = math.prod(x[:-1])
-        return {"input": (rows, x[-1]), "output": (rows, y[-1])}
+    def _sizes(self, kernel: Shape) -> tuple[int, int, int]:
+        size = dict(zip(self.kernel, kernel, strict=True))
+        block, ins, outs = (math.prod(size[c] for c in labels) for labels in self._labels)
+        return block, ins, outs
 
-    def rows(self, x: jax.Array, g: jax.Array, examples: int, bias: bool) -> tuple[jax.Array, jax.Array]:
-        if bias:
-            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], -1)
+    def _grid(self, kernel: Shape) -> tuple[int, int] | None:
+        if self.approximation != "heads":
+            return None
+        size = dict(zip(self.kernel, kernel, strict=True))
+        _, ins, outs = self._labels
+        return size[ins[0]] if len(ins) > 1 else 1, size[outs[0]] if len(outs) > 1 else 1
 
-        def split(v):
-            return v.reshape(*v.shape[:-2], examples, -1, v.shape[-1])
+    def check(self, kernel):
+        block, ins, outs = self._labels
+        if self.approximation == "heads" and (block or (len(ins) < 2 and len(outs) < 2)):
+            raise ValueError(
+                "approximation='heads' needs a kernel with an axis of heads beside that of the features, such as an "
+                f"attention's projections have, not one of shape {kernel}"
+            )
 
-        return split(x), split(g)
+    def blocks(self, kernel):
+        grid = self._grid(kernel)
+        if grid:
+            return grid
+        return (self._sizes(kernel)[0],) if self._labels[0] else ()
 
-    def additive_riders(self, kernel: Shape, x: Shape, examples: bool) -> dict[str, Shape]:
-        d, d_out = kernel
-        shapes = {
-            "inputs": (d, d),
-            "outputs": (d_out, d_out),
-            "input_sum": (1, d),
-            "count": (1, 1),
-        }
-        if examples:
-            shapes["examples"] = (x[0], (d + 1) * d_out)
-        return shapes
+    def side_blocks(self, kernel):
+        grid = self._grid(kernel)
+        if grid:
+            return (grid[0], 1), (1, grid[1])
+        return self.blocks(kernel), self.blocks(kernel)
 
-    def additive_factors(self, sums: Mapping[str, jax.Array], bias: bool) -> tuple[jax.Array, jax.Array]:
-        count = jnp.maximum(sums["count"], 1)
-        inputs = sums["inputs"] / count
-        if bias:
-            mean = sums["input_sum"] / count
-            corner = jnp.ones_like(count)
-            inputs = jnp.block([[inputs, mean.mT], [mean, corner]])
-        return inputs, sums["outputs"]
+    def sides(self, kernel, bias):
+        _, ins, outs = self._sizes(kernel)
+        p, q = self._grid(kernel) or (1, 1)
+        return ins // p + bias, outs // q
+
+    def to_matrix(self, leaves):
+        shape = leaves["kernel"].shape
+        lead, kernel = shape[: len(shape) - len(self.kernel)], shape[len(shape) - len(self.kernel) :]
+        block, ins, outs = self._labels
+        sizes = self._sizes(kernel)
+        w = _arranged(leaves["kernel"], self.kernel, block + ins + outs)
+        w = w.reshape(*lead, *(sizes if block else sizes[1:]))
+        b = None
+        if "bias" in leaves:
+            b = _arranged(leaves["bias"], self.bias, block + outs)
+            b = b.reshape(*lead, *((sizes[0],) if block else ()), sizes[2])
+        grid = self._grid(kernel)
+        if grid:
+            return grid_matrix(w, b, grid)
+        return w if b is None else jnp.concatenate([w, b[..., None, :]], -2)
+
+    def from_matrix(self, matrix, kernel, bias):
+        size = dict(zip(self.kernel, kernel, strict=True))
+        block, ins, outs = self._labels
+        if self._grid(kernel):
+            w, b = grid_parts(matrix, bias)
+        else:
+            w, b = (matrix[..., :-1, :], matrix[..., -1, :]) if bias else (matrix, None)
+        lead = w.shape[: w.ndim - (3 if block else 2)]
+        order = block + ins + outs
+        leaves = {"kernel": _arranged(w.reshape(*lead, *(size[c] for c in order)), order, self.kernel)}
+        if b is not None:
+            order = block + outs
+            leaves["bias"] = _arranged(b.reshape(*lead, *(size[c] for c in order)), order, self.bias)
+        return leaves
+
+    def _expanded(self, labels: str, rank: int) -> str:
+        """The letters of an array of this rank, with capitals in place of "..."."""
+        if "..." not in labels:
+            return labels
+        extra = rank - (len(labels) - 3)
+        return labels.replace("...", "".join(chr(ord("A") + i) for i in range(extra)))
+
+    def _free_labels(self, rank: int) -> str:
+        return "".join(c for c in self._expanded(self.inputs, rank) if c not in self.kernel)
+
+    def free(self, x, y):
+        labels = self._expanded(self.inputs, len(x))
+        size = dict(zip(labels, x, strict=True))
+        return tuple(size[c] for c in self._free_labels(len(x))) or (1,)
+
+    def row_shapes(self, x, y):
+        rows = math.prod(self.free(x, y))
+        return {"input": (rows, math.prod(x) // rows), "output": (rows, math.prod(y) // rows)}
+
+    def row_values(self, x, g):
+        block, ins, outs = self._labels
+        free = self._free_labels(x.ndim)
+        shapes = self.row_shapes(x.shape, g.shape)
+        x = _arranged(x, self._expanded(self.inputs, x.ndim), free + block + ins)
+        g = _arranged(g, self._expanded(self.outputs, g.ndim), free + block + outs)
+        return {"input": x.reshape(shapes["input"]), "output": g.reshape(shapes["output"])}
+
+    def input_rows(self, parts: Parts, kernel: Shape, bias: bool):
+        rows = _blocked(parts["input"], self.side_blocks(kernel)[0])
+        return homogeneous(rows, self._grid(kernel) is not None) if bias else rows
+
+    def output_rows(self, parts: Parts, kernel: Shape):
+        return _blocked(parts["output"], self.side_blocks(kernel)[1])
+
+
+def _arranged(array: jax.Array, labels: str, order: str) -> jax.Array:
+    """The last axes, which `labels` names, in the order of `order`."""
+    lead = array.ndim - len(labels)
+    return array.transpose(*range(lead), *(lead + labels.index(c) for c in order))
+
+
+def _blocked(rows: jax.Array, blocks: Shape) -> jax.Array:
+    """Rows (m, t, blocks d) as (*blocks, m, t, d)."""
+    if not blocks:
+        return rows
+    m, t, width = rows.shape
+    split = jnp.moveaxis(rows.reshape(m, t, math.prod(blocks), -1), 2, 0)
+    return split.reshape(*blocks, m, t, width // math.prod(blocks))

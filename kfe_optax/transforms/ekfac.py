@@ -12,7 +12,8 @@ from kfe_optax import damping as damping_lib
 from kfe_optax import factors as factors_lib
 from kfe_optax import kronecker
 from kfe_optax.factors.base import Factors, Source
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 from kfe_optax.transforms import basis as basis_lib
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.basis import Refresh
@@ -241,7 +242,7 @@ class _Ekfac(NamedTuple):
         if self.damping_type == "plain":
             return strength.astype(inputs.values.dtype)
         # π belongs to the same factors as the eigenvalues, which may be older than the running averages.
-        ratio = damping_lib.pi_of_means(inputs.values.mean(-1), outputs.values.mean(-1))
+        ratio = damping_lib.common_pi(inputs.values.mean(-1), outputs.values.mean(-1))
         return damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
 
     @jax.default_matmul_precision("highest")
@@ -282,7 +283,9 @@ class _Ekfac(NamedTuple):
         )
         scale = {}
         for name, old in state.scale.items():
-            restarted = kronecker.outer(basis[name][0].values, basis[name][1].values)
+            inputs, outputs = basis[name]
+            # Blocks that share factors have one product.
+            restarted = jnp.broadcast_to(kronecker.outer(inputs.values, outputs.values), old.shape)
             if self.carry:
                 carried = kronecker.carry_second_moment(old, state.basis[name], basis[name])
                 restarted = jnp.where(first, restarted, carried)

@@ -13,7 +13,8 @@ from kfe_optax import factors as factors_lib
 from kfe_optax import kronecker
 from kfe_optax.factors.base import Factors
 from kfe_optax.kronecker import Eigenbasis
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 from kfe_optax.transforms import basis as basis_lib
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.basis import Refresh
@@ -200,7 +201,10 @@ class _InKfe(NamedTuple):
         gradients = self._rotated(step.gradients, basis)
         parameters = None if step.parameters is None else self._rotated(step.parameters, basis)
         weight = step.taps.gradient_weight if step.taps is not None else None
-        eigenvalues = {name: kronecker.outer(a.values, b.values) for name, (a, b) in basis.items()}
+        eigenvalues = {
+            name: jnp.broadcast_to(kronecker.outer(a.values, b.values), self.layers[name].shape)
+            for name, (a, b) in basis.items()
+        }
         known = KfeInfo(eigenvalues, first & refresh, weight)
         result: Any = self.inner.update(gradients, inner, parameters, kfe=known, **step.extra)
         updates, new_inner = result

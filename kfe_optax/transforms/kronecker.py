@@ -10,7 +10,8 @@ import optax
 
 from kfe_optax import factors as factors_lib
 from kfe_optax.factors.base import Factors, Source
-from kfe_optax.layers import Layer, Layers
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
 from kfe_optax.transforms import layerwise, roots
 from kfe_optax.transforms.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax.transforms.roots import DampingType, Denominators, where_alive

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax import discovery
-from kfe_optax.layers import Layer, Layers, Path, leaves_by_path, path_name
+from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
+from kfe_optax.layers import Layers
 from kfe_optax.taps import Taps
 
 STATE_VERSION = 1

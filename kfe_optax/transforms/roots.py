@@ -115,9 +115,11 @@ def _damped_first_terms(
             pair = damping_lib.factored(*first, strength, stacked)
         else:
             amount = jnp.sqrt(strength) if damping_type == "sqrt" else strength
-            amount = jnp.broadcast_to(amount, layers[name].stack_shape)
             pair = tuple(
-                damping_lib.add_to_diagonal(side, amount.astype(side.dtype), stacked) for side in first
+                damping_lib.add_to_diagonal(
+                    side, jnp.broadcast_to(amount, side.shape[:stacked]).astype(side.dtype), stacked
+                )
+                for side in first
             )
         damped.update({(name, i): side for i, side in enumerate(pair)})
     return damped

@@ -35,7 +35,8 @@ def scale_by_tekfac(
       layers: what `kfe.find_layers` returned.
       damping: λ > 0; a scalar or a schedule of the step.
       damping_type: "trace": Θ + λ in a fully connected network; in one with convolutions each of them has Θ_l + λ_l with λ_l =
-        max{tr Θ_l, ϑ}/(d_in d_out), and the fully connected layers β(Θ + λ) with β the largest λ_l. "plain": Θ + λ everywhere.
+        max{tr Θ_l, ϑ}/(d_in d_out), over all of its feature groups, and all other layers (embeddings and norms count as fully
+        connected) β(Θ + λ) with β the largest λ_l. "plain": Θ + λ everywhere.
       trace_floor: ϑ.
       decay: ρ of the running averages; the k-th update of Φ and Ψ uses min(1 − 1/k, ρ).
       pairing: how shared positions are weighted, see `kfe.factors.tkfac`.

@@ -1,0 +1,56 @@
+"""Sums over the examples of a batch in pieces of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+T = TypeVar("T")
+
+BUDGET = 2**25
+"""Bytes that one piece may need; a single example may need more."""
+
+
+def size(examples: int, bytes_per_example: int) -> int:
+    """How many examples fit into the budget, at least one."""
+    return max(1, min(examples, BUDGET // max(bytes_per_example, 1)))
+
+
+def fold(function: Callable[[Any], T], batch: Any, chunk: int) -> T:
+    """Σ of `function` over consecutive chunks of the leading axis of all leaves of `batch`; the last one may be shorter."""
+    n = jax.tree.leaves(batch)[0].shape[0]
+    if n <= chunk:
+        return function(batch)
+    whole, rest = divmod(n, chunk)
+    pieces = _pieces(batch, whole, chunk)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda v: v[0], pieces))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total, piece):
+        return jax.tree.map(jnp.add, total, function(piece)), None
+
+    total, _ = jax.lax.scan(add, zeros, pieces)
+    if rest:
+        last = function(jax.tree.map(lambda v: v[n - rest :], batch))
+        total = jax.tree.map(jnp.add, total, last)
+    return total
+
+
+def mapped(function: Callable[[Any], jax.Array], batch: Any, chunk: int) -> jax.Array:
+    """`function`, which keeps the leading axis, applied chunk by chunk."""
+    n = jax.tree.leaves(batch)[0].shape[0]
+    if n <= chunk:
+        return function(batch)
+    whole, rest = divmod(n, chunk)
+    done = jax.lax.map(function, _pieces(batch, whole, chunk))
+    parts = [done.reshape(whole * chunk, *done.shape[2:])]
+    if rest:
+        parts.append(function(jax.tree.map(lambda v: v[n - rest :], batch)))
+    return jnp.concatenate(parts)
+
+
+def _pieces(batch: Any, whole: int, chunk: int) -> Any:
+    return jax.tree.map(lambda v: v[: whole * chunk].reshape(whole, chunk, *v.shape[1:]), batch)

@@ -1,0 +1,284 @@
+"""The description of one layer: which parameters form it, parameters ↔ matrix, taps → rows. Knows no optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kfe_optax.kinds import Kind
+from kfe_optax.kinds.embedding import ATTEND
+
+Path = tuple[str | int, ...]
+Use = tuple[tuple[int, ...], tuple[int, ...], str, str, str]
+
+
+def key_path(path: tuple[Any, ...]) -> Path:
+    """A JAX key path as plain names, the same for a dict, an `nnx.State` and an attribute."""
+    names: list[str | int] = []
+    for key in path:
+        for field in ("key", "name", "idx"):
+            if hasattr(key, field):
+                names.append(getattr(key, field))
+                break
+        else:
+            names.append(str(key))
+    # An NNX variable is a node with one child, its value.
+    if names and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
+        names.pop()
+    return tuple(names)
+
+
+def path_name(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The static description of one layer (or of a stack of like layers): s = W̄ᵀ ā, W̄ of shape (d_in, d_out).
+
+    Attributes:
+      name: the path of the layer's parameters, joined by "/".
+      kind: what kind of layer it is, with its geometry and its approximation (see `kfe_optax.kinds`).
+      paths: ((role, key path), ...), such as (("kernel", ("Dense_0", "kernel")), ("bias", ("Dense_0", "bias"))).
+      kernel_shape: the kernel's shape without stacked axes.
+      stack_axes: where the stacked axes (scan over layers, ensembles) stand in the kernel, outermost first.
+      stacked: their sizes.
+      shared: True when the parameters are used more than once in a forward pass (a repeated call, a scan over time, a vmap
+        over examples): its statistics are sums over the uses (additive riders) and it has no rows.
+      order: its place in the forward pass.
+      dtype: the kernel's dtype.
+      sharing: how the factors treat shared positions, "expand" or "reduce" (see `Layers.configure`).
+      uses: ((input shape, output shape, input dtype, output dtype, label), ...) of the calls that were traced; not part of the
+        layer's identity, since another batch size is the same layer.
+      examples, positions: n and t of its rows.
+      per_example: whether its statistics know single examples.
+      in_loop: whether it runs inside a loop that uses the same parameters in each iteration.
+      masked: whether a `row_mask` is in force at one of its calls.
+      size: the number of its parameters.
+    """
+
+    name: str
+    kind: Kind
+    paths: tuple[tuple[str, Path], ...]
+    kernel_shape: tuple[int, ...]
+    stack_axes: tuple[int, ...]
+    stacked: tuple[int, ...]
+    shared: bool
+    order: int
+    dtype: str
+    uses: tuple[Use, ...] = dataclasses.field(compare=False, repr=False)
+    examples: int = dataclasses.field(compare=False, repr=False)
+    positions: int = dataclasses.field(compare=False, repr=False)
+    per_example: bool = dataclasses.field(compare=False, repr=False)
+    in_loop: bool = dataclasses.field(compare=False, repr=False, default=False)
+    masked: bool = dataclasses.field(compare=False, repr=False, default=False)
+    size: int = dataclasses.field(compare=False, repr=False, default=0)
+    sharing: str = "expand"
+
+    @property
+    def bias(self) -> bool:
+        return any(role == "bias" for role, _ in self.paths)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(d_in, d_out), d_in with the homogeneous 1 of the bias."""
+        return self.kind.sides(self.kernel_shape, self.bias)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """The leading axes of W̄: the stacked ones, then the kind's blocks."""
+        return (*self.stacked, *self.kind.blocks(self.kernel_shape))
+
+    def side_stack(self, side: int) -> tuple[int, ...]:
+        """The leading axes of A (side 0) or G (1), which broadcast against `stack_shape`."""
+        return (*self.stacked, *self.kind.side_blocks(self.kernel_shape)[side])
+
+    @property
+    def shares_factors(self) -> bool:
+        """Whether several blocks of W̄ have an A or a G in common."""
+        return any(self.side_stack(side) != self.stack_shape for side in (0, 1))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of W̄: (*stack_shape, d_in, d_out)."""
+        return (*self.stack_shape, *self.sides)
+
+    @property
+    def factor_dtype(self) -> Any:
+        """The dtype of factors, bases and scales: float32, or float64 for float64 parameters."""
+        return jnp.promote_types(self.dtype, jnp.float32)
+
+    @property
+    def mixed(self) -> bool:
+        """Whether A depends on g: an embedding that is an output layer as well."""
+        return any(use[4] == ATTEND for use in self.uses)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the tap holds rows, or sums over several uses."""
+        return self.kind.per_example or not (self.shared or self.mixed)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the rows of one example."""
+        return self.kind.row_bytes(self.uses[0][0], self.uses[0][1], self.kernel_shape, self.bias)
+
+    def is_diagonal(self, side: int, max_dim: int) -> bool:
+        """Whether A (side 0) or G (1) is kept as a diagonal."""
+        return self.kind.diagonal[side] or self.sides[side] > max_dim
+
+    def _positions(self, ndim: int) -> tuple[int, ...]:
+        # A stacked axis stands at the same place in every leaf, except where a leaf has too few axes (an axis of −1).
+        return tuple(min(axis, ndim - 1) for axis in self.stack_axes)
+
+    def stack_first(self, leaf: jax.Array) -> jax.Array:
+        """Moves the stacked axes of a parameter, gradient or rider to the front."""
+        stacked = self._positions(leaf.ndim)
+        return jnp.moveaxis(leaf, stacked, range(len(stacked))) if stacked else leaf
+
+    def unstack_first(self, leaf: jax.Array) -> jax.Array:
+        """The inverse of `stack_first`."""
+        stacked = self._positions(leaf.ndim)
+        return jnp.moveaxis(leaf, range(len(stacked)), stacked) if stacked else leaf
+
+    def stacked_shape(self, inner: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a leaf with inner shape `inner` when the stacked axes are put where the kernel has them."""
+        ndim = len(inner) + len(self.stacked)
+        sizes = dict(zip(self._positions(ndim), self.stacked, strict=True))
+        rest = iter(inner)
+        return tuple(sizes[i] if i in sizes else next(rest) for i in range(ndim))
+
+    def to_matrix(self, tree: Any) -> jax.Array:
+        """The layer's W̄ (*stack, d_in, d_out) out of a parameter-shaped tree; the bias is the last row.
+
+        Raises:
+          ValueError: the tree lacks one of the layer's parameters.
+        """
+        leaves = leaves_by_path(tree)
+        missing = [path_name(path) for _, path in self.paths if path not in leaves]
+        if missing:
+            raise ValueError(
+                f"Layer {self.name!r} needs {', '.join(missing)}, which the tree does not hold; pass a tree with the "
+                "structure of the parameters that find_layers saw."
+            )
+        return self.gather({role: leaves[path] for role, path in self.paths})
+
+    def gather(self, leaves: Mapping[str, jax.Array]) -> jax.Array:
+        """{role: leaf} → W̄ (*stack, d_in, d_out)."""
+        return self.kind.to_matrix({role: self.stack_first(leaf) for role, leaf in leaves.items()})
+
+    def from_matrix(self, matrix: jax.Array) -> dict[Path, jax.Array]:
+        """W̄ (*stack, d_in, d_out) → {key path: parameter-shaped array}, the inverse of `to_matrix`.
+
+        Raises:
+          ValueError: the matrix does not have the layer's shape.
+        """
+        if matrix.shape != self.shape:
+            raise ValueError(f"Layer {self.name!r} has matrices of shape {self.shape}, not {matrix.shape}.")
+        leaves = self.kind.from_matrix(matrix, self.kernel_shape, self.bias)
+        return {path: self.unstack_first(leaves[role]) for role, path in self.paths}
+
+    def leaf_sizes(self) -> dict[Path, int]:
+        """{key path: number of elements} of the layer's parameters."""
+        matrix = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
+        leaves = jax.eval_shape(lambda m: list(self.from_matrix(m).values()), matrix)
+        return {path: math.prod(leaf.shape) for (_, path), leaf in zip(self.paths, leaves, strict=True)}
+
+    def rows(self, tap: Any) -> tuple[jax.Array, jax.Array]:
+        """ā (*stack, n, t, d_in) and g (*stack, n, t, d_out) of a tap, n examples with t shared positions each.
+
+        g carries √N, so that the layer's Fisher block is (1/N) Σ over the rows' outer products; with `fisher="empirical"`
+        Σ_t ā_{n,t} g_{n,t}ᵀ is N times the part of the gradient that comes from example n. With several Fisher samples,
+        or `fisher="exact"`, g has a leading axis for them.
+
+        Raises:
+          ValueError: the layer is shared (its statistics are sums), or the tap is another layer's.
+        """
+        if tap.name != self.name:
+            raise ValueError(
+                f"Layer {self.name!r} was given the tap of {tap.name!r}; pass taps[{self.name!r}]."
+            )
+        return tap.rows()
+
+    def rider_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and dtypes of the layer's rider for the calls that were traced."""
+        dtypes = dict.fromkeys(("input", "output"), np.dtype(self.factor_dtype).name)
+        if self.has_rows and not self.kind.per_example and self.kind.statistics == "rows":
+            dtypes = {"input": self.uses[0][2], "output": self.uses[0][3]}
+        return {
+            name: jax.ShapeDtypeStruct(
+                self.stacked_shape(_with_rank(shape, len(self.kernel_shape))),
+                jnp.dtype(dtypes.get(name, np.dtype(self.factor_dtype).name)),
+            )
+            for name, shape in self._rider_parts().items()
+        }
+
+    def _rider_parts(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the rider's parts as the kind has them, of one layer."""
+        x, y, *_ = self.uses[0]
+        if self.has_rows:
+            live = (
+                {"live": (self.examples, self.positions)} if self.masked and not self.kind.per_example else {}
+            )
+            return self.kind.row_shapes(x, y) | live
+        n = self.examples
+        d_in, d_out = self.sides
+        blocks = self.kind.blocks(self.kernel_shape)
+        in_blocks, out_blocks = self.kind.side_blocks(self.kernel_shape)
+        shapes = {
+            "inputs": self.kind.moments_shape(self.kernel_shape, self.bias),
+            "outputs": (*out_blocks, d_out, d_out),
+            "count": (1,),
+        }
+        if self.mixed:
+            shapes |= {"attend_inputs": (d_in,), "attend_outputs": (d_out, d_out), "attend_count": (1,)}
+        if self.per_example:
+            shapes["examples"] = (n, *blocks, d_in, d_out)
+        if self.sharing == "reduce":
+            shapes |= {
+                "input_sums": (*in_blocks, n, d_in),
+                "output_sums": (*out_blocks, n, d_out),
+                "example_counts": (n,),
+            }
+        return shapes
+
+    def _natural(self, rider: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """The rider's parts, stacked axes first, in the shapes that the kind gave them."""
+        shapes = self._rider_parts()
+        return {
+            name: self.stack_first(value).reshape(*self.stacked, *shapes[name])
+            for name, value in rider.items()
+        }
+
+    def parts(self, rider: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """A row rider's cotangent with its leading axis split, (*stacked, n, e, ...); live positions (*stacked, n, t)."""
+        lead, n = len(self.stacked), self.examples
+        return {
+            name: value
+            if name == "live"
+            else value.reshape(*self.stacked, n, value.shape[lead] // n, *value.shape[lead + 1 :])
+            for name, value in self._natural(rider).items()
+        }
+
+    def sums(self, rider: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """An additive rider's cotangent, stacked axes first."""
+        return self._natural(rider)
+
+
+def _with_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    # A rider has the rank of its kernel, so that an axis that Flax stacks at −1 falls on the same place in both.
+    if len(shape) <= rank:
+        return (*shape, *(1,) * (rank - len(shape)))
+    extra = len(shape) - rank
+    return (math.prod(shape[: extra + 1]), *shape[extra + 1 :])
+
+
+def leaves_by_path(tree: Any) -> dict[Path, Any]:
+    """{key path: leaf} of a parameter-shaped tree."""
+    return {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

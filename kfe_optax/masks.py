@@ -1,0 +1,79 @@
+"""Row masks: which rows count when statistics are formed."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Generator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+_row_mask: contextvars.ContextVar[Any] = contextvars.ContextVar("kfe_row_mask", default=None)
+
+
+@contextlib.contextmanager
+def row_mask(mask: Any) -> Generator[None]:
+    """Layers called in this context count only the rows where `mask` is true.
+
+    A padded token whose loss is masked has g = 0 and counts nowhere in G, but it would count in A = E[mean_t ā āᵀ]. Give
+    `value_grad_and_taps(...)(..., row_mask=mask)` the mask of the whole batch; this context is for a part of the model with
+    another one, such as the step of a loop over time. Outside `value_grad_and_taps` it does nothing.
+
+    Args:
+      mask: (n,) or (n, t, ...), a prefix of the layers' positions. A layer without positions (a pooled head) counts the
+        examples with any true entry; a layer whose input is flattened, (n t, d), takes a mask of as many entries. None
+        lifts the mask.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, kfe_optax as kfe
+      >>> def loss_fn(params, x, lengths):
+      ...     with kfe.row_mask(jnp.arange(x.shape[1]) < lengths[:, None]):
+      ...         y = kfe.tag_dense(x, x @ params["kernel"], params)
+      ...     return kfe.losses.l2_loss(y).mean()
+      >>> params, x = {"kernel": jnp.ones((3, 2))}, jnp.ones((4, 5, 3))
+      >>> layers = kfe.find_layers(loss_fn, params, x, jnp.array([5, 2, 1, 4]))
+      >>> layers["kernel"].positions
+      5
+    """
+    token = _row_mask.set(mask)
+    try:
+        yield
+    finally:
+        _row_mask.reset(token)
+
+
+def active() -> bool:
+    """Whether a row mask is in force."""
+    return _row_mask.get() is not None
+
+
+def live(name: str, free: tuple[int, ...], in_loop: bool) -> jax.Array | None:
+    """The row mask for positions of shape `free`, in float; None without a mask.
+
+    Raises:
+      ValueError: the mask's shape is no prefix of `free`.
+    """
+    mask = _row_mask.get()
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    shape = mask.shape
+    if in_loop and mask.ndim > 1 and len(free) < mask.ndim:
+        raise ValueError(
+            f"row_mask has shape {shape}, but layer {name!r} runs inside a loop and sees one of its positions at a time: open "
+            "`with kfe.row_mask(mask of this step):` inside the loop, or give one entry an example."
+        )
+    if free[: mask.ndim] == shape:
+        mask = mask.reshape(*shape, *(1,) * (len(free) - mask.ndim))
+    elif mask.size == free[0] and len(free) == 1:
+        mask = mask.reshape(free)
+    elif len(free) == 1 and free == shape[:1]:
+        mask = mask.reshape(free[0], -1).any(-1)
+    else:
+        raise ValueError(
+            f"row_mask has shape {shape}, but the input of layer {name!r} has the positions {free}: give one entry an example, "
+            "or one an example and position, or lift the mask for this layer with `with kfe.row_mask(None):`."
+        )
+    return jnp.broadcast_to(mask, free).astype(jnp.float32)

@@ -1,0 +1,127 @@
+"""Statistics of a layer that is used more than once (a repeated call, a loop over time): sums over its uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from kfe_optax.kinds.base import gram
+from kfe_optax.layer import Layer
+from kfe_optax.statistics.rows import over_stack
+
+
+class Sums:
+    """See `statistics.Statistics`; what needs single examples is there as long as `Layer.per_example`."""
+
+    def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: float):
+        self.layer = layer
+        self._sums = layer.sums(rider)
+        self._scale = scale
+
+    def rows(self):
+        raise ValueError(f"Layer {self.layer.name!r} uses its parameters more than once and has no rows.")
+
+    def _over_stack(self, function):
+        return over_stack(function, len(self.layer.stacked))(self._sums)
+
+    def _reduced(self) -> bool:
+        return self.layer.sharing == "reduce"
+
+    def input_factor(self, diagonal=False):
+        layer = self.layer
+        own = layer.kind.diagonal[0]
+        if layer.mixed:
+            raise ValueError(f"The uses of layer {layer.name!r} have no common A; see traced_factors.")
+
+        def factor(sums):
+            if self._reduced():
+                means = sums["input_sums"] / jnp.maximum(sums["example_counts"], 1)[:, None]
+                return gram(means[..., None, :], diagonal or own) / layer.examples
+            count = jnp.maximum(sums["count"], 1)
+            result = layer.kind.input_factor(sums["inputs"], count[0], layer.kernel_shape, layer.bias, own)
+            return jnp.diagonal(result, axis1=-2, axis2=-1) if diagonal and not own else result
+
+        return self._over_stack(factor)
+
+    def output_factor(self, diagonal=False):
+        def factor(sums):
+            if self._reduced():
+                return gram(sums["output_sums"][..., None, :], diagonal)
+            result = sums["outputs"]
+            return jnp.diagonal(result, axis1=-2, axis2=-1) if diagonal else result
+
+        return self._over_stack(factor) * (self._scale**2 / self.layer.examples)
+
+    def second_moment_in(self, basis_in, basis_out):
+        if not self.layer.per_example:
+            return None
+        gradients = self.example_gradients()
+        if basis_in is not None:
+            gradients = basis_in[..., None, :, :].mT @ gradients
+        if basis_out is not None:
+            gradients = gradients @ basis_out[..., None, :, :]
+        return jnp.mean(jnp.square(gradients), -3)
+
+    def contract_output(self, v, diagonal=False):
+        gradients = self.example_gradients()
+        mapped = gradients * v[..., None, None, :] if self._diagonal(v) else gradients @ v[..., None, :, :]
+        form = "...nab,...nab->...a" if diagonal else "...nab,...ncb->...ac"
+        return jnp.einsum(form, mapped, gradients) / self.layer.examples
+
+    def contract_input(self, u, diagonal=False):
+        gradients = self.example_gradients()
+        mapped = gradients * u[..., None, :, None] if self._diagonal(u) else u[..., None, :, :] @ gradients
+        form = "...nab,...nab->...b" if diagonal else "...nab,...nac->...bc"
+        return jnp.einsum(form, gradients, mapped) / self.layer.examples
+
+    def _diagonal(self, factor):
+        return factor.ndim == len(self.layer.stack_shape) + 1
+
+    def traced_factors(self, pairing, diagonal):
+        layer = self.layer
+        if pairing == "use":
+            return self._traced_uses(diagonal)
+        if pairing == "position":
+            raise ValueError(
+                f"Layer {layer.name!r} uses its parameters more than once, so the traces of its single positions are not "
+                "known: choose tkfac's pairing='example'."
+            )
+        d_in, d_out = layer.sides
+        stack = layer.stack_shape
+        inputs = self.contract_output(jnp.ones((*stack, d_out), layer.factor_dtype), diagonal[0])
+        outputs = self.contract_input(jnp.ones((*stack, d_in), layer.factor_dtype), diagonal[1])
+        sigma = outputs.sum(-1) if diagonal[1] else jnp.trace(outputs, axis1=-2, axis2=-1)
+        return sigma, inputs, outputs
+
+    def _traced_uses(self, diagonal):
+        """σ = Σ tr A_u tr G_u, Σ tr(G_u) A_u, Σ tr(A_u) G_u over the two uses of a tied embedding; all quadratic in g."""
+        squared = self._scale**2 / self.layer.examples
+
+        def traced(sums):
+            count = jnp.maximum(sums["count"], 1)
+            attended = jnp.maximum(sums["attend_count"], 1)
+            pairs = [
+                (sums["inputs"] / count, sums["outputs"] * squared),
+                (sums["attend_inputs"] * squared, sums["attend_outputs"] / attended),
+            ]
+            pairs = [(a, jnp.diagonal(g) if diagonal[1] else g) for a, g in pairs]
+            traces = [(a.sum(), g.sum() if diagonal[1] else jnp.trace(g)) for a, g in pairs]
+            sigma = sum((a * g for a, g in traces), jnp.zeros(()))
+            inputs = sum((trace[1] * a for (a, _), trace in zip(pairs, traces, strict=True)), jnp.zeros(()))
+            outputs = sum((trace[0] * g for (_, g), trace in zip(pairs, traces, strict=True)), jnp.zeros(()))
+            return sigma, inputs, outputs
+
+        return self._over_stack(traced)
+
+    def example_gradients(self):
+        if not self.layer.per_example:
+            raise ValueError(
+                f"Layer {self.layer.name!r} is applied to one example at a time (vmap) or to batches of different sizes, so its "
+                "per-example gradients are not kept; call the model on the whole batch."
+            )
+        gradients = self._sums["examples"] * self._scale
+        lead = len(self.layer.stacked)
+        # (*stacked, n, *blocks, d_in, d_out): the examples go behind the blocks.
+        return jnp.moveaxis(gradients, lead, -3)

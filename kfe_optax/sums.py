@@ -1,0 +1,116 @@
+"""What one use of a layer adds to the sums of all its uses.
+
+"inputs": Σ ā āᵀ (or what the kind makes A of), "outputs": Σ g gᵀ, "count": how many rows; "examples": Σ_t ā gᵀ of each example;
+with sharing="reduce" "input_sums" and "output_sums": Σ_t ā and Σ_t g of each example, "example_counts": its positions. An
+embedding's output use adds to "attend_inputs" (Σ g², one a token), "attend_outputs" (Σ x xᵀ) and "attend_count".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfe_optax import chunks
+from kfe_optax.kinds.base import gram, masked
+from kfe_optax.kinds.embedding import ATTEND
+
+
+def of_use(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None, spec: Any) -> dict[str, jax.Array]:
+    """The sums of one use, those that are wanted (by name, in `spec`); see `tags.Use`."""
+    wanted = {name: dtype for name, _, dtype in spec}
+    dtype = wanted["inputs"]
+    x, g = x.astype(dtype), g.astype(dtype)
+    if use.label == ATTEND:
+        values = _of_attend(use, x, g, live)
+    elif use.kind.statistics == "tokens":
+        values = _of_lookup(use, x, g, live)
+    else:
+        values = _of_rows(use, x, g, live)
+    return {name: value() for name, value in values.items() if name in wanted}
+
+
+def _of_rows(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> dict[str, Any]:
+    n = use.examples
+    parts = {
+        name: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for name, v in use.kind.row_values(x, g).items()
+    }
+    positions = math.prod(use.kind.free(x.shape, g.shape)) // n
+    if live is not None:
+        parts["live"] = live.reshape(n, positions).astype(g.dtype)
+    chunk = chunks.size(n, use.row_bytes)
+
+    def a(parts):
+        return masked(use.kind.input_rows(parts, use.kernel, use.bias), parts.get("live"))
+
+    def b(parts):
+        return masked(use.kind.output_rows(parts, use.kernel), parts.get("live"))
+
+    def moments(parts):
+        return use.kind.input_moments(parts, parts.get("live"), use.kernel, use.bias, False)
+
+    def counts():
+        return jnp.full(n, positions, g.dtype) if live is None else parts["live"].sum(-1)
+
+    def example_first(function):
+        # (n, *blocks, ...): examples first, as pieces are put together along them.
+        return lambda: chunks.mapped(function, parts, chunk)
+
+    # Each in a loop of its own, so that a sum that nobody reads is not computed.
+    return {
+        "inputs": lambda: chunks.fold(moments, parts, chunk),
+        "outputs": lambda: chunks.fold(lambda p: gram(b(p), False), parts, chunk),
+        "count": lambda: counts().sum(),
+        "examples": example_first(lambda p: jnp.moveaxis(a(p).mT @ b(p), -3, 0)),
+        "input_sums": lambda: _blocks_first(
+            chunks.mapped(lambda p: jnp.moveaxis(a(p).sum(-2), -2, 0), parts, chunk)
+        ),
+        "output_sums": lambda: _blocks_first(
+            chunks.mapped(lambda p: jnp.moveaxis(b(p).sum(-2), -2, 0), parts, chunk)
+        ),
+        "example_counts": counts,
+    }
+
+
+def _blocks_first(values: jax.Array) -> jax.Array:
+    """(n, *blocks, d) → (*blocks, n, d)."""
+    return jnp.moveaxis(values, 0, -2)
+
+
+def _of_lookup(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> dict[str, Any]:
+    n, vocabulary = use.examples, use.kernel[0]
+    tokens = x.reshape(n, -1).astype(jnp.int32)
+    rows = g.reshape(*tokens.shape, g.shape[-1])
+    weights = jnp.ones(tokens.shape, g.dtype) if live is None else live.reshape(tokens.shape).astype(g.dtype)
+    rows = rows * weights[..., None]
+
+    def by_token(tokens, values):
+        return jnp.zeros((vocabulary, *values.shape[1:]), values.dtype).at[tokens].add(values)
+
+    def frequencies():
+        return jax.vmap(by_token)(tokens, weights)
+
+    return {
+        "inputs": lambda: by_token(tokens.ravel(), weights.ravel()),
+        "outputs": lambda: gram(rows, False),
+        "count": lambda: weights.sum(),
+        "examples": lambda: jax.vmap(by_token)(tokens, rows),
+        "input_sums": frequencies,
+        "output_sums": lambda: rows.sum(1),
+        "example_counts": lambda: weights.sum(1),
+    }
+
+
+def _of_attend(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> dict[str, Any]:
+    n = use.examples
+    x, g = (v.reshape(n, -1, v.shape[-1]) for v in (x, g))
+    weights = jnp.ones(x.shape[:2], g.dtype) if live is None else live.reshape(x.shape[:2]).astype(g.dtype)
+    x, g = x * weights[..., None], g * weights[..., None]
+    return {
+        "attend_inputs": lambda: gram(g, True),
+        "attend_outputs": lambda: gram(x, False),
+        "attend_count": lambda: weights.sum(),
+        "examples": lambda: g.mT @ x,
+    }
