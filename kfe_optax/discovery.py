@@ -152,7 +152,7 @@ class _Discovery:
     def __init__(self):
         self._outputs: list[tuple[Any, tuple[int, ...]]] = []
 
-    def tag(self, kind, roles, x, y, kernel, box, label):
+    def tag(self, kind, roles, x, y, parameters, box, label):
         probe = box.get(roles[0][1])
         if probe is None:
             self.unsupported(f"the {roles[0][1]} beside it is not among the parameters", box)
@@ -160,7 +160,7 @@ class _Discovery:
         shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, label)
         masked = masks.active()
         return jaxprs.layer_mark.bind(
-            y, probe, kernel, kind=kind, roles=roles, shapes=shapes, masked=masked, vmaps=()
+            y, probe, *parameters, kind=kind, roles=roles, shapes=shapes, masked=masked, vmaps=()
         )
 
     def unsupported(self, reason, box):
@@ -267,12 +267,14 @@ def _trouble(use: jaxprs.Use) -> str | None:
         return f"changed before the layer uses it ({trail.lost})"
     if trail.stopped:
         return "frozen by stop_gradient"
-    kernel = use.kernel
-    if kernel is None or kernel.lost or kernel.path != trail.path:
-        how = kernel.lost if kernel is not None and kernel.lost else "replaced"
-        return f"changed before the layer uses it ({how})"
-    if kernel.stopped:
-        return "frozen by stop_gradient"
+    for (_, name), own in zip(use.info["roles"], use.parameters, strict=True):
+        # The bias, too: preconditioning would move what the gradient leaves alone.
+        which = "" if name == trail.path[-1] else f"its {name} is "
+        if own is None or own.lost or own.path != (*trail.path[:-1], name):
+            how = own.lost if own is not None and own.lost else "replaced"
+            return f"{which}changed before the layer uses it ({how})"
+        if own.stopped:
+            return f"{which}frozen by stop_gradient"
     inner = trail.dims[len(trail.dims) - _inner_rank(use) :]
     if inner != tuple(sorted(inner)):
         return "transposed before the layer uses it"

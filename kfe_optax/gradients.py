@@ -36,8 +36,8 @@ class _Collection:
         self._axis_name = axis_name
         self._serial = 0
 
-    def tag(self, kind, roles, x, y, kernel, box, label):
-        del kernel
+    def tag(self, kind, roles, x, y, parameters, box, label):
+        del parameters
         rider, order = {}, None
         for name, value in box.items():
             own = _RIDER.fullmatch(name)

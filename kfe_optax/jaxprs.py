@@ -44,10 +44,10 @@ class Trail:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One tag reached: the trails of its probe and of the kernel that the layer used (None: not reached) and its parameters."""
+    """One tag reached: the trails of its probe and of the parameters that the layer used (None: not reached), and what it holds."""
 
     trail: Trail | None
-    kernel: Trail | None
+    parameters: tuple[Trail | None, ...]
     info: dict[str, Any]
     loops: int
 
@@ -85,7 +85,7 @@ def _mark(name: str) -> Any:
     return primitive
 
 
-layer_mark = _mark("kfe_layer")  # operands: y, probe, kernel
+layer_mark = _mark("kfe_layer")  # operands: y, probe, the layer's parameters
 output_mark = _mark("kfe_output")  # operands: the registered output z
 unsupported_mark = _mark("kfe_unsupported")  # operands: probe
 
@@ -109,8 +109,8 @@ def _walk(jaxpr: Any, trails: Sequence[Trail | None], uses: list[Use], loops: in
         if equation.primitive in (layer_mark, output_mark, unsupported_mark):
             position = {layer_mark: 1, unsupported_mark: 0}.get(equation.primitive)
             trail = None if position is None else inputs[position]
-            kernel = inputs[2] if equation.primitive is layer_mark else None
-            uses.append(Use(trail, kernel, {"mark": equation.primitive, **equation.params}, loops))
+            parameters = tuple(inputs[2:]) if equation.primitive is layer_mark else ()
+            uses.append(Use(trail, parameters, {"mark": equation.primitive, **equation.params}, loops))
             continue
         outputs = _inner(equation, name, inputs, uses, loops)
         if outputs is None:

@@ -34,7 +34,7 @@ Roles = tuple[tuple[str, str], ...]
 class Listener(Protocol):
     """What listens to tags while a loss is traced: discovery, or the collection of taps."""
 
-    def tag(self, kind: Kind, roles: Roles, x: Any, y: Any, kernel: Any, box: Box, label: str) -> Any:
+    def tag(self, kind: Kind, roles: Roles, x: Any, y: Any, parameters: Any, box: Box, label: str) -> Any:
         """Called for every tagged layer; returns y, tagged."""
 
     def unsupported(self, reason: str, box: Box) -> None:
@@ -67,12 +67,12 @@ def listening(active: Listener) -> Generator[None]:
 
 
 def tag(
-    kind: Kind, roles: Roles, x: Any, y: Any, kernel: Any, box: Box, label: str = "", dtype: Any = None
+    kind: Kind, roles: Roles, x: Any, y: Any, parameters: Any, box: Box, label: str = "", dtype: Any = None
 ) -> Any:
     """Tags `y`, the output of a layer of the given kind for the input `x`; the identity when nobody listens.
 
-    `roles` names the parameters that the layer consists of, as ((role, name beside the slot), ...); `kernel` is the first of
-    them as the layer used it. `label` tells different uses of one layer apart.
+    `roles` names the parameters that the layer consists of, as ((role, name beside the slot), ...); `parameters` are
+    they as the layer used them. `label` tells different uses of one layer apart.
     """
     active = _listener.get()
     if active is None or not box:
@@ -80,7 +80,7 @@ def tag(
     # An integer input (one-hot rows, tokens) has no tangent; the layer computes with it in the output's dtype anyway.
     wide = dtype or jnp.result_type(y)
     x = x if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.asarray(x, wide)
-    return active.tag(kind, roles, jax.lax.stop_gradient(x), y, kernel, box, label)
+    return active.tag(kind, roles, jax.lax.stop_gradient(x), y, parameters, box, label)
 
 
 def unsupported(reason: str, box: Box) -> None:
@@ -142,7 +142,8 @@ def tag_dense(
     roles = [("kernel", kernel)]
     if bias is not None and bias in params:
         roles.append(("bias", bias))
-    return tag(Dense(), tuple(roles), x, y, params[kernel], params.get(SLOT, {}))
+    used = tuple(params[name] for _, name in roles)
+    return tag(Dense(), tuple(roles), x, y, used, params.get(SLOT, {}))
 
 
 def plain(params: Any) -> Any:

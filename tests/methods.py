@@ -46,6 +46,10 @@ class Case(NamedTuple):
         strengths = {"damping": strength} if self.damped else {}
         return wrap(self.factory)(layers=layers, **strengths, **self.options)
 
+    def having(self, **options: Any) -> Case:
+        """The same transformation with other options."""
+        return self._replace(options={**self.options, **options})
+
     def inject(self, layers: kfe.Layers):
         """The transformation with its real numbers in the state."""
         # Whole numbers are sizes and periods; Optax makes weakly typed arrays of them, which cost a second compilation.
@@ -84,6 +88,11 @@ CASES: dict[str, Case] = {
     },
     **_variants(),
 }
+
+
+def quick(*names, of=CASES):
+    """All names, those that are not given for the slow runs: each of them costs another compilation."""
+    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in of]
 
 
 class Batch(NamedTuple):

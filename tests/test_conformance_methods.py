@@ -12,12 +12,17 @@ import pytest
 import kfe_optax as kfe
 
 from .dense import assert_close
-from .methods import CASES, DAMPING, LATER_DAMPING, REFRESH, Trainer, factorized, make_problem, of_layer
-
-
-def _quick(*names, of=CASES):
-    """All names, those that are not given for the slow runs: each of them costs another compilation."""
-    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in of]
+from .methods import (
+    CASES,
+    DAMPING,
+    LATER_DAMPING,
+    REFRESH,
+    Trainer,
+    factorized,
+    make_problem,
+    of_layer,
+    quick,
+)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +223,7 @@ def test_checkpoints(trainer, good, tmp_path):
         assert_equal((resumed.updates, resumed.state), (expected.updates, expected.state))
 
 
-@pytest.mark.parametrize("trainer", _quick("kfac", "tekfac", "lanczos", "soap"), indirect=True)
+@pytest.mark.parametrize("trainer", quick("kfac", "tekfac", "lanczos", "soap"), indirect=True)
 def test_all_wrappers_at_once(trainer):
     """MultiSteps of chain, apply_if_finite, masked, partition and inject_hyperparams: the bare update, on the second call."""
     problem = trainer.problem
@@ -247,7 +252,7 @@ def test_all_wrappers_at_once(trainer):
     assert update._cache_size() == 1
 
 
-@pytest.mark.parametrize("trainer", _quick("kfac", "tekfac", "deflation", of=kfe.METHODS), indirect=True)
+@pytest.mark.parametrize("trainer", quick("kfac", "tekfac", "deflation", of=kfe.METHODS), indirect=True)
 def test_aliases_with_hyperparameters_in_the_state(trainer):
     """The optimizer of a line of the registry steps along its preconditioner; learning rate and λ change in the state."""
     problem = trainer.problem
@@ -298,7 +303,7 @@ def test_one_example_and_a_layer_of_width_one(name, narrow):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", _quick("ekfac", "lanczos", "soap"))
+@pytest.mark.parametrize("name", quick("ekfac", "lanczos", "soap"))
 def test_half_precision_parameters(name, dtype):
     """Curvature is float32, updates have the gradient's dtype."""
     small = make_problem(dtype=dtype)

@@ -101,3 +101,25 @@ def test_exact_refuses_heads_under_vmap():
     layers = kfe.find_layers(loss_fn, params, x, labels)
     with pytest.raises(ValueError, match="neither the batch nor an ensemble's members"):
         kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x, labels)
+
+
+@pytest.mark.parametrize("change", ["frozen", "scaled", "replaced"])
+def test_a_bias_that_is_not_the_parameter_itself(change):
+    """Preconditioning mixes a layer's rows: it would move a bias that the gradient leaves alone."""
+    model, (x, labels) = nn.Sequential([nn.Dense(4), nn.tanh, nn.Dense(3)]), batch()
+    params = model.init(jax.random.key(0), x)["params"]
+    changes = {"frozen": jax.lax.stop_gradient, "scaled": lambda b: 2 * b, "replaced": jnp.zeros_like}
+
+    def loss_fn(params, x, labels):
+        first = {**params["layers_0"], "bias": changes[change](params["layers_0"]["bias"])}
+        return cross_entropy(model.apply({"params": {**params, "layers_0": first}}, x), labels).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x, labels)
+    assert list(layers) == ["layers_2"]
+    reasons = dict(zip(layers.rest, layers.reasons, strict=True))
+    expected = {
+        "frozen": "its bias is frozen by stop_gradient",
+        "scaled": "its bias is changed before the layer uses it (mul)",
+        "replaced": "its bias is changed before the layer uses it (replaced)",
+    }
+    assert reasons["layers_0", "kernel"] == expected[change]

@@ -70,7 +70,11 @@ def _tagged(module: nn.Module, kind: Kind | str, x: Any, y: Any, box: Any) -> An
     roles = [("kernel", "kernel")]
     if module.has_variable("params", "bias"):
         roles.append(("bias", "bias"))
-    return tags.tag(kind, tuple(roles), x, y, module.get_variable("params", "kernel"), box)
+    return tags.tag(kind, tuple(roles), x, y, _used(module, roles), box)
+
+
+def _used(module: nn.Module, roles: Any) -> tuple[Any, ...]:
+    return tuple(module.get_variable("params", name) for _, name in roles)
 
 
 def _embedding(module: nn.Module, x: Any, y: Any, box: Any, use: str) -> Any:
@@ -80,7 +84,7 @@ def _embedding(module: nn.Module, x: Any, y: Any, box: Any, use: str) -> Any:
         tags.unsupported(kind, box)
         return y
     # Tokens as numbers that float32 holds exactly, whatever the layer computes in.
-    return tags.tag(kind, (("kernel", "embedding"),), x, y, table, box, use, jnp.float32)
+    return tags.tag(kind, (("kernel", "embedding"),), x, y, (table,), box, use, jnp.float32)
 
 
 def _gates(module: nn.Module, next_function: Any, args: Any, kwargs: Any) -> Any:
@@ -105,7 +109,7 @@ def _norm(module: nn.Module, args: Any, kwargs: Any, y: Any, box: Any) -> Any:
     x = args[0] if args else next(iter(kwargs.values()))
     kind = modules.norm(module, x, present)
     roles = tuple((name, name) for name in present)
-    return tags.tag(kind, roles, normalized, y, module.get_variable("params", present[0]), box)
+    return tags.tag(kind, roles, normalized, y, _used(module, roles), box)
 
 
 def intercepting() -> contextlib.AbstractContextManager[Any]:

@@ -79,7 +79,8 @@ def _tagged(module: Any, kind: Kind | str, x: Any, y: Any, box: Any) -> Any:
     roles = [("kernel", "kernel")]
     if getattr(module, "bias", None) is not None:
         roles.append(("bias", "bias"))
-    return tags.tag(kind, tuple(roles), x, y, module.kernel[...], box)
+    used = tuple(getattr(module, name)[...] for _, name in roles)
+    return tags.tag(kind, tuple(roles), x, y, used, box)
 
 
 def _einsum(original, module, box, inputs, einsum_str=None, **kwargs):
@@ -96,7 +97,7 @@ def _embedding_tagger(use: str) -> Tagger:
         if isinstance(kind, str):
             tags.unsupported(kind, box)
             return y
-        return tags.tag(kind, (("kernel", "embedding"),), inputs, y, table, box, use, jnp.float32)
+        return tags.tag(kind, (("kernel", "embedding"),), inputs, y, (table,), box, use, jnp.float32)
 
     return tagger
 
@@ -127,14 +128,15 @@ def _norm(original, module, box, x, *args, **kwargs):
     normalized = jax.jit(lambda x: original(_bare(module), x, *args, **kwargs))(jax.lax.stop_gradient(x))
     kind = modules.norm(module, x, present)
     roles = tuple((name, name) for name in present)
-    return tags.tag(kind, roles, normalized, y, getattr(module, present[0])[...], box)
+    used = tuple(getattr(module, name)[...] for name in present)
+    return tags.tag(kind, roles, normalized, y, used, box)
 
 
 def _lora(original, module, box, x, *args, **kwargs):
     """x A B + base(x), with A and B as two dense layers; the wrapped module cannot say what is between them."""
     x, a, b = module.promote_dtype((x, module.lora_a[...], module.lora_b[...]), dtype=module.dtype)
-    hidden = tags.tag(Dense(), (("kernel", "lora_a"),), x, x @ a, module.lora_a[...], box)
-    y = tags.tag(Dense(), (("kernel", "lora_b"),), hidden, hidden @ b, module.lora_b[...], box)
+    hidden = tags.tag(Dense(), (("kernel", "lora_a"),), x, x @ a, (module.lora_a[...],), box)
+    y = tags.tag(Dense(), (("kernel", "lora_b"),), hidden, hidden @ b, (module.lora_b[...],), box)
     return y if module.base_module is None else y + module.base_module(x, *args, **kwargs)
 
 
