@@ -44,7 +44,7 @@ class Trail:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One tag reached: the trails of its probe and of the parameters that the layer used (None: not reached), and what it holds."""
+    """One tag reached: the trails of its probe and of the parameters the layer used (None: not reached), and what it holds."""
 
     trail: Trail | None
     parameters: tuple[Trail | None, ...]
