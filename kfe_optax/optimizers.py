@@ -35,6 +35,9 @@ Args:
   max_kl: the bound of `clip_by_kl`; None for no clip.
   weight_decay: decoupled weight decay.
   mask: the parameters it acts on, as in `optax.adamw`.
+  rest: the transformation of the parameters outside the layers, before momentum and learning rate. By default
+    `optax.scale_by_adam()` times (1 − momentum)/100: Adam's steps have the size of the learning rate, and a learning
+    rate of 0.1 for the layers is then one of 1e-3 for the rest.
   **options: further options of `{scale_by}`.
 
 Returns:
@@ -76,11 +79,14 @@ def _alias(name: str, title: str, scale_by: ScaleBy) -> ScaleBy:
         max_kl: ScalarOrSchedule | None = 1e-2,
         weight_decay: float = 0.0,
         mask: Any = None,
+        rest: optax.GradientTransformation | None = None,
         **options: Any,
     ) -> optax.GradientTransformationExtraArgs:
         # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
         options = {**options.pop("options", {}), **options}
-        preconditioner = scale_by(layers, damping, **options)
+        if rest is None:
+            rest = optax.chain(optax.scale_by_adam(), optax.scale((1 - momentum) / 100))
+        preconditioner = scale_by(layers, damping, rest=rest, **options)
         steps: list[optax.GradientTransformation] = [preconditioner]
         if max_kl is not None:
             steps = [clip_by_kl(preconditioner, max_kl, learning_rate)]

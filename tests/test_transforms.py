@@ -14,7 +14,7 @@ import pytest
 
 import kfe_optax as kfe
 
-from . import dense, problems
+from . import dense, methods, problems
 from .dense import assert_close
 
 
@@ -238,3 +238,17 @@ def test_a_method_as_the_loss():
     gc.collect()
     _, grads, _ = second(problem.params, *problem.args)
     assert_close(grads, jax.grad(problem.loss_fn)(problem.params, *problem.args), 1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_alias_moves_the_rest_as_adam_would(momentum):
+    """At a learning rate of 0.1 the parameters outside the layers settle at Adam's steps of 1e-3."""
+    problem = methods.make_problem()
+    tx = kfe.kfac(0.1, problem.layers, momentum=momentum, max_kl=None)
+    batch, state = problem.batch(), tx.init(problem.params)
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, problem.layers)
+    _, grads, taps = differentiate(problem.params, batch.x, batch.y, batch.weight, key=batch.key)
+    update = jax.jit(tx.update)
+    for _ in range(50):
+        updates, state = update(grads, state, problem.params, taps=taps)
+    np.testing.assert_allclose(np.abs(updates["temperature"]), 1e-3, rtol=1e-2)
