@@ -121,8 +121,10 @@ def discover(
     own = [_trail(path, leaf) for path, leaf in shapes.items()]
     trails = [_trail((*parent, name), probe) for (parent, name), probe in zip(names, probes, strict=True)]
     between = len(jaxpr.jaxpr.invars) - len(own) - len(trails)
-    uses = jaxprs.follow(jaxpr, [*own, *[None] * between, *trails])
-    layers, reasons = _build(uses, shapes)
+    data = [*[False] * len(own), *[True] * between, *[False] * len(trails)]
+    walk = jaxprs.follow(jaxpr, [*own, *[None] * between, *trails], data)
+    uses = walk.uses
+    layers, reasons = _build(walk, shapes)
     for parent, name in names:
         if parent not in kept:
             reasons[(*parent, name)] = "changed before the layer uses it (by a wrapper that takes no rider)"
@@ -217,8 +219,9 @@ def _unused(jaxpr: Any, paths: list[Path]) -> frozenset[Path]:
     return frozenset(p for p, v in zip(paths, jaxpr.jaxpr.invars, strict=False) if id(v) not in read)
 
 
-def _build(uses: list[jaxprs.Use], shapes: dict[Path, Any]) -> tuple[tuple[Layer, ...], dict[Path, str]]:
+def _build(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, ...], dict[Path, str]]:
     """Groups the uses by parameter into layers; the reason for every parameter that a tag or module saw in vain."""
+    uses = walk.uses
     reasons: dict[Path, str] = {}
     by_path: dict[Path, list[jaxprs.Use]] = {}
     for use in uses:
@@ -235,11 +238,10 @@ def _build(uses: list[jaxprs.Use], shapes: dict[Path, Any]) -> tuple[tuple[Layer
     for path, group in by_path.items():
         single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
-        if group[0].info["kind"].per_example and not single:
-            trouble = (
-                trouble
-                or "applied to single examples or parts of the batch (vmap, map): its examples are not known"
-            )
+        if walk.products[path] > len(group):
+            trouble = trouble or "also used outside its layer, where no tag sees it"
+        if group[0].info["kind"].per_example:
+            trouble = trouble or _unknown_examples(group, single)
         paths = tuple((role, (*path[:-1], name)) for role, name in group[0].info["roles"])
         absent = [p for _, p in paths if p not in shapes]
         if absent:
@@ -267,7 +269,8 @@ def _trouble(use: jaxprs.Use) -> str | None:
         return f"changed before the layer uses it ({trail.lost})"
     if trail.stopped:
         return "frozen by stop_gradient"
-    for (_, name), own in zip(use.info["roles"], use.parameters, strict=True):
+    stack = _stack(use)
+    for i, ((_, name), own) in enumerate(zip(use.info["roles"], use.parameters, strict=True)):
         # The bias, too: preconditioning would move what the gradient leaves alone.
         which = "" if name == trail.path[-1] else f"its {name} is "
         if own is None or own.lost or own.path != (*trail.path[:-1], name):
@@ -275,9 +278,24 @@ def _trouble(use: jaxprs.Use) -> str | None:
             return f"{which}changed before the layer uses it ({how})"
         if own.stopped:
             return f"{which}frozen by stop_gradient"
+        mapped = sum(flags[i + 2] for _, flags in use.info["vmaps"])
+        axes = (*(axis for axis, _ in own.stack), *own.dims[:mapped])
+        rank = len(own.dims) + len(own.stack)
+        if axes != tuple(min(axis, rank - 1) for axis, _ in stack):
+            return "stacked along other axes than the layer's other parameters"
     inner = trail.dims[len(trail.dims) - _inner_rank(use) :]
     if inner != tuple(sorted(inner)):
         return "transposed before the layer uses it"
+    return None
+
+
+def _unknown_examples(group: list[jaxprs.Use], single: bool) -> str | None:
+    """Why a kind that keeps a row an example cannot do so."""
+    if not single:
+        return "applied to single examples or parts of the batch (vmap, map): its examples are not known"
+    kind = group[0].info["kind"]
+    if len({kind.free(x, y)[0] for x, y, *_ in (use.info["shapes"] for use in group)}) > 1:
+        return "applied to batches of different sizes: its examples are not known"
     return None
 
 
@@ -322,6 +340,8 @@ def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: A
         per_example=len({f[0] for f in free}) == 1,
         in_loop=any(use.trail is not None and use.trail.broadcast for use in group),
         masked=any(use.info["masked"] for use in group),
+        spread=bool(spread),
+        batched=any(use.batched for use in group),
     )
 
 

@@ -50,7 +50,7 @@ class _Collection:
         free = kind.free(x.shape, y.shape)
         live = None
         if not kind.per_example:
-            live = masks.live(layer.name, free, layer.in_loop)
+            live = masks.live(layer, free)
         # The leading axis is the batch's, also when it is flattened with others.
         examples = layer.examples if layer.per_example else free[0]
         use = tags.Use(kind, layer.kernel_shape, layer.bias, label, examples, layer.row_bytes)
@@ -242,6 +242,12 @@ def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
         raise ValueError(
             f"fisher='exact' cannot enumerate the outputs of {looped[0]} inside a loop (scan, map): collect the outputs and "
             "compute the loss outside the loop, or use fisher='sampled'."
+        )
+    constant = [name for name, layer in found.items() if not layer.batched]
+    if constant and fisher != "sampled":
+        raise ValueError(
+            f"The input of layer {constant[0]!r} is the same for all examples (positions, for instance): only samples tell its "
+            f"examples apart. Use fisher='sampled', or leave it out with layers.without({constant[0]!r})."
         )
     spread = [
         output

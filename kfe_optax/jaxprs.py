@@ -7,6 +7,7 @@ that is not on the list ends the trail, with its name as the reason.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -44,12 +45,21 @@ class Trail:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One tag reached: the trails of its probe and of the parameters the layer used (None: not reached), and what it holds."""
+    """One tag reached.
+
+    Attributes:
+      trail: that of its probe; None where none reaches it.
+      parameters: those of the parameters that the layer used.
+      info: what the mark holds.
+      loops: how many loops it is in.
+      batched: whether the layer's output depends on the batch.
+    """
 
     trail: Trail | None
     parameters: tuple[Trail | None, ...]
     info: dict[str, Any]
     loops: int
+    batched: bool
 
 
 class InnerDerivativeError(ValueError):
@@ -90,34 +100,55 @@ output_mark = _mark("kfe_output")  # operands: the registered output z
 unsupported_mark = _mark("kfe_unsupported")  # operands: probe
 
 
-def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> list[Use]:
-    """All marks in a closed jaxpr, in order of execution, for the given trails of its inputs."""
-    uses: list[Use] = []
-    _walk(jaxpr.jaxpr, trails, uses, loops=0)
-    return uses
+# How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
+_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})
 
 
-def _walk(jaxpr: Any, trails: Sequence[Trail | None], uses: list[Use], loops: int) -> list[Trail | None]:
-    trail_of = dict(zip(jaxpr.invars, trails, strict=True))
+@dataclasses.dataclass
+class Walk:
+    """What was met on the way: the marks in order of execution, and the products of each parameter with data."""
 
-    def read(variable):
-        return None if isinstance(variable, Literal) else trail_of.get(variable)
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+
+
+# Of a variable: its trail, and whether it depends on the batch.
+_Fact = tuple[Trail | None, bool]
+
+
+def follow(jaxpr: Any, trails: Sequence[Trail | None], batch: Sequence[bool]) -> Walk:
+    """Walks a closed jaxpr; for each of its inputs, the trail, and whether it is data. So are the arrays that it closes over."""
+    walk = Walk()
+    _walk(jaxpr.jaxpr, list(zip(trails, batch, strict=True)), walk, loops=0)
+    return walk
+
+
+def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_Fact]:
+    known = dict(zip(jaxpr.invars, facts, strict=True))
+    known.update(dict.fromkeys(jaxpr.constvars, (None, True)))
+
+    def read(variable) -> _Fact:
+        return (None, False) if isinstance(variable, Literal) else known.get(variable, (None, False))
 
     for equation in jaxpr.eqns:
         inputs = [read(v) for v in equation.invars]
+        trails = [trail for trail, _ in inputs]
+        batched = any(data for _, data in inputs)
         name = equation.primitive.name
         if equation.primitive in (layer_mark, output_mark, unsupported_mark):
             position = {layer_mark: 1, unsupported_mark: 0}.get(equation.primitive)
-            trail = None if position is None else inputs[position]
-            parameters = tuple(inputs[2:]) if equation.primitive is layer_mark else ()
-            uses.append(Use(trail, parameters, {"mark": equation.primitive, **equation.params}, loops))
+            trail = None if position is None else trails[position]
+            parameters = tuple(trails[2:]) if equation.primitive is layer_mark else ()
+            info = {"mark": equation.primitive, **equation.params}
+            walk.uses.append(Use(trail, parameters, info, loops, inputs[0][1]))
+            known.update(dict.fromkeys(equation.outvars, (None, inputs[0][1])))
             continue
-        outputs = _inner(equation, name, inputs, uses, loops)
+        if name in _PRODUCTS and batched:
+            walk.products.update(trail.path for trail in trails if trail is not None and not trail.lost)
+        outputs = _inner(equation, name, inputs, walk, loops)
         if outputs is None:
-            outputs = [_step(equation, name, inputs)] * len(equation.outvars)
-        for variable, trail in zip(equation.outvars, outputs, strict=False):
-            if trail is not None:
-                trail_of[variable] = trail
+            outputs = [(_step(equation, name, trails), batched)] * len(equation.outvars)
+        known.update(zip(equation.outvars, outputs, strict=False))
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -138,29 +169,35 @@ def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | N
     return dataclasses.replace(trail, lost=name)
 
 
-def _inner(
-    equation: Any, name: str, inputs: list[Trail | None], uses: list[Use], loops: int
-) -> list[Trail | None] | None:
-    """Walks the jaxprs inside an equation; the trails of its outputs, or None when it has no inner jaxpr."""
+def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact] | None:
+    """Walks the jaxprs inside an equation; the facts of its outputs, or None when it has no inner jaxpr."""
     params = equation.params
+    batched = any(data for _, data in inputs)
     if name == "scan":
         body = params["jaxpr"].jaxpr
-        carried = _scan_carry(equation, body)
-        inner = [_into_scan(t, i, carried, params["length"]) for i, t in enumerate(inputs)]
-        _walk(body, inner, uses, loops + 1)
-        return [None] * len(equation.outvars)
+        constants, carries = _scan_carry(equation, body)
+        inner = []
+        for i, (trail, data) in enumerate(inputs):
+            # What a carry becomes may depend on all that goes in.
+            data = batched if constants <= i < constants + carries else data
+            inner.append((_into_scan(trail, i, (constants, carries), params["length"]), data))
+        _walk(body, inner, walk, loops + 1)
+        return [(None, batched)] * len(equation.outvars)
     if name == "while":
         skip = params["cond_nconsts"]
-        inner = [_broadcast(t) for t in inputs[skip:]]
-        _walk(params["body_jaxpr"].jaxpr, inner, uses, loops + 1)
-        return [None] * len(equation.outvars)
+        inner = [(_broadcast(trail), batched) for trail, _ in inputs[skip:]]
+        _walk(params["body_jaxpr"].jaxpr, inner, walk, loops + 1)
+        return [(None, batched)] * len(equation.outvars)
     if name == "cond":
-        results = [_walk(b.jaxpr, inputs[1:], uses, loops) for b in params["branches"]]
-        return [r if all(r == o[i] for o in results) else None for i, r in enumerate(results[0])]
+        results = [_walk(b.jaxpr, inputs[1:], walk, loops) for b in params["branches"]]
+        return [
+            (first[0] if all(first[0] == other[i][0] for other in results) else None, batched)
+            for i, first in enumerate(results[0])
+        ]
     for value in params.values():
         inner_jaxpr = getattr(value, "jaxpr", value)
         if hasattr(inner_jaxpr, "eqns") and len(inner_jaxpr.invars) == len(inputs):
-            return _walk(inner_jaxpr, inputs, uses, loops)
+            return _walk(inner_jaxpr, inputs, walk, loops)
     return None
 
 

@@ -214,12 +214,15 @@ def pool_null_directions(
 ) -> jax.Array:
     """Directions with an eigenvalue below `threshold` of the largest share the mean of their scales.
 
-    eigh's basis of a null space is arbitrary, and with it a diagonal scale in that space; its mean is not.
+    eigh's basis of a null space is arbitrary, and with it a diagonal scale in that space; its mean is not. A side that has no
+    vectors keeps its own coordinates, and its scales.
     """
     if isinstance(threshold, float | int) and not threshold:
         return scale
     for side in (0, 1):
         values = basis[side].values
+        if basis[side].vectors is None:
+            continue
         null = values < threshold * values.max(-1, keepdims=True)
         null = null[..., :, None] if side == 0 else null[..., None, :]
         axis = -2 if side == 0 else -1

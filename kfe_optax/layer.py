@@ -14,6 +14,9 @@ import numpy as np
 from kfe_optax.kinds import Kind
 from kfe_optax.kinds.embedding import ATTEND
 
+LARGEST_SUM = 8192
+"""Of a larger side of a layer that is used more than once, the sums hold the diagonal of its factor alone."""
+
 Path = tuple[str | int, ...]
 Use = tuple[tuple[int, ...], tuple[int, ...], str, str, str]
 
@@ -60,6 +63,8 @@ class Layer:
       per_example: whether its statistics know single examples.
       in_loop: whether it runs inside a loop that uses the same parameters in each iteration.
       masked: whether a `row_mask` is in force at one of its calls.
+      spread: whether a vmap over the batch hides the examples from it.
+      batched: whether its output depends on the batch; one that does not (an embedding of positions) has a single example.
       size: the number of its parameters.
     """
 
@@ -78,6 +83,8 @@ class Layer:
     per_example: bool = dataclasses.field(compare=False, repr=False)
     in_loop: bool = dataclasses.field(compare=False, repr=False, default=False)
     masked: bool = dataclasses.field(compare=False, repr=False, default=False)
+    spread: bool = dataclasses.field(compare=False, repr=False, default=False)
+    batched: bool = dataclasses.field(compare=False, repr=False, default=True)
     size: int = dataclasses.field(compare=False, repr=False, default=0)
     sharing: str = "expand"
 
@@ -126,8 +133,19 @@ class Layer:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of the rows of one example."""
-        return self.kind.row_bytes(self.uses[0][0], self.uses[0][1], self.kernel_shape, self.bias)
+        """Bytes of the rows of one example, of the largest use."""
+        item = jnp.dtype(self.factor_dtype).itemsize // 4
+
+        def of_use(x: tuple[int, ...], y: tuple[int, ...]) -> int:
+            # The batch may stand flattened with other axes: an example is then several of the leading axis.
+            leading = self.kind.free(x, y)[0]
+            return (
+                item
+                * max(1, leading // self.examples)
+                * self.kind.row_bytes(x, y, self.kernel_shape, self.bias)
+            )
+
+        return max(of_use(x, y) for x, y, *_ in self.uses)
 
     def is_diagonal(self, side: int, max_dim: int) -> bool:
         """Whether A (side 0) or G (1) is kept as a diagonal."""
@@ -231,11 +249,16 @@ class Layer:
         d_in, d_out = self.sides
         blocks = self.kind.blocks(self.kernel_shape)
         in_blocks, out_blocks = self.kind.side_blocks(self.kernel_shape)
-        shapes = {
-            "inputs": self.kind.moments_shape(self.kernel_shape, self.bias),
-            "outputs": (*out_blocks, d_out, d_out),
-            "count": (1,),
-        }
+        shapes = {"count": (1,)}
+        moments = self.kind.moments_shape(self.kernel_shape, self.bias)
+        if max(moments) > LARGEST_SUM and not self.kind.diagonal[0]:
+            shapes["input_squares"] = (*in_blocks, d_in)
+        else:
+            shapes["inputs"] = moments
+        if d_out > LARGEST_SUM:
+            shapes["output_squares"] = (*out_blocks, d_out)
+        else:
+            shapes["outputs"] = (*out_blocks, d_out, d_out)
         if self.mixed:
             shapes |= {"attend_inputs": (d_in,), "attend_outputs": (d_out, d_out), "attend_count": (1,)}
         if self.per_example:

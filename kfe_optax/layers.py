@@ -71,6 +71,11 @@ class Layers(Mapping[str, Layer]):
         """
         settled = []
         for layer in self._layers:
+            if not layer.batched:
+                positions = layer.positions * layer.examples
+                known = layer.per_example and layer.has_rows
+                settled.append(dataclasses.replace(layer, examples=1, positions=positions, per_example=known))
+                continue
             if layer.examples in batches or (layer.shared and not layer.per_example):
                 settled.append(layer)
                 continue

@@ -10,12 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfe_optax import traces
+from kfe_optax.layer import Layer
+
 _row_mask: contextvars.ContextVar[Any] = contextvars.ContextVar("kfe_row_mask", default=None)
 
 
 @contextlib.contextmanager
 def row_mask(mask: Any) -> Generator[None]:
-    """Layers called in this context count only the rows where `mask` is true.
+    """Layers called in this context count only the rows where `mask` is true (a norm counts what arrives in g).
 
     A padded token whose loss is masked has g = 0 and counts nowhere in G, but it would count in A = E[mean_t ā āᵀ]. Give
     `value_grad_and_taps(...)(..., row_mask=mask)` the mask of the whole batch; this context is for a part of the model with
@@ -39,7 +42,9 @@ def row_mask(mask: Any) -> Generator[None]:
     """
     token = _row_mask.set(mask)
     try:
-        yield
+        # A function of the model that was traced under another mask must be traced again.
+        with traces.fresh():
+            yield
     finally:
         _row_mask.reset(token)
 
@@ -49,8 +54,8 @@ def active() -> bool:
     return _row_mask.get() is not None
 
 
-def live(name: str, free: tuple[int, ...], in_loop: bool) -> jax.Array | None:
-    """The row mask for positions of shape `free`, in float; None without a mask.
+def live(layer: Layer, free: tuple[int, ...]) -> jax.Array | None:
+    """The row mask for a use of a layer with positions of shape `free`, 1 or 0; None without a mask.
 
     Raises:
       ValueError: the mask's shape is no prefix of `free`.
@@ -58,22 +63,32 @@ def live(name: str, free: tuple[int, ...], in_loop: bool) -> jax.Array | None:
     mask = _row_mask.get()
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = jnp.asarray(mask) != 0
     shape = mask.shape
-    if in_loop and mask.ndim > 1 and len(free) < mask.ndim:
+    name = repr(layer.name)
+    if layer.spread:
         raise ValueError(
-            f"row_mask has shape {shape}, but layer {name!r} runs inside a loop and sees one of its positions at a time: open "
+            f"row_mask has shape {shape}, but layer {name} is under a vmap over the batch and sees one example: open `with "
+            "kfe.row_mask(mask of this example):` inside the vmap, or call the model on the whole batch."
+        )
+    if not layer.batched:
+        return jnp.ones(free, jnp.float32)
+    if layer.in_loop and mask.ndim > 1 and len(free) < mask.ndim:
+        raise ValueError(
+            f"row_mask has shape {shape}, but layer {name} runs inside a loop and sees one of its positions at a time: open "
             "`with kfe.row_mask(mask of this step):` inside the loop, or give one entry an example."
         )
     if free[: mask.ndim] == shape:
         mask = mask.reshape(*shape, *(1,) * (len(free) - mask.ndim))
     elif mask.size == free[0] and len(free) == 1:
         mask = mask.reshape(free)
+    elif mask.ndim == 1 and len(mask) == layer.examples and free[0] % layer.examples == 0:
+        mask = jnp.repeat(mask, free[0] // layer.examples).reshape(free[0], *(1,) * (len(free) - 1))
     elif len(free) == 1 and free == shape[:1]:
         mask = mask.reshape(free[0], -1).any(-1)
     else:
         raise ValueError(
-            f"row_mask has shape {shape}, but the input of layer {name!r} has the positions {free}: give one entry an example, "
+            f"row_mask has shape {shape}, but the input of layer {name} has the positions {free}: give one entry an example, "
             "or one an example and position, or lift the mask for this layer with `with kfe.row_mask(None):`."
         )
     return jnp.broadcast_to(mask, free).astype(jnp.float32)

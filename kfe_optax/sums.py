@@ -21,7 +21,7 @@ from kfe_optax.kinds.embedding import ATTEND
 def of_use(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None, spec: Any) -> dict[str, jax.Array]:
     """The sums of one use, those that are wanted (by name, in `spec`); see `tags.Use`."""
     wanted = {name: dtype for name, _, dtype in spec}
-    dtype = wanted["inputs"]
+    dtype = wanted["count"]
     x, g = x.astype(dtype), g.astype(dtype)
     if use.label == ATTEND:
         values = _of_attend(use, x, g, live)
@@ -62,6 +62,8 @@ def _of_rows(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> di
     return {
         "inputs": lambda: chunks.fold(moments, parts, chunk),
         "outputs": lambda: chunks.fold(lambda p: gram(b(p), False), parts, chunk),
+        "input_squares": lambda: chunks.fold(lambda p: gram(a(p), True), parts, chunk),
+        "output_squares": lambda: chunks.fold(lambda p: gram(b(p), True), parts, chunk),
         "count": lambda: counts().sum(),
         "examples": example_first(lambda p: jnp.moveaxis(a(p).mT @ b(p), -3, 0)),
         "input_sums": lambda: _blocks_first(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import sums
+from kfe_optax import sums, traces
 from kfe_optax.kinds import Dense, Kind
 
 SLOT = "kfe_tag"
@@ -45,9 +45,6 @@ class Listener(Protocol):
 
 
 _listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("kfe_listener", default=None)
-# An inner jit, remat or scan that was traced before must not be served from JAX's tracing cache: its trace holds no tags, or
-# the tags of another differentiation. A fresh value of a user context makes those caches miss.
-_fresh_trace = jax.make_user_context(None)
 
 
 def listener() -> Listener | None:
@@ -60,7 +57,7 @@ def listening(active: Listener) -> Generator[None]:
     """Sends the tags met in this context to `active`; restored on every exit, private to the thread."""
     token = _listener.set(active)
     try:
-        with _fresh_trace(object()):
+        with traces.fresh():
             yield
     finally:
         _listener.reset(token)

@@ -11,6 +11,8 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
+from flax.core import meta
+
 from kfe_optax import layer as layer_lib
 from kfe_optax import tags
 from kfe_optax.adapters import linen, nnx
@@ -84,7 +86,9 @@ def slots(params: Any) -> dict[layer_lib.Path, tuple[str, ...]]:
 
     def visit(tree, path):
         if isinstance(tree, Mapping):
-            own = tuple(k for k, v in tree.items() if hasattr(v, "shape") and hasattr(v, "dtype"))
+            # A parameter with metadata (partitioned over a mesh) stands in a box of Flax's.
+            arrays = {key: meta.unbox(value) for key, value in tree.items()}
+            own = tuple(k for k, v in arrays.items() if hasattr(v, "shape") and hasattr(v, "dtype"))
             if own and all(isinstance(k, str) for k in own):
                 found[path] = own
             items = tree.items()

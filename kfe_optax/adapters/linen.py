@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import optax
+from flax.core import meta
 from flax.training import train_state
 
 from kfe_optax import tags
@@ -28,6 +29,15 @@ SUPPORTED: dict[type[nn.Module], modules.Maker] = {
 NORMS = (nn.BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm, nn.RMSNorm)
 
 
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A module's first argument, which may be named."""
+    return args[0] if args else next(kwargs[name] for name in ("inputs", "x", "query") if name in kwargs)
+
+
+def _parameter(module: nn.Module, name: str) -> Any:
+    return meta.unbox(module.get_variable("params", name))
+
+
 def _calls(module: nn.Module, base: type[nn.Module], method: str = "__call__") -> bool:
     """Whether a module's method is that of `base`."""
     return isinstance(module, base) and getattr(type(module), method) is getattr(base, method)
@@ -42,7 +52,7 @@ def _interceptor(next_function, args, kwargs, context):
         return next_function(*args, **kwargs)
     y = next_function(*args, **kwargs)
     box = module.get_variable("params", tags.SLOT)
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = _input(args, kwargs)
     if method == "attend":
         return _embedding(module, x, y, box, ATTEND) if _calls(module, nn.Embed, "attend") else y
     if _calls(module, nn.Embed):
@@ -51,13 +61,13 @@ def _interceptor(next_function, args, kwargs, context):
         return _norm(module, args, kwargs, y, box)
     if _calls(module, nn.Einsum):
         formula = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-        kernel = module.get_variable("params", "kernel")
+        kernel = _parameter(module, "kernel")
         return _tagged(
             module, modules.einsum(module, x, kernel.shape, formula or module.einsum_str), x, y, box
         )
     for base, make in SUPPORTED.items():
         if _calls(module, base):
-            kernel = module.get_variable("params", "kernel")
+            kernel = _parameter(module, "kernel")
             return _tagged(module, make(module, x, kernel.shape), x, y, box)
     tags.unsupported(f"{type(module).__name__} has no curvature block", box)
     return y
@@ -74,11 +84,11 @@ def _tagged(module: nn.Module, kind: Kind | str, x: Any, y: Any, box: Any) -> An
 
 
 def _used(module: nn.Module, roles: Any) -> tuple[Any, ...]:
-    return tuple(module.get_variable("params", name) for _, name in roles)
+    return tuple(_parameter(module, name) for _, name in roles)
 
 
 def _embedding(module: nn.Module, x: Any, y: Any, box: Any, use: str) -> Any:
-    table = module.get_variable("params", "embedding")
+    table = _parameter(module, "embedding")
     kind = modules.embedding(module, x, table.shape)
     if isinstance(kind, str):
         tags.unsupported(kind, box)
@@ -106,7 +116,7 @@ def _norm(module: nn.Module, args: Any, kwargs: Any, y: Any, box: Any) -> Any:
     bare = module.clone(parent=None, name=None, **plain)
     state = {name: dict(values) for name, values in module.variables.items() if name != "params"}
     normalized, _ = bare.apply(state, *args, mutable=list(state), **kwargs)
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = _input(args, kwargs)
     kind = modules.norm(module, x, present)
     roles = tuple((name, name) for name in present)
     return tags.tag(kind, roles, normalized, y, _used(module, roles), box)

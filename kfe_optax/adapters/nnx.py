@@ -89,9 +89,10 @@ def _einsum(original, module, box, inputs, einsum_str=None, **kwargs):
     return _tagged(module, modules.einsum(module, inputs, module.kernel[...].shape, formula), inputs, y, box)
 
 
-def _embedding_tagger(use: str) -> Tagger:
-    def tagger(original, module, box, inputs, *args, **kwargs):
-        y = original(module, inputs, *args, **kwargs)
+def _embedding_tagger(use: str, name: str) -> Tagger:
+    def tagger(original, module, box, *args, **kwargs):
+        y = original(module, *args, **kwargs)
+        inputs = args[0] if args else kwargs[name]
         table = module.embedding[...]
         kind = modules.embedding(module, inputs, table.shape)
         if isinstance(kind, str):
@@ -144,8 +145,8 @@ _TAGGERS: dict[tuple[type[nnx.Module], str], Tagger] = {
     **{(module, "__call__"): _kernel_tagger(make) for module, make in SUPPORTED.items()},
     **{(module, "__call__"): _norm for module in NORMS},
     (nnx.Einsum, "__call__"): _einsum,
-    (nnx.Embed, "__call__"): _embedding_tagger(LOOKUP),
-    (nnx.Embed, "attend"): _embedding_tagger(ATTEND),
+    (nnx.Embed, "__call__"): _embedding_tagger(LOOKUP, "inputs"),
+    (nnx.Embed, "attend"): _embedding_tagger(ATTEND, "query"),
     (nnx.LoRA, "__call__"): _lora,
 }
 

@@ -83,7 +83,7 @@ def check_layers(
       params: the parameters, or the `nnx.Module`.
       *args: a small batch; the first axis of its arrays is the batch.
       has_aux: as in `jax.value_and_grad`.
-      tolerance: the largest error that is still called ok; 1e-8 for float64 parameters, 1e-3 otherwise.
+      tolerance: the largest error that is still called ok; 1e-8 in float64, 1e-3 in float32, 16 units of rounding below.
       **kwargs: as given to `loss_fn`.
 
     Returns:
@@ -114,8 +114,10 @@ def check_layers(
     value, grads, taps = collect(model, *args, **kwargs)
     alone, trouble = _alone(pure, parameters, args, taps.layers, value[0] if has_aux else value)
     checks = LayerChecks(_check(layer, taps, grads, alone, trouble) for layer in taps.layers.values())
-    double = any(layer.factor_dtype == jnp.float64 for layer in layers.values())
-    checks.tolerance = (1e-8 if double else 1e-3) if tolerance is None else tolerance
+    # The coarsest number that a layer computes with, whatever its parameters are kept in.
+    coarsest = max(float(jnp.finfo(use[3]).eps) for layer in layers.values() for use in layer.uses)
+    standard = 1e-8 if coarsest < 1e-12 else 1e-3 if coarsest < 1e-6 else 16 * coarsest
+    checks.tolerance = standard if tolerance is None else tolerance
     return checks
 
 

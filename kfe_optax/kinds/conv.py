@@ -62,6 +62,10 @@ class Conv(Kind):
             raise ValueError(
                 f"a convolution with {self.feature_groups} feature groups has approximation='kfc' alone"
             )
+        if self.approximation.startswith("sua") and any(d > 1 for d in self.geometry.input_dilation):
+            raise ValueError(
+                "a transposed or input-dilated convolution has zeros in its patches, which SUA does not"
+            )
         channels, features = self._channels(kernel)
         if self.num_groups < 1 or channels % self.num_groups or features % self.num_groups:
             raise ValueError(

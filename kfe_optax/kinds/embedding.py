@@ -52,6 +52,10 @@ class Embedding(Kind):
         shapes = self.row_shapes(x.shape, g.shape)
         return {"input": x.reshape(shapes["input"]), "output": g.reshape(shapes["output"])}
 
+    def row_bytes(self, x, y, kernel, bias):
+        # The one-hot vectors are never formed.
+        return 4 * math.prod(self.free(x, y)[1:]) * (y[-1] + 1)
+
     def input_rows(self, parts, kernel, bias):
         """One-hot vectors in full, for tests and small tables; the statistics do without."""
         return jax.nn.one_hot(parts["input"][..., 0].astype(int), kernel[0], dtype=parts["output"].dtype)

@@ -62,7 +62,9 @@ class Rows:
     def input_factor(self, diagonal=False):
         layer = self.layer
         if layer.sharing == "reduce":
-            return self._sum(lambda parts: gram(self._mean_input(parts), diagonal)) / layer.examples
+            return self._sum(lambda parts: gram(self._mean_input(parts), diagonal)) / self._live_examples(
+                len(layer.side_stack(0)) + (1 if diagonal else 2)
+            )
         moments = self._sum(
             lambda parts: layer.kind.input_moments(
                 self._wide(parts), parts.get("live"), layer.kernel_shape, layer.bias, diagonal
@@ -76,6 +78,13 @@ class Rows:
         if "live" not in self._parts:
             return self.layer.examples * self.layer.positions
         count = jnp.maximum(self._parts["live"].sum((-2, -1)), 1)
+        return count.reshape(*count.shape, *(1,) * (rank - count.ndim))
+
+    def _live_examples(self, rank: int) -> Any:
+        """The number of examples with a live position, with `rank` axes."""
+        if "live" not in self._parts:
+            return self.layer.examples
+        count = jnp.maximum((self._parts["live"].max(-1) > 0).sum(-1), 1)
         return count.reshape(*count.shape, *(1,) * (rank - count.ndim))
 
     def _mean_input(self, parts: Any) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kfe_optax.kinds.base import gram
-from kfe_optax.layer import Layer
+from kfe_optax.layer import LARGEST_SUM, Layer
 from kfe_optax.statistics.rows import over_stack
 
 
@@ -38,17 +38,26 @@ class Sums:
         def factor(sums):
             if self._reduced():
                 means = sums["input_sums"] / jnp.maximum(sums["example_counts"], 1)[:, None]
-                return gram(means[..., None, :], diagonal or own) / layer.examples
+                live = jnp.maximum(jnp.sum(sums["example_counts"] > 0), 1)
+                return gram(means[..., None, :], diagonal or own) / live
             count = jnp.maximum(sums["count"], 1)
+            if "inputs" not in sums:
+                _check_diagonal(layer, diagonal)
+                return sums["input_squares"] / count[0]
             result = layer.kind.input_factor(sums["inputs"], count[0], layer.kernel_shape, layer.bias, own)
             return jnp.diagonal(result, axis1=-2, axis2=-1) if diagonal and not own else result
 
         return self._over_stack(factor)
 
     def output_factor(self, diagonal=False):
+        layer = self.layer
+
         def factor(sums):
             if self._reduced():
                 return gram(sums["output_sums"][..., None, :], diagonal)
+            if "outputs" not in sums:
+                _check_diagonal(layer, diagonal)
+                return sums["output_squares"]
             result = sums["outputs"]
             return jnp.diagonal(result, axis1=-2, axis2=-1) if diagonal else result
 
@@ -125,3 +134,11 @@ class Sums:
         lead = len(self.layer.stacked)
         # (*stacked, n, *blocks, d_in, d_out): the examples go behind the blocks.
         return jnp.moveaxis(gradients, lead, -3)
+
+
+def _check_diagonal(layer: Layer, diagonal: bool) -> None:
+    if not diagonal:
+        raise ValueError(
+            f"Layer {layer.name!r} is used more than once and has a side of more than {LARGEST_SUM}, of whose factor the sums "
+            f"over its uses hold the diagonal alone: choose max_dim={LARGEST_SUM} or less."
+        )

@@ -59,7 +59,8 @@ class Tokens(Rows):
             # k positions hold k/T each: together (k/T)².
             return self._by_token(tokens, live * counts / total**2)
 
-        return self._sum(squares) / self.layer.examples
+        sums = self._sum(squares, example_bytes=self._pair_bytes)
+        return sums / self._live_examples(sums.ndim)
 
     def second_moment_in(self, basis_in, basis_out):
         assert basis_in is None
