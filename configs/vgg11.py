@@ -36,7 +36,13 @@ def get_config() -> ConfigDict:
         # The bound of a step's length falls with the run, as in George et al. (2018).
         return settings.schedule(0.01, "exponential", end=1e-4)
 
-    common: dict[str, Any] = {"weight_decay": 5e-4, "factor_update_period": 50, "initial_refreshes": 5}
+    common: dict[str, Any] = {
+        "weight_decay": 5e-4,
+        "factor_update_period": 50,
+        "initial_refreshes": 5,
+        # The sides of 2,304 and 4,608 are diagonal: to factorize them takes minutes on a CPU.
+        "max_dim": 2048,
+    }
     config.kfac = settings.kfac(rate(0.1), 0.03, max_kl=clip(), inverse_update_period=200, **common)
     config.ekfac = settings.ekfac(rate(0.1), 0.03, max_kl=clip(), basis_update_period=50, **common)
     # A convolution is damped by the mean of its own Θ; the number is for the dense layer.
