@@ -121,8 +121,7 @@ def discover(
     own = [_trail(path, leaf) for path, leaf in shapes.items()]
     trails = [_trail((*parent, name), probe) for (parent, name), probe in zip(names, probes, strict=True)]
     between = len(jaxpr.jaxpr.invars) - len(own) - len(trails)
-    data = [*[False] * len(own), *[True] * between, *[False] * len(trails)]
-    walk = jaxprs.follow(jaxpr, [*own, *[None] * between, *trails], data)
+    walk = jaxprs.follow(jaxpr, [*own, *[None] * between, *trails])
     uses = walk.uses
     layers, reasons = _build(walk, shapes)
     for parent, name in names:
@@ -162,7 +161,7 @@ class _Discovery:
         shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, label)
         masked = masks.active()
         return jaxprs.layer_mark.bind(
-            y, probe, *parameters, kind=kind, roles=roles, shapes=shapes, masked=masked, vmaps=()
+            y, probe, x, *parameters, kind=kind, roles=roles, shapes=shapes, masked=masked, vmaps=()
         )
 
     def unsupported(self, reason, box):
@@ -278,7 +277,7 @@ def _trouble(use: jaxprs.Use) -> str | None:
             return f"{which}changed before the layer uses it ({how})"
         if own.stopped:
             return f"{which}frozen by stop_gradient"
-        mapped = sum(flags[i + 2] for _, flags in use.info["vmaps"])
+        mapped = sum(flags[i + 3] for _, flags in use.info["vmaps"])
         axes = (*(axis for axis, _ in own.stack), *own.dims[:mapped])
         rank = len(own.dims) + len(own.stack)
         if axes != tuple(min(axis, rank - 1) for axis, _ in stack):
@@ -341,7 +340,7 @@ def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: A
         in_loop=any(use.trail is not None and use.trail.broadcast for use in group),
         masked=any(use.info["masked"] for use in group),
         spread=bool(spread),
-        batched=any(use.batched for use in group),
+        constant=all(use.constant for use in group),
     )
 
 

@@ -243,7 +243,7 @@ def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
             f"fisher='exact' cannot enumerate the outputs of {looped[0]} inside a loop (scan, map): collect the outputs and "
             "compute the loss outside the loop, or use fisher='sampled'."
         )
-    constant = [name for name, layer in found.items() if not layer.batched]
+    constant = [name for name, layer in found.items() if layer.constant]
     if constant and fisher != "sampled":
         raise ValueError(
             f"The input of layer {constant[0]!r} is the same for all examples (positions, for instance): only samples tell its "

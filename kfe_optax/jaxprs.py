@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Literal, Primitive
 from jax.interpreters import ad, batching
 
@@ -52,14 +53,14 @@ class Use:
       parameters: those of the parameters that the layer used.
       info: what the mark holds.
       loops: how many loops it is in.
-      batched: whether the layer's output depends on the batch.
+      constant: whether the layer's input depends on neither data nor parameters.
     """
 
     trail: Trail | None
     parameters: tuple[Trail | None, ...]
     info: dict[str, Any]
     loops: int
-    batched: bool
+    constant: bool = False
 
 
 class InnerDerivativeError(ValueError):
@@ -95,7 +96,7 @@ def _mark(name: str) -> Any:
     return primitive
 
 
-layer_mark = _mark("kfe_layer")  # operands: y, probe, the layer's parameters
+layer_mark = _mark("kfe_layer")  # operands: y, probe, x, the layer's parameters
 output_mark = _mark("kfe_output")  # operands: the registered output z
 unsupported_mark = _mark("kfe_unsupported")  # operands: probe
 
@@ -112,42 +113,50 @@ class Walk:
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
 
-# Of a variable: its trail, and whether it depends on the batch.
-_Fact = tuple[Trail | None, bool]
+# What a variable depends on at most.
+NOTHING, PARAMETERS, DATA = 0, 1, 2
+# Of a variable: its trail, and what it depends on.
+_Fact = tuple[Trail | None, int]
 
 
-def follow(jaxpr: Any, trails: Sequence[Trail | None], batch: Sequence[bool]) -> Walk:
-    """Walks a closed jaxpr; for each of its inputs, the trail, and whether it is data. So are the arrays that it closes over."""
+def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> Walk:
+    """Walks a closed jaxpr for the trails of its inputs; those without one are data, and so are arrays that it closes over."""
     walk = Walk()
-    _walk(jaxpr.jaxpr, list(zip(trails, batch, strict=True)), walk, loops=0)
+    facts = [(trail, DATA if trail is None else PARAMETERS) for trail in trails]
+    _walk(jaxpr.jaxpr, facts, walk, loops=0)
     return walk
 
 
 def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_Fact]:
     known = dict(zip(jaxpr.invars, facts, strict=True))
-    known.update(dict.fromkeys(jaxpr.constvars, (None, True)))
+    known.update(dict.fromkeys(jaxpr.constvars, (None, DATA)))
 
     def read(variable) -> _Fact:
-        return (None, False) if isinstance(variable, Literal) else known.get(variable, (None, False))
+        if isinstance(variable, Literal):
+            # An array that the loss closes over may stand in the program itself; it is data, where a number is not.
+            return None, DATA if np.ndim(variable.val) else NOTHING
+        return known.get(variable, (None, NOTHING))
 
     for equation in jaxpr.eqns:
         inputs = [read(v) for v in equation.invars]
         trails = [trail for trail, _ in inputs]
-        batched = any(data for _, data in inputs)
+        source = max((level for _, level in inputs), default=NOTHING)
         name = equation.primitive.name
         if equation.primitive in (layer_mark, output_mark, unsupported_mark):
             position = {layer_mark: 1, unsupported_mark: 0}.get(equation.primitive)
             trail = None if position is None else trails[position]
-            parameters = tuple(trails[2:]) if equation.primitive is layer_mark else ()
             info = {"mark": equation.primitive, **equation.params}
-            walk.uses.append(Use(trail, parameters, info, loops, inputs[0][1]))
+            if equation.primitive is layer_mark:
+                walk.uses.append(Use(trail, tuple(trails[3:]), info, loops, inputs[2][1] == NOTHING))
+            else:
+                walk.uses.append(Use(trail, (), info, loops))
             known.update(dict.fromkeys(equation.outvars, (None, inputs[0][1])))
             continue
-        if name in _PRODUCTS and batched:
+        if name in _PRODUCTS and source == DATA:
             walk.products.update(trail.path for trail in trails if trail is not None and not trail.lost)
         outputs = _inner(equation, name, inputs, walk, loops)
         if outputs is None:
-            outputs = [(_step(equation, name, trails), batched)] * len(equation.outvars)
+            outputs = [(_step(equation, name, trails), source)] * len(equation.outvars)
         known.update(zip(equation.outvars, outputs, strict=False))
     return [read(v) for v in jaxpr.outvars]
 
@@ -172,26 +181,26 @@ def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | N
 def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact] | None:
     """Walks the jaxprs inside an equation; the facts of its outputs, or None when it has no inner jaxpr."""
     params = equation.params
-    batched = any(data for _, data in inputs)
+    source = max((level for _, level in inputs), default=NOTHING)
     if name == "scan":
         body = params["jaxpr"].jaxpr
         constants, carries = _scan_carry(equation, body)
         inner = []
-        for i, (trail, data) in enumerate(inputs):
+        for i, (trail, level) in enumerate(inputs):
             # What a carry becomes may depend on all that goes in.
-            data = batched if constants <= i < constants + carries else data
-            inner.append((_into_scan(trail, i, (constants, carries), params["length"]), data))
+            level = source if constants <= i < constants + carries else level
+            inner.append((_into_scan(trail, i, (constants, carries), params["length"]), level))
         _walk(body, inner, walk, loops + 1)
-        return [(None, batched)] * len(equation.outvars)
+        return [(None, source)] * len(equation.outvars)
     if name == "while":
         skip = params["cond_nconsts"]
-        inner = [(_broadcast(trail), batched) for trail, _ in inputs[skip:]]
+        inner = [(_broadcast(trail), source) for trail, _ in inputs[skip:]]
         _walk(params["body_jaxpr"].jaxpr, inner, walk, loops + 1)
-        return [(None, batched)] * len(equation.outvars)
+        return [(None, source)] * len(equation.outvars)
     if name == "cond":
         results = [_walk(b.jaxpr, inputs[1:], walk, loops) for b in params["branches"]]
         return [
-            (first[0] if all(first[0] == other[i][0] for other in results) else None, batched)
+            (first[0] if all(first[0] == other[i][0] for other in results) else None, source)
             for i, first in enumerate(results[0])
         ]
     for value in params.values():

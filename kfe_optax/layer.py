@@ -64,7 +64,7 @@ class Layer:
       in_loop: whether it runs inside a loop that uses the same parameters in each iteration.
       masked: whether a `row_mask` is in force at one of its calls.
       spread: whether a vmap over the batch hides the examples from it.
-      batched: whether its output depends on the batch; one that does not (an embedding of positions) has a single example.
+      constant: whether its input depends on nothing (an embedding of positions); it has a single example.
       size: the number of its parameters.
     """
 
@@ -84,7 +84,7 @@ class Layer:
     in_loop: bool = dataclasses.field(compare=False, repr=False, default=False)
     masked: bool = dataclasses.field(compare=False, repr=False, default=False)
     spread: bool = dataclasses.field(compare=False, repr=False, default=False)
-    batched: bool = dataclasses.field(compare=False, repr=False, default=True)
+    constant: bool = dataclasses.field(compare=False, repr=False, default=False)
     size: int = dataclasses.field(compare=False, repr=False, default=0)
     sharing: str = "expand"
 

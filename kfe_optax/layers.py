@@ -71,7 +71,7 @@ class Layers(Mapping[str, Layer]):
         """
         settled = []
         for layer in self._layers:
-            if not layer.batched:
+            if layer.constant:
                 positions = layer.positions * layer.examples
                 known = layer.per_example and layer.has_rows
                 settled.append(dataclasses.replace(layer, examples=1, positions=positions, per_example=known))

@@ -71,7 +71,7 @@ def live(layer: Layer, free: tuple[int, ...]) -> jax.Array | None:
             f"row_mask has shape {shape}, but layer {name} is under a vmap over the batch and sees one example: open `with "
             "kfe.row_mask(mask of this example):` inside the vmap, or call the model on the whole batch."
         )
-    if not layer.batched:
+    if layer.constant:
         return jnp.ones(free, jnp.float32)
     if layer.in_loop and mask.ndim > 1 and len(free) < mask.ndim:
         raise ValueError(

@@ -230,11 +230,11 @@ class Rows:
         return a, np.einsum("...cnti,...cntj->...ij", self.g, self.g) / self.n
 
     def reduce(self):
-        """A = E_n of the mean ā's square, G = Σ_c E_n of the summed g's."""
+        """A = E of the mean ā's square over examples with a live position, G = Σ_c E_n of the summed g's."""
         mean = self.a.sum(-2) / np.maximum(self.live.sum(-1), 1)[:, None]
         total = self.g.sum(-2)
         return (
-            np.einsum("...ni,...nj->...ij", mean, mean) / self.n,
+            np.einsum("...ni,...nj->...ij", mean, mean) / max(self.live.any(-1).sum(), 1),
             np.einsum("...cni,...cnj->...ij", total, total) / self.n,
         )
 

@@ -259,7 +259,13 @@ def test_aliases_with_hyperparameters_in_the_state(trainer):
     method = kfe.METHODS[trainer.name]
     assert method.optimizer.__name__ == trainer.name and getattr(kfe, trainer.name) is method.optimizer
     tx = optax.inject_hyperparams(method.optimizer)(
-        0.1, problem.layers, damping=DAMPING, max_kl=None, momentum=0.0, **trainer.case.options
+        0.1,
+        problem.layers,
+        damping=DAMPING,
+        max_kl=None,
+        momentum=0.0,
+        rest=optax.scale_by_adam(),
+        **trainer.case.options,
     )
     differentiate = kfe.value_grad_and_taps(problem.loss_fn, problem.layers)
     update = jax.jit(tx.update)
