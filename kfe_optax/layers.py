@@ -137,6 +137,10 @@ class Layers(Mapping[str, Layer]):
             raise ValueError(
                 f"No layer's name matches {pattern!r}; the layers are {', '.join(self._by_name)}."
             )
+        if options and approximation is None:
+            raise ValueError(
+                f"{', '.join(options)} belong to an approximation: name it, as in approximation='groups'."
+            )
         changed = {}
         for name in matching:
             layer = self._by_name[name]
@@ -145,7 +149,6 @@ class Layers(Mapping[str, Layer]):
                 new = dataclasses.replace(new, kind=_configured(layer, approximation, options))
             if sharing is not None and not layer.kind.per_example:
                 new = dataclasses.replace(new, sharing=sharing)
-                _check_sharing(new)
             if new is not layer:
                 changed[name] = new
         if not changed:
@@ -186,9 +189,6 @@ class Layers(Mapping[str, Layer]):
         kept = self
         for name in out:
             kept = kept.without(glob.escape(name))
-        return kept._like(other)
-
-    def _like(self, other: Layers) -> Layers:
 
         def like(layer: Layer) -> Layer:
             theirs = other._by_name.get(layer.name)
@@ -196,7 +196,7 @@ class Layers(Mapping[str, Layer]):
                 return layer
             return dataclasses.replace(layer, kind=theirs.kind, sharing=theirs.sharing)
 
-        return self._with(map(like, self._layers))
+        return kept._with(map(like, kept._layers))
 
     def table(self, max_dim: int = 8192) -> str:
         """The layers as an aligned table, with the bytes of state and the cost of a refresh under `max_dim`."""

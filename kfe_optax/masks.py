@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import traces
+from kfe_optax import tags, traces
 from kfe_optax.layer import Layer
 
 _row_mask: contextvars.ContextVar[Any] = contextvars.ContextVar("kfe_row_mask", default=None)
@@ -42,8 +42,8 @@ def row_mask(mask: Any) -> Generator[None]:
     """
     token = _row_mask.set(mask)
     try:
-        # A function of the model that was traced under another mask must be traced again.
-        with traces.fresh():
+        # A function of the model that was traced under another mask must be traced again; where nobody listens, it must not.
+        with contextlib.nullcontext() if tags.listener() is None else traces.fresh():
             yield
     finally:
         _row_mask.reset(token)

@@ -90,6 +90,7 @@ def test_taps_of_unconfigured_layers_are_refused(problem):
         ({"pattern": "conv", "approximation": "sua", "num_groups": 2}, "belong together"),
         ({"pattern": "norm", "approximation": "full", "num_groups": 2}, "without num_groups"),
         ({"sharing": "mean"}, "'expand' or 'reduce'"),
+        ({"sharing": "reduce", "num_groups": 2}, "belong to an approximation"),
         ({"pattern": "conv", "approximation": "sua", "sharing": "reduce"}, "single positions"),
     ],
 )

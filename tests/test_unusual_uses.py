@@ -108,6 +108,44 @@ def test_a_function_that_was_traced_under_another_mask(wrap):
     assert relative_error(found[0][0], found[0][1]) > 0.1
 
 
+def test_a_mask_costs_nothing_where_nobody_listens():
+    """An evaluation under a mask is compiled once."""
+    traced = []
+
+    @jax.jit
+    def evaluate(x):
+        traced.append(x)
+        return x + 1
+
+    for _ in range(3):
+        with kfe.row_mask(jnp.ones(N, bool)):
+            evaluate(jnp.zeros(N))
+    assert len(traced) == 1
+
+
+def test_statistics_of_a_convolution_never_hold_all_patches(monkeypatch):
+    """Factors and per-example scale of a convolution whose patches take 38 MB, with pieces of 1 MB."""
+    monkeypatch.setattr("kfe_optax.chunks.BUDGET", 2**20)
+    model, x = nn.Conv(8, (3, 3)), jnp.ones((64, 32, 32, 16))
+    params = {"conv": model.init(jax.random.key(0), x)["params"]}
+
+    def loss_fn(params, x):
+        return kfe.losses.l2_loss(model.apply({"params": params["conv"]}, x)).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers)
+
+    def statistics(params, x, basis):
+        _, _, taps = differentiate(params, x, key=jax.random.key(0))
+        return taps["conv"].covariances(), taps["conv"].second_moment_in(*basis)
+
+    basis = tuple(jnp.eye(d) for d in layers["conv"].sides)
+    program = jax.jit(statistics).lower(params, x, basis).compile()
+    patches = 64 * 32 * 32 * 9 * 16 * 4
+    # The batch is an eighth of its patches; outputs, their gradients and the convolution's workspace are of its size.
+    assert program.memory_analysis().temp_size_in_bytes < 0.7 * patches
+
+
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_dead_examples_do_not_dilute(sharing):
     """A under a mask that kills the second half of the batch is that of the first half; a mask's numbers do not matter."""

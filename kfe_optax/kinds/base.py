@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ Parts = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Kind(abc.ABC):
     """A kind of layer, s = W̄ᵀ ā with W̄ of shape (*blocks, d_in, d_out); hashable, its fields hold the layer's geometry.
 
     Shapes are those of one layer without the axes that Flax stacks. Blocks are parts of the parameters between which the
@@ -55,7 +56,7 @@ class Kind:
         """This kind with its default approximation, as `find_layers` finds it."""
         return dataclasses.replace(self, approximation=type(self)().approximation)
 
-    def check(self, kernel: Shape) -> None:
+    def check(self, kernel: Shape) -> None:  # noqa: B027 (most kinds have nothing to check)
         """Raises ValueError when the approximation does not fit a kernel of this shape."""
 
     # Parameters.
@@ -69,41 +70,41 @@ class Kind:
         """The leading axes of A and of G, as many as `blocks`."""
         return self.blocks(kernel), self.blocks(kernel)
 
+    @abc.abstractmethod
     def sides(self, kernel: Shape, bias: bool) -> tuple[int, int]:
         """(d_in, d_out) of one block; d_in counts the 1 of the bias."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def to_matrix(self, leaves: Parts) -> jax.Array:
         """{"kernel", "bias"} → W̄ (..., *blocks, d_in, d_out), the bias as the last row."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def from_matrix(self, matrix: jax.Array, kernel: Shape, bias: bool) -> dict[str, jax.Array]:
         """The inverse of `to_matrix`."""
-        raise NotImplementedError
 
     # One use of the layer, with input x and output y.
 
+    @abc.abstractmethod
     def free(self, x: Shape, y: Shape) -> Shape:
         """The axes that share the parameters: the examples, then the positions."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def row_shapes(self, x: Shape, y: Shape) -> dict[str, Shape]:
         """Shapes of the row rider's parts; their leading axis is that of the examples, times positions."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def row_values(self, x: jax.Array, g: jax.Array) -> dict[str, jax.Array]:
         """The row rider's parts, in `row_shapes`."""
-        raise NotImplementedError
 
     # Parts of a chunk of m examples, (m, e, ...): the leading axis of `row_shapes` is split into (examples, e).
 
+    @abc.abstractmethod
     def input_rows(self, parts: Parts, kernel: Shape, bias: bool) -> jax.Array:
         """ā (*input blocks, m, t, d_in)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def output_rows(self, parts: Parts, kernel: Shape) -> jax.Array:
         """g (*output blocks, m, t, d_out)."""
-        raise NotImplementedError
 
     def input_moments(
         self, parts: Parts, live: jax.Array | None, kernel: Shape, bias: bool, diagonal: bool
