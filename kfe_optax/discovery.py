@@ -16,9 +16,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from kfe_optax import adapters, jaxprs, masks, tags
+from kfe_optax import adapters, grouping, jaxprs, masks, tags
 from kfe_optax.adapters import nnx as nnx_adapter
-from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
+from kfe_optax.layer import Path, leaves_by_path
 from kfe_optax.layers import Layers
 from kfe_optax.outputs import Output
 
@@ -123,7 +123,7 @@ def discover(
     between = len(jaxpr.jaxpr.invars) - len(own) - len(trails)
     walk = jaxprs.follow(jaxpr, [*own, *[None] * between, *trails])
     uses = walk.uses
-    layers, reasons = _build(walk, shapes)
+    layers, reasons = grouping.layers_of(walk, shapes)
     for parent, name in names:
         if parent not in kept:
             reasons[(*parent, name)] = "changed before the layer uses it (by a wrapper that takes no rider)"
@@ -218,137 +218,6 @@ def _unused(jaxpr: Any, paths: list[Path]) -> frozenset[Path]:
     return frozenset(p for p, v in zip(paths, jaxpr.jaxpr.invars, strict=False) if id(v) not in read)
 
 
-def _build(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, ...], dict[Path, str]]:
-    """Groups the uses by parameter into layers; the reason for every parameter that a tag or module saw in vain."""
-    uses = walk.uses
-    reasons: dict[Path, str] = {}
-    by_path: dict[Path, list[jaxprs.Use]] = {}
-    for use in uses:
-        if use.trail is None:
-            continue
-        if use.info["mark"] is jaxprs.unsupported_mark:
-            reasons.setdefault(use.trail.path, use.info["reason"])
-        elif use.info["mark"] is jaxprs.layer_mark:
-            by_path.setdefault(use.trail.path, []).append(use)
-    # A loss inside the loop sees other examples in each iteration.
-    looped = any(use.info["mark"] is jaxprs.output_mark and use.loops for use in uses)
-    parents = collections.Counter(path[:-1] for path in by_path)
-    layers = []
-    for path, group in by_path.items():
-        single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
-        trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
-        if walk.products[path] > len(group):
-            trouble = trouble or "also used outside its layer, where no tag sees it"
-        if group[0].info["kind"].per_example:
-            trouble = trouble or _unknown_examples(group, single)
-        paths = tuple((role, (*path[:-1], name)) for role, name in group[0].info["roles"])
-        absent = [p for _, p in paths if p not in shapes]
-        if absent:
-            trouble = f"{path_name(absent[0])} is not among the parameters"
-        if trouble:
-            reasons.update({p: trouble for _, p in paths})
-        else:
-            name = path_name(path if parents[path[:-1]] > 1 else path[:-1]) or path_name(path)
-            size = sum(int(np.prod(shapes[p].shape)) for _, p in paths)
-            layer = _layer(name, paths, group, len(layers), shapes[path])
-            layers.append(dataclasses.replace(layer, size=size, per_example=layer.per_example and single))
-    return tuple(layers), reasons
-
-
-def _inner_rank(use: jaxprs.Use) -> int:
-    trail = use.trail
-    assert trail is not None
-    return len(trail.dims) - sum(mapped[1] for _, mapped in use.info["vmaps"])
-
-
-def _trouble(use: jaxprs.Use) -> str | None:
-    trail = use.trail
-    assert trail is not None
-    if trail.lost:
-        return f"changed before the layer uses it ({trail.lost})"
-    if trail.stopped:
-        return "frozen by stop_gradient"
-    stack = _stack(use)
-    for i, ((_, name), own) in enumerate(zip(use.info["roles"], use.parameters, strict=True)):
-        # The bias, too: preconditioning would move what the gradient leaves alone.
-        which = "" if name == trail.path[-1] else f"its {name} is "
-        if own is None or own.lost or own.path != (*trail.path[:-1], name):
-            how = own.lost if own is not None and own.lost else "replaced"
-            return f"{which}changed before the layer uses it ({how})"
-        if own.stopped:
-            return f"{which}frozen by stop_gradient"
-        mapped = sum(flags[i + 3] for _, flags in use.info["vmaps"])
-        axes = (*(axis for axis, _ in own.stack), *own.dims[:mapped])
-        rank = len(own.dims) + len(own.stack)
-        if axes != tuple(min(axis, rank - 1) for axis, _ in stack):
-            return "stacked along other axes than the layer's other parameters"
-    inner = trail.dims[len(trail.dims) - _inner_rank(use) :]
-    if inner != tuple(sorted(inner)):
-        return "transposed before the layer uses it"
-    return None
-
-
-def _unknown_examples(group: list[jaxprs.Use], single: bool) -> str | None:
-    """Why a kind that keeps a row an example cannot do so."""
-    if not single:
-        return "applied to single examples or parts of the batch (vmap, map): its examples are not known"
-    kind = group[0].info["kind"]
-    if len({kind.free(x, y)[0] for x, y, *_ in (use.info["shapes"] for use in group)}) > 1:
-        return "applied to batches of different sizes: its examples are not known"
-    return None
-
-
-def _disagreement(group: list[jaxprs.Use]) -> str | None:
-    if len({(use.info["kind"], use.info["roles"], _stack(use)) for use in group}) > 1:
-        return "used by layers of different kinds"
-    return None
-
-
-def _stack(use: jaxprs.Use) -> tuple[tuple[int, int], ...]:
-    """((axis of the kernel, size), ...) of the stacked axes, outermost first."""
-    trail = use.trail
-    assert trail is not None
-    mapped = [size for size, is_mapped in reversed(use.info["vmaps"]) if is_mapped[1]]
-    return (*trail.stack, *zip(trail.dims, mapped, strict=False))
-
-
-def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: Any) -> Layer:
-    first = group[0]
-    kind = first.info["kind"]
-    stack = _stack(first)
-    kernel_shape = tuple(s for i, s in enumerate(kernel.shape) if i not in {axis for axis, _ in stack})
-    spread = _spread(first)
-    trail = first.trail
-    assert trail is not None
-    uses = tuple(use.info["shapes"] for use in group)
-    free = [kind.free(x, y) for x, y, *_ in uses]
-    shared = len(group) > 1 or bool(spread) or trail.broadcast
-    return Layer(
-        name=name,
-        kind=kind,
-        paths=paths,
-        kernel_shape=kernel_shape,
-        stack_axes=tuple(axis for axis, _ in stack),
-        stacked=tuple(size for _, size in stack),
-        shared=shared,
-        order=order,
-        dtype=np.dtype(kernel.dtype).name,
-        uses=uses,
-        examples=int(np.prod([size for size, _ in spread], initial=1)) if spread else free[0][0],
-        positions=int(np.prod(free[0][1:], initial=1)),
-        per_example=len({f[0] for f in free}) == 1,
-        in_loop=any(use.trail is not None and use.trail.broadcast for use in group),
-        masked=any(use.info["masked"] for use in group),
-        spread=bool(spread),
-        constant=all(use.constant for use in group),
-    )
-
-
-def _spread(use: jaxprs.Use) -> list[Any]:
-    """The vmaps that map the layer's data but not its parameters: around one example, they broadcast the parameters."""
-    return [m for m in use.info["vmaps"] if not m[1][1]]
-
-
 def _reason(path: Path, reasons: dict[Path, str], unused: frozenset[Path], classes: dict[Path, str]) -> str:
     if path in reasons:
         return reasons[path]
@@ -357,27 +226,3 @@ def _reason(path: Path, reasons: dict[Path, str], unused: frozenset[Path], class
     if path[:-1] in classes:
         return f"{classes[path[:-1]]} has no curvature block"
     return "no supported layer reads it"
-
-
-def same_layers(expected: Layers, found: Layers) -> str | None:
-    """What differs between the layers an optimizer was built for and those of the present call; None when nothing does."""
-    for name in expected:
-        if name not in found:
-            return f"layer {name!r} is gone"
-        if expected[name] != found[name]:
-            fields = [
-                f.name
-                for f in dataclasses.fields(Layer)
-                if f.compare and getattr(expected[name], f.name) != getattr(found[name], f.name)
-            ]
-            old, new = (
-                ", ".join(f"{f}={getattr(layers[name], f)}" for f in fields) for layers in (expected, found)
-            )
-            return f"layer {name!r} was found with {old} and now has {new}"
-    extra = [name for name in found if name not in expected]
-    if extra:
-        return f"layer {extra[0]!r} is new"
-    if set(expected.rest) != set(found.rest):
-        changed = set(expected.rest) ^ set(found.rest)
-        return f"the parameters outside the layers differ ({', '.join(map(path_name, sorted(changed, key=str)))})"
-    return None

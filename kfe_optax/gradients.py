@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kfe_optax import adapters, discovery, masks, outputs, tags
 from kfe_optax.adapters import nnx as nnx_adapter
-from kfe_optax.layers import Layers
+from kfe_optax.layers import Layers, same_layers
 from kfe_optax.taps import Fisher, Plan, Taps
 
 # The name of a part of a layer's rider in its slot, which the layers of one module share.
@@ -226,7 +226,7 @@ def _find(leaves: list[Any], control: outputs.Control, field: str) -> tuple[int,
 def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
     """Raises for a call that does not fit the layers; otherwise the layers found, with the batch axis settled."""
     found = found.configured_like(layers)
-    difference = discovery.same_layers(layers, found)
+    difference = same_layers(layers, found)
     if difference:
         raise ValueError(
             f"The parameters or the loss are not those that find_layers saw: {difference}. Call find_layers again and rebuild "

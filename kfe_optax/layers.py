@@ -10,7 +10,7 @@ from typing import Any
 
 from kfe_optax import table
 from kfe_optax.kinds import Kind
-from kfe_optax.layer import Layer, Path
+from kfe_optax.layer import Layer, Path, path_name
 
 
 class Layers(Mapping[str, Layer]):
@@ -228,3 +228,27 @@ def _check_sharing(layer: Layer) -> None:
         trouble = "its examples are not known (a vmap over examples, or batches of different sizes): leave it at 'expand'"
     if trouble:
         raise ValueError(f"Layer {layer.name!r} cannot have sharing='reduce': {trouble}.")
+
+
+def same_layers(expected: Layers, found: Layers) -> str | None:
+    """What differs between the layers an optimizer was built for and those of the present call; None when nothing does."""
+    for name in expected:
+        if name not in found:
+            return f"layer {name!r} is gone"
+        if expected[name] != found[name]:
+            fields = [
+                f.name
+                for f in dataclasses.fields(Layer)
+                if f.compare and getattr(expected[name], f.name) != getattr(found[name], f.name)
+            ]
+            old, new = (
+                ", ".join(f"{f}={getattr(layers[name], f)}" for f in fields) for layers in (expected, found)
+            )
+            return f"layer {name!r} was found with {old} and now has {new}"
+    extra = [name for name in found if name not in expected]
+    if extra:
+        return f"layer {extra[0]!r} is new"
+    if set(expected.rest) != set(found.rest):
+        changed = set(expected.rest) ^ set(found.rest)
+        return f"the parameters outside the layers differ ({', '.join(map(path_name, sorted(changed, key=str)))})"
+    return None

@@ -16,7 +16,7 @@ import optax
 
 from kfe_optax import discovery
 from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
-from kfe_optax.layers import Layers
+from kfe_optax.layers import Layers, same_layers
 from kfe_optax.taps import Taps
 
 STATE_VERSION = 1
@@ -266,7 +266,7 @@ def _check_taps(layers: Layers, taps: Any) -> None:
         )
     if not isinstance(taps, Taps):
         raise TypeError(f"taps must be what kfe.value_grad_and_taps returns, not a {type(taps).__name__}.")
-    difference = discovery.same_layers(layers, taps.layers)
+    difference = same_layers(layers, taps.layers)
     if difference:
         raise ValueError(
             f"The taps are not those of the layers that the optimizer was built for: {difference}. Give value_grad_and_taps and "

@@ -1,0 +1,143 @@
+"""From the tags that were met to layers: uses grouped by parameter, or the reason why they form no layer."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from kfe_optax import jaxprs
+from kfe_optax.layer import Layer, Path, path_name
+
+
+def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, ...], dict[Path, str]]:
+    """Groups the uses by parameter into layers; the reason for every parameter that a tag or module saw in vain."""
+    uses = walk.uses
+    reasons: dict[Path, str] = {}
+    by_path: dict[Path, list[jaxprs.Use]] = {}
+    for use in uses:
+        if use.trail is None:
+            continue
+        if use.info["mark"] is jaxprs.unsupported_mark:
+            reasons.setdefault(use.trail.path, use.info["reason"])
+        elif use.info["mark"] is jaxprs.layer_mark:
+            by_path.setdefault(use.trail.path, []).append(use)
+    # A loss inside the loop sees other examples in each iteration.
+    looped = any(use.info["mark"] is jaxprs.output_mark and use.loops for use in uses)
+    parents = collections.Counter(path[:-1] for path in by_path)
+    layers = []
+    for path, group in by_path.items():
+        single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
+        trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
+        if walk.products[path] > len(group):
+            trouble = trouble or "also used outside its layer, where no tag sees it"
+        if group[0].info["kind"].per_example:
+            trouble = trouble or _unknown_examples(group, single)
+        paths = tuple((role, (*path[:-1], name)) for role, name in group[0].info["roles"])
+        absent = [p for _, p in paths if p not in shapes]
+        if absent:
+            trouble = f"{path_name(absent[0])} is not among the parameters"
+        if trouble:
+            reasons.update({p: trouble for _, p in paths})
+        else:
+            name = path_name(path if parents[path[:-1]] > 1 else path[:-1]) or path_name(path)
+            size = sum(int(np.prod(shapes[p].shape)) for _, p in paths)
+            layer = _layer(name, paths, group, len(layers), shapes[path])
+            layers.append(dataclasses.replace(layer, size=size, per_example=layer.per_example and single))
+    return tuple(layers), reasons
+
+
+def _inner_rank(use: jaxprs.Use) -> int:
+    trail = use.trail
+    assert trail is not None
+    return len(trail.dims) - sum(mapped[1] for _, mapped in use.info["vmaps"])
+
+
+def _trouble(use: jaxprs.Use) -> str | None:
+    trail = use.trail
+    assert trail is not None
+    if trail.lost:
+        return f"changed before the layer uses it ({trail.lost})"
+    if trail.stopped:
+        return "frozen by stop_gradient"
+    stack = _stack(use)
+    for i, ((_, name), own) in enumerate(zip(use.info["roles"], use.parameters, strict=True)):
+        # The bias, too: preconditioning would move what the gradient leaves alone.
+        which = "" if name == trail.path[-1] else f"its {name} is "
+        if own is None or own.lost or own.path != (*trail.path[:-1], name):
+            how = own.lost if own is not None and own.lost else "replaced"
+            return f"{which}changed before the layer uses it ({how})"
+        if own.stopped:
+            return f"{which}frozen by stop_gradient"
+        mapped = sum(flags[i + 3] for _, flags in use.info["vmaps"])
+        axes = (*(axis for axis, _ in own.stack), *own.dims[:mapped])
+        rank = len(own.dims) + len(own.stack)
+        if axes != tuple(min(axis, rank - 1) for axis, _ in stack):
+            return "stacked along other axes than the layer's other parameters"
+    inner = trail.dims[len(trail.dims) - _inner_rank(use) :]
+    if inner != tuple(sorted(inner)):
+        return "transposed before the layer uses it"
+    return None
+
+
+def _unknown_examples(group: list[jaxprs.Use], single: bool) -> str | None:
+    """Why a kind that keeps a row an example cannot do so."""
+    if not single:
+        return "applied to single examples or parts of the batch (vmap, map): its examples are not known"
+    kind = group[0].info["kind"]
+    if len({kind.free(x, y)[0] for x, y, *_ in (use.info["shapes"] for use in group)}) > 1:
+        return "applied to batches of different sizes: its examples are not known"
+    return None
+
+
+def _disagreement(group: list[jaxprs.Use]) -> str | None:
+    if len({(use.info["kind"], use.info["roles"], _stack(use)) for use in group}) > 1:
+        return "used by layers of different kinds"
+    return None
+
+
+def _stack(use: jaxprs.Use) -> tuple[tuple[int, int], ...]:
+    """((axis of the kernel, size), ...) of the stacked axes, outermost first."""
+    trail = use.trail
+    assert trail is not None
+    mapped = [size for size, is_mapped in reversed(use.info["vmaps"]) if is_mapped[1]]
+    return (*trail.stack, *zip(trail.dims, mapped, strict=False))
+
+
+def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: Any) -> Layer:
+    first = group[0]
+    kind = first.info["kind"]
+    stack = _stack(first)
+    kernel_shape = tuple(s for i, s in enumerate(kernel.shape) if i not in {axis for axis, _ in stack})
+    spread = _spread(first)
+    trail = first.trail
+    assert trail is not None
+    uses = tuple(use.info["shapes"] for use in group)
+    free = [kind.free(x, y) for x, y, *_ in uses]
+    shared = len(group) > 1 or bool(spread) or trail.broadcast
+    return Layer(
+        name=name,
+        kind=kind,
+        paths=paths,
+        kernel_shape=kernel_shape,
+        stack_axes=tuple(axis for axis, _ in stack),
+        stacked=tuple(size for _, size in stack),
+        shared=shared,
+        order=order,
+        dtype=np.dtype(kernel.dtype).name,
+        uses=uses,
+        examples=int(np.prod([size for size, _ in spread], initial=1)) if spread else free[0][0],
+        positions=int(np.prod(free[0][1:], initial=1)),
+        per_example=len({f[0] for f in free}) == 1,
+        in_loop=any(use.trail is not None and use.trail.broadcast for use in group),
+        masked=any(use.info["masked"] for use in group),
+        spread=bool(spread),
+        constant=all(use.constant for use in group),
+    )
+
+
+def _spread(use: jaxprs.Use) -> list[Any]:
+    """The vmaps that map the layer's data but not its parameters: around one example, they broadcast the parameters."""
+    return [m for m in use.info["vmaps"] if not m[1][1]]
