@@ -5,50 +5,16 @@ With CIFAR-10 (``--config.data_dir=...``) 200 epochs are ``--config.steps=78000`
 with them. Without it, the embedded digits in 32x32 pixels stand in.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments import settings
+from kfe_optax.experiments import protocols
 
 
 def get_config() -> ConfigDict:
     """The config; every field can be overridden on the command line."""
-    config = settings.base_config("preact_resnet")
-    config.title = "Pre-activation ResNet18 with batch norm"
-    config.data.update(name="digits32", normalize=True, augment="crop,flip")
-    config.model = ConfigDict(
-        {
-            "kind": "resnet",
-            "depth": 18,
-            "width": 1.0,
-            "batch_norm": True,
-            "pre_activation": True,
-            "classes": 10,
-        }
+    return protocols.with_batch_norm(
+        "preact_resnet",
+        "Pre-activation ResNet18 with batch norm",
+        {"kind": "resnet", "depth": 18, "pre_activation": True},
+        max_dim=protocols.AFFORDABLE,
     )
-    config.loss = "softmax_cross_entropy"
-    config.batch_size = 128
-    config.steps = 400
-    config.optimizer = "kfac"
-    config.compare.examples = 500
-
-    def rate(value: float, warmup: int = 0) -> ConfigDict:
-        return settings.schedule(value, "steps", boundaries=(0.5, 0.75), factor=0.1, warmup=warmup)
-
-    config.adam = settings.adam(rate(1e-3))
-    config.sgd = settings.sgd(rate(0.1))
-    common: dict[str, Any] = {
-        "max_kl": 0.01,
-        "weight_decay": 5e-4,
-        # The periods of Gao et al. (2020): factors and eigenvectors every 50 steps, inverses every 200.
-        "factor_update_period": 50,
-        "initial_refreshes": 5,
-        # The sides of 2,304 and 4,608 are diagonal: to factorize them takes minutes on a CPU.
-        "max_dim": 2048,
-    }
-    config.kfac = settings.kfac(rate(0.1), 0.03, inverse_update_period=200, **common)
-    config.ekfac = settings.ekfac(rate(0.1), 0.03, basis_update_period=50, **common)
-    # A convolution is damped by the mean of its own Θ; the number is for the dense layer.
-    config.tekfac = settings.tekfac(rate(0.1), 0.03, basis_update_period=50, damping_type="trace", **common)
-    return settings.with_relatives(config)

@@ -5,60 +5,17 @@ With CIFAR-10 (``--config.data_dir=...``) 100 epochs are ``--config.steps=25000`
 with them. Without it, the embedded digits in 32x32 pixels stand in.
 """
 
-from typing import Any
-
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments import settings
+from kfe_optax.experiments import protocols
 
 
 def get_config() -> ConfigDict:
     """The config; every field can be overridden on the command line."""
-    config = settings.base_config("resnet34")
-    config.title = "ResNet34"
-    config.data.update(name="digits32", normalize=True, augment="crop,flip")
-    config.model = ConfigDict(
-        {
-            "kind": "resnet",
-            "depth": 34,
-            "width": 1.0,
-            "batch_norm": False,
-            "pre_activation": False,
-            "classes": 10,
-        }
+    return protocols.without_batch_norm(
+        "resnet34",
+        "ResNet34",
+        {"kind": "resnet", "depth": 34, "pre_activation": False},
+        batch_size=200,
+        max_dim=protocols.AFFORDABLE,
     )
-    config.loss = "softmax_cross_entropy"
-    config.batch_size = 200
-    config.steps = 400
-    config.optimizer = "ekfac"
-    config.compare.examples = 500
-
-    def rate(value: float, warmup: int = 0) -> ConfigDict:
-        return settings.schedule(value, "steps", boundaries=(0.5, 0.75), factor=0.1, warmup=warmup)
-
-    config.adam = settings.adam(rate(3e-4, warmup=20))
-    config.sgd = settings.sgd(rate(0.01, warmup=20))
-
-    def clip() -> ConfigDict:
-        # The bound of a step's length falls with the run, as in George et al. (2018).
-        return settings.schedule(0.01, "exponential", end=1e-4)
-
-    common: dict[str, Any] = {
-        "weight_decay": 5e-4,
-        "factor_update_period": 50,
-        "initial_refreshes": 5,
-        # The sides of 2,304 and 4,608 are diagonal: to factorize them takes minutes on a CPU.
-        "max_dim": 2048,
-    }
-    config.kfac = settings.kfac(rate(0.1), 0.03, max_kl=clip(), inverse_update_period=200, **common)
-    config.ekfac = settings.ekfac(rate(0.1), 0.03, max_kl=clip(), basis_update_period=50, **common)
-    # A convolution is damped by the mean of its own Θ; the number is for the dense layer.
-    config.tekfac = settings.tekfac(
-        rate(0.1),
-        0.03,
-        max_kl=clip(),
-        basis_update_period=50,
-        damping_type="trace",
-        **common,
-    )
-    return settings.with_relatives(config)
