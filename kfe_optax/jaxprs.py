@@ -211,12 +211,14 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
 
 
 def _scan_carry(equation: Any, body: Any) -> tuple[int, int]:
-    """(number of constants, number of carries) of a scan."""
-    if "num_consts" in equation.params:
-        return equation.params["num_consts"], equation.params["num_carry"]
-    # Newer JAX keeps trees instead of counts: the scanned inputs are those that lose their leading axis.
+    """(number of constants, number of carries) of a scan.
+
+    Releases of JAX name these differently; the shapes say it in all of them: what is scanned over, in or out, has an axis
+    more outside the body than inside.
+    """
     whole = sum(o.aval.shape == i.aval.shape for o, i in zip(equation.invars, body.invars, strict=True))
-    return whole, 0
+    carries = sum(o.aval.shape == i.aval.shape for o, i in zip(equation.outvars, body.outvars, strict=True))
+    return whole - carries, carries
 
 
 def _into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length: int) -> Trail | None:
