@@ -127,6 +127,20 @@ def build(batch: int, names: list[str]) -> tuple[list[Run], jax.Array]:
         "ekfac 10/100": (ekfac(10, PERIOD), gradient + rotation + fisher / 10 + eigh / PERIOD),
         "kfac 1/100": (kfac(1, PERIOD), gradient + inverse + fisher + cholesky / PERIOD),
     }
+    products = [2.0 * batch * d_in * d_out for d_in, d_out in sides]
+    # Two tangents: x V and the last tangent's own product in each layer; the loss at the new parameters is one forward pass.
+    tangents = 2 * (2 * sum(products) - products[0]) + sum(products) / 5
+    for search, times in ((None, 1), (20, 3)):
+        known[f"kfac_adaptive 5/20{', searching' if search else ''}"] = (
+            kfe.kfac_adaptive(
+                layers,
+                initial_damping=10.0,
+                search_period=search,
+                factor_update_period=5,
+                inverse_update_period=20,
+            ),
+            gradient + inverse + fisher / 5 + times * cholesky / 20 + tangents,
+        )
     rank_1 = gradient + inverse + fisher / 10 + cholesky / PERIOD
     rank_2 = gradient + rotation + fisher / 10 + (cholesky + eigh) / PERIOD
     for method, flops in (
@@ -141,15 +155,16 @@ def build(batch: int, names: list[str]) -> tuple[list[Run], jax.Array]:
     for name in names or known:
         tx, flops = known[name]
         curvature = name not in ("gradient", "adam")
-        step = _step(tx, loss_fn, layers if curvature else None)
+        step = _step(tx, loss_fn, layers if curvature else None, name.startswith("kfac_adaptive"))
         copy = jax.tree.map(jnp.array, params)
         runs.append(Run(name, step, (copy, tx.init(copy)), flops))
     return runs, x
 
 
-def _step(tx: Any, loss_fn: Any, layers: Any) -> Callable[..., Any]:
+def _step(tx: Any, loss_fn: Any, layers: Any, quadratic_model: bool) -> Callable[..., Any]:
     def curvature_step(params, opt_state, x, key):
-        _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers)(params, x, key=key)
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=quadratic_model)
+        _, grads, taps = differentiate(params, x, key=key)
         updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
         return optax.apply_updates(params, updates), opt_state
 

@@ -4,6 +4,7 @@ from kfe_optax import diagnostics as diagnostics
 from kfe_optax import factors as factors
 from kfe_optax import losses as losses
 from kfe_optax.adapters.linen import TrainState as TrainState
+from kfe_optax.adaptive import kfac_adaptive as kfac_adaptive
 from kfe_optax.diagnostics import check_layers as check_layers
 from kfe_optax.discovery import find_layers as find_layers
 from kfe_optax.distributions import Bernoulli as Bernoulli
@@ -28,6 +29,9 @@ from kfe_optax.optimizers import tkfac as tkfac
 from kfe_optax.tags import plain as plain
 from kfe_optax.tags import tag_dense as tag_dense
 from kfe_optax.taps import Taps as Taps
+from kfe_optax.transforms.adaptive_damping import adaptive_damping as adaptive_damping
+from kfe_optax.transforms.averaging import average_iterates as average_iterates
+from kfe_optax.transforms.averaging import averaged_parameters as averaged_parameters
 from kfe_optax.transforms.clip import clip_by_kl as clip_by_kl
 from kfe_optax.transforms.ekfac import scale_by_ekfac as scale_by_ekfac
 from kfe_optax.transforms.kfac import scale_by_kfac as scale_by_kfac
@@ -39,6 +43,7 @@ from kfe_optax.transforms.named import scale_by_kfac_corrected as scale_by_kfac_
 from kfe_optax.transforms.named import scale_by_kpsvd as scale_by_kpsvd
 from kfe_optax.transforms.named import scale_by_lanczos as scale_by_lanczos
 from kfe_optax.transforms.named import scale_by_tkfac as scale_by_tkfac
+from kfe_optax.transforms.quadratic_model import scale_by_quadratic_model as scale_by_quadratic_model
 from kfe_optax.transforms.tekfac import scale_by_tekfac as scale_by_tekfac
 
 __version__ = "0.1.0"

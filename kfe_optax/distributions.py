@@ -28,6 +28,9 @@ class Distribution(Protocol):
     def column(self, z: jax.Array, index: jax.Array) -> jax.Array:
         """Column `index` (of the event's size) of a square root of F_R, of the shape of z."""
 
+    def root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
+        """Bᵀu for a B with BᵀB = F_R; u and the result have the shape of z."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
@@ -48,6 +51,11 @@ class Categorical:
         chosen = jax.nn.one_hot(index, z.shape[-1], dtype=p.dtype)
         return jnp.sqrt(jnp.sum(p * chosen, -1, keepdims=True)) * (p - chosen)
 
+    def root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
+        p = jax.nn.softmax(z)
+        root = jnp.sqrt(p)
+        return root * u - p * jnp.sum(root * u, -1, keepdims=True)
+
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
@@ -62,6 +70,9 @@ class Bernoulli:
     def column(self, z: jax.Array, index: jax.Array) -> jax.Array:
         del index
         return jnp.sqrt(jax.nn.sigmoid(z) * jax.nn.sigmoid(-z))
+
+    def root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
+        return self.column(z, jnp.zeros((), jnp.int32)) * u
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +95,7 @@ class Gaussian:
     def column(self, z: jax.Array, index: jax.Array) -> jax.Array:
         del index
         return jnp.full_like(z, self.variance**-0.5)
+
+    def root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
+        del z
+        return u * self.variance**-0.5

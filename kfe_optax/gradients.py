@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kfe_optax import adapters, discovery, masks, outputs, tags
 from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.layers import Layers, same_layers
-from kfe_optax.taps import Fisher, Plan, Taps
+from kfe_optax.taps import Evaluate, Fisher, Plan, Taps
 
 # The name of a part of a layer's rider in its slot, which the layers of one module share.
 _RIDER = re.compile(r"rider(\d+)_(\w+)")
@@ -82,6 +82,7 @@ def value_grad_and_taps(
     num_samples: int = 1,
     has_aux: bool = False,
     axis_name: Any = None,
+    quadratic_model: bool = False,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` that also returns the taps from which curvature is estimated.
 
@@ -95,6 +96,8 @@ def value_grad_and_taps(
       has_aux: as in `jax.value_and_grad`.
       axis_name: the mapped axis inside `jax.pmap`: statistics are averaged over it, and sampled targets follow the global
         example. The gradients stay local, as those of `jax.value_and_grad`: average them yourself.
+      quadratic_model: the taps also know the loss at other parameters (`taps.loss_at`) and products with the whole Fisher
+        (`taps.tangent`), as `kfe.kfac_adaptive`, `kfe.scale_by_quadratic_model` and `kfe.adaptive_damping` need them.
 
     Returns:
       `f(params, *args, key=None, row_mask=None, **kwargs) -> (loss, grads, taps)`, `((loss, aux), grads, taps)` with `has_aux`.
@@ -128,7 +131,7 @@ def value_grad_and_taps(
         raise TypeError(f"layers must be what kfe.find_layers returns, not a {type(layers).__name__}.")
     if num_samples < 1 or (num_samples > 1 and fisher != "sampled"):
         raise ValueError("num_samples counts the draws of fisher='sampled'; leave it at 1 otherwise.")
-    options = (layers, fisher, num_samples, has_aux, axis_name)
+    options = (layers, fisher, num_samples, has_aux, axis_name, quadratic_model)
     # The compiled function belongs to the loss function: a caller that builds this wrapper anew each step does not recompile.
     per_loss = _compiled.setdefault(loss_fn, {})
     reference, compiled = per_loss.get(options, (lambda: None, None))
@@ -157,14 +160,25 @@ def value_grad_and_taps(
     return wrapped
 
 
-def _compile(loss_reference, layers: Layers, fisher: Fisher, num_samples: int, has_aux: bool, axis_name: Any):
+def _compile(
+    loss_reference: Any,
+    layers: Layers,
+    fisher: Fisher,
+    num_samples: int,
+    has_aux: bool,
+    axis_name: Any,
+    quadratic_model: bool,
+):
     def step(rebuild, static, parameters, arrays, seed, row_mask):
         loss_fn = loss_reference()
         with masks.row_mask(row_mask):
             found = discovery.discover(loss_fn, has_aux, parameters, arrays, rebuild, static, {})
         found = _check(layers, found, fisher)
         registered = {output.serial: output for output in found.outputs}
-        controls = dict(zip(registered, outputs.control_zeros(len(registered)), strict=True))
+        if quadratic_model:
+            _check_tangents(found)
+        zeros = outputs.control_zeros(found.outputs, quadratic_model)
+        controls = dict(zip(registered, zeros, strict=True))
         riders = {
             "layers": [
                 {name: jnp.zeros(s.shape, s.dtype) for name, s in layer.rider_shapes().items()}
@@ -204,11 +218,31 @@ def _compile(loss_reference, layers: Layers, fisher: Fisher, num_samples: int, h
             tuple(_find(leaves, control, field) for control in controls.values())
             for field in ("mode", "seed")
         )
-        plan = Plan(structure, modes, seeds, found, fisher, num_samples, axis_name)
+        trial, evaluate, tangents = None, None, ()
+        if quadratic_model:
+            trial, evaluate = (loss, arrays), Evaluate(loss_reference, rebuild, static, has_aux)
+            tangents = tuple(_find(leaves, control, "cotangent") for control in controls.values())
+        plan = Plan(structure, modes, seeds, tangents, found, fisher, num_samples, axis_name, evaluate)
         weights = sum(cotangents["outputs"]) if controls else None
-        return ((loss, aux) if has_aux else loss), grads, Taps(leaves, cotangent, seed, weights, plan), state
+        taps = Taps(leaves, cotangent, seed, weights, trial, plan)
+        return ((loss, aux) if has_aux else loss), grads, taps, state
 
     return jax.jit(step, static_argnums=(0, 1))
+
+
+def _check_tangents(layers: Layers) -> None:
+    """Raises unless the loss's outputs can be followed forward."""
+    if not layers.outputs:
+        raise ValueError(
+            "quadratic_model=True needs to know what the model predicts, but the loss registers nothing: compute it with a "
+            "function of kfe.losses, or pass the outputs through kfe.register_output."
+        )
+    nested = [output for output in layers.outputs if output.nested]
+    if nested:
+        raise ValueError(
+            f"quadratic_model=True meets {nested[0].spec.name} inside a vmap or a loop (or more than once), where its outputs "
+            "cannot be told apart: collect the model's outputs and compute the loss on the whole batch."
+        )
 
 
 def _find(leaves: list[Any], control: outputs.Control, field: str) -> tuple[int, ...]:

@@ -6,19 +6,26 @@ from typing import Any, NamedTuple
 
 import jax
 
+from kfe_optax.transforms.adaptive_damping import AdaptiveDampingState
 from kfe_optax.transforms.clip import KlClipState
 from kfe_optax.transforms.layerwise import LayerwiseState
+from kfe_optax.transforms.quadratic_model import QuadraticModelState
 
 
 class Info(NamedTuple):
     """The state of the curvature; a field is None when no transformation of the state has it.
 
     Attributes:
-      damping: λ of the last step; None for `in_kfe`, which has none.
+      damping: λ of the last step, of `adaptive_damping` that of the next one; None for `in_kfe`, which has none.
       failures: factors and factorizations that were not finite; the last good ones were kept.
       last_refresh: the step of the last refresh of the inverses or the basis, −1 before the first.
       kl_factor: ν of the last `clip_by_kl`, 1 when it did not clip.
       nonfinite: steps whose gradient was not finite; their update was zero.
+      reduction_ratio: r of `adaptive_damping`, the loss's last measured change over the model's.
+      rejected: updates that it did not take.
+      step_size: α of `scale_by_quadratic_model`.
+      momentum: its μ.
+      inner_damping: the damping of the preconditioner inside it.
     """
 
     damping: Any = None
@@ -26,6 +33,11 @@ class Info(NamedTuple):
     last_refresh: Any = None
     kl_factor: Any = None
     nonfinite: Any = None
+    reduction_ratio: Any = None
+    rejected: Any = None
+    step_size: Any = None
+    momentum: Any = None
+    inner_damping: Any = None
 
 
 def info(opt_state: Any) -> Info:
@@ -44,7 +56,7 @@ def info(opt_state: Any) -> Info:
       >>> kfe.info(optax.adam(1e-3).init({})).damping is None
       True
     """
-    wanted = (LayerwiseState, KlClipState)
+    wanted = (LayerwiseState, KlClipState, QuadraticModelState, AdaptiveDampingState)
     found = Info()
     pending = [opt_state]
     while pending:
@@ -59,6 +71,20 @@ def info(opt_state: Any) -> Info:
             )
         elif isinstance(node, KlClipState):
             found = found._replace(kl_factor=_first(found.kl_factor, node.kl_factor))
+            pending.append(node.inner)
+        elif isinstance(node, QuadraticModelState):
+            found = found._replace(
+                step_size=_first(found.step_size, node.step_size),
+                momentum=_first(found.momentum, node.momentum),
+                inner_damping=_first(found.inner_damping, node.inner_damping),
+            )
+            pending.append(node.inner)
+        elif isinstance(node, AdaptiveDampingState):
+            found = found._replace(
+                damping=_first(found.damping, node.damping),
+                reduction_ratio=_first(found.reduction_ratio, node.reduction_ratio),
+                rejected=_add(found.rejected, node.rejected),
+            )
             pending.append(node.inner)
         else:
             leaves = jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, wanted))

@@ -2,7 +2,8 @@
 
 A registered loss has a *mode* and a *seed* among its residuals. As differentiated, the mode is GRADIENT and the backward rule
 is the loss's own. The Fisher pull is the same pull with these leaves swapped: the rule then returns √c ∂(−log p(ỹ|z))/∂z, ỹ
-drawn from the model (SAMPLED), or √c times a column of a square root of the Fisher at the outputs (EXACT). c is the cotangent
+drawn from the model (SAMPLED), √c times a column of a square root of the Fisher at the outputs (EXACT), or √c Bᵀu with
+BᵀB the Fisher at the outputs and u a residual too (TANGENT): linear in u, so that its transpose is √c B J v. c is the cotangent
 that arrives at that element of the loss: its weight in the scalar loss, whatever reduction, mask or factor the user wrote.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from kfe_optax.distributions import Distribution
 
-GRADIENT, SAMPLED, EXACT, SILENT = range(4)
+GRADIENT, SAMPLED, EXACT, SILENT, TANGENT = range(5)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Control(NamedTuple):
 
     mode: jax.Array | None  # int32 (2,): the mode and the column; None in a cotangent
     seed: jax.Array | None  # uint32 (2,)
-    rider: jax.Array  # (2,), receives Σc and Σc²
+    rider: jax.Array | None  # (2,), receives Σc and Σc²
+    cotangent: jax.Array | None  # u, of the shape of z, where the quadratic model is asked for
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -99,11 +101,11 @@ def tagged_loss(output: Output, axis_name: Any, z: jax.Array, args: Any, control
 
 def _loss_forward(output, axis_name, z, args, control):
     del axis_name
-    return output.spec.loss(z, *args), (z, args, control.mode, control.seed)
+    return output.spec.loss(z, *args), (z, args, control._replace(rider=None))
 
 
 def _loss_backward(output, axis_name, residuals, c):
-    z, args, mode, seed = residuals
+    z, args, control = residuals
     floats, rebuild = _float_args(args)
 
     def gradient():
@@ -116,9 +118,9 @@ def _loss_backward(output, axis_name, residuals, c):
         return dz.astype(z.dtype), jax.tree.map(jnp.zeros_like, floats)
 
     outputs = z if output.spec.outputs is None else output.spec.outputs(z, *args)
-    dz, dfloats = _by_mode(output, axis_name, outputs, mode, seed, gradient, fisher)
+    dz, dfloats = _by_mode(output, axis_name, outputs, control, gradient, fisher)
     arguments = jax.tree.map(lambda a: None, args) if not floats else rebuild(dfloats, missing=None)
-    return dz, arguments, Control(None, None, _weights(c))
+    return dz, arguments, _cotangents(control, c)
 
 
 tagged_loss.defvjp(_loss_forward, _loss_backward)
@@ -133,11 +135,11 @@ def tagged_output(output: Output, axis_name: Any, z: jax.Array, weights: Any, co
 
 def _output_forward(output, axis_name, z, weights, control):
     del output, axis_name
-    return z, (z, weights, control.mode, control.seed)
+    return z, (z, weights, control._replace(rider=None))
 
 
 def _output_backward(output, axis_name, residuals, g):
-    z, weights, mode, seed = residuals
+    z, weights, control = residuals
     free = z.shape[: z.ndim - output.spec.distribution.event_ndim]
     if weights is None:
         c = jnp.full(free, 1 / output.examples, z.dtype)
@@ -147,36 +149,44 @@ def _output_backward(output, axis_name, residuals, g):
     def fisher(root):
         return root(jnp.sqrt(jnp.maximum(c, 0))).astype(z.dtype)
 
-    dz = _by_mode(output, axis_name, z, mode, seed, lambda: g, fisher)
+    dz = _by_mode(output, axis_name, z, control, lambda: g, fisher)
     no_weights = None if weights is None else jnp.zeros_like(weights)
-    return dz, no_weights, Control(None, None, _weights(c))
+    return dz, no_weights, _cotangents(control, c)
 
 
 tagged_output.defvjp(_output_forward, _output_backward)
 
 
-def _weights(c: jax.Array) -> jax.Array:
-    """(Σc, Σc²), of the rider's dtype whatever the loss's."""
+def _cotangents(control: Control, c: jax.Array) -> Control:
+    """The cotangents of a control: the rider's is (Σc, Σc²), of the rider's dtype whatever the loss's."""
     wide = c.astype(jnp.result_type(float))
-    return jnp.stack([wide.sum(), jnp.square(wide).sum()])
+    weights = jnp.stack([wide.sum(), jnp.square(wide).sum()])
+    nothing = None if control.cotangent is None else jnp.zeros_like(control.cotangent)
+    return Control(None, None, weights, nothing)
 
 
-def _by_mode(output, axis_name, z, mode, seed, gradient, fisher):
+def _by_mode(output, axis_name, z, control, gradient, fisher):
     # The distribution's arithmetic is done in float32 at least: a softmax in bfloat16 loses its small probabilities.
     distribution = output.spec.distribution
     wide = z.astype(jnp.promote_types(z.dtype, jnp.float32))
     expand = (..., *(None,) * distribution.event_ndim)
 
     def sampled():
-        return fisher(lambda root: root[expand] * _sample(output, axis_name, wide, seed))
+        return fisher(lambda root: root[expand] * _sample(output, axis_name, wide, control.seed))
 
     def exact():
-        return fisher(lambda root: root[expand] * _column(output, wide, mode[1]))
+        return fisher(lambda root: root[expand] * _column(output, wide, control.mode[1]))
 
     def silent():
         return jax.tree.map(jnp.zeros_like, jax.eval_shape(sampled))
 
-    return jax.lax.switch(mode[0], [gradient, sampled, exact, silent])
+    def tangent():
+        return fisher(lambda root: root[expand] * distribution.root_transpose(wide, control.cotangent))
+
+    branches = [gradient, sampled, exact, silent]
+    if control.cotangent is not None:
+        branches.append(tangent)
+    return jax.lax.switch(control.mode[0], branches)
 
 
 def _sample(output: Output, axis_name: Any, z: jax.Array, seed: jax.Array) -> jax.Array:
@@ -225,6 +235,14 @@ def _float_args(args: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
     return [leaf for leaf, is_float in zip(leaves, differentiable, strict=True) if is_float], rebuild
 
 
-def control_zeros(count: int) -> list[Control]:
+def control_zeros(registered: Iterable[Output], tangents: bool) -> list[Control]:
     """One fresh control per registration, each an array of its own: the pull's leaves are found by identity."""
-    return [Control(jnp.zeros(2, jnp.int32), jnp.zeros(2, jnp.uint32), jnp.zeros(2)) for _ in range(count)]
+    return [
+        Control(
+            jnp.zeros(2, jnp.int32),
+            jnp.zeros(2, jnp.uint32),
+            jnp.zeros(2),
+            jnp.zeros(output.shape) if tangents else None,
+        )
+        for output in registered
+    ]

@@ -7,7 +7,7 @@ swapped, inside its own `lax.cond`, so that a step that refreshes nothing costs 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -22,16 +22,39 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """What is static about the loss of a step: the function (held weakly) and what of its arguments is no array."""
+
+    reference: Any
+    rebuild: Callable[..., Any]
+    static: Any
+    has_aux: bool
+
+    def __call__(self, parameters: Any, arrays: Any) -> jax.Array:
+        """The loss at these parameters; mutable state moves on in a copy."""
+        loss_fn = self.reference()
+        if loss_fn is None:
+            raise ReferenceError(
+                "The loss function of these taps is gone: keep a reference to it as long as to the taps."
+            )
+        other, args, kwargs = self.static(arrays)
+        loss = loss_fn(self.rebuild(parameters, other, {}), *args, **kwargs)
+        return loss[0] if self.has_aux else loss
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What is static about taps: how to run the pull, and for which layers."""
 
     structure: Any  # the pull's tree structure
     modes: tuple[tuple[int, ...], ...]  # for each registered loss, which of the pull's leaves are its mode
     seeds: tuple[tuple[int, ...], ...]
+    tangents: tuple[tuple[int, ...], ...]  # likewise, the cotangents that are swapped for products with J
     layers: Layers
     fisher: Fisher
     num_samples: int
     axis_name: Any
+    evaluate: Evaluate | None
 
     @property
     def draws(self) -> int:
@@ -49,15 +72,16 @@ class Taps:
     Optax wrapper as an extra argument. It lives as long as the step.
     """
 
-    def __init__(self, leaves: list[Any], cotangent: Any, seed: Any, weights: Any, plan: Plan):
+    def __init__(self, leaves: list[Any], cotangent: Any, seed: Any, weights: Any, trial: Any, plan: Plan):
         self._leaves = leaves
         self._cotangent = cotangent
         self._seed = seed
         self._weights = weights
+        self._trial = trial
         self._plan = plan
 
     def tree_flatten(self):
-        return (self._leaves, self._cotangent, self._seed, self._weights), self._plan
+        return (self._leaves, self._cotangent, self._seed, self._weights, self._trial), self._plan
 
     @classmethod
     def tree_unflatten(cls, plan, children):
@@ -110,6 +134,59 @@ class Taps:
             for layer, rider in zip(plan.layers.values(), riders["layers"], strict=True)
         }
 
+    @property
+    def loss(self) -> jax.Array:
+        """The loss at the step's parameters, averaged over devices."""
+        self.check_quadratic_model()
+        return self._mean(self._trial[0])
+
+    def loss_at(self, parameters: Any) -> jax.Array:
+        """The loss of the step's batch at other parameters (a tree like the gradient), averaged over devices."""
+        self.check_quadratic_model()
+        return self._mean(self._plan.evaluate(parameters, self._trial[1]))  # ty: ignore
+
+    def tangent(self, vector: Any) -> list[jax.Array]:
+        """√c B J v at each registered output, BᵀB its Fisher and c its weight in the loss, for a vector like the gradient.
+
+        J v is the transpose of the pull, so that the forward pass is shared (Martens & Grosse 2015, section 6.4 and appendix C).
+        """
+        self.check_quadratic_model()
+        plan = self._plan
+
+        def pull(cotangents):
+            leaves = list(self._leaves)
+            for new, modes, places in zip(cotangents, plan.modes, plan.tangents, strict=True):
+                for leaf in modes:
+                    leaves[leaf] = jnp.array([outputs.TANGENT, 0], jnp.int32)
+                for leaf in places:
+                    leaves[leaf] = new
+            return jax.tree.unflatten(plan.structure, leaves)(self._cotangent)[0]
+
+        zeros = [self._leaves[places[0]] for places in plan.tangents]
+        like = jax.eval_shape(pull, zeros)
+        vector = jax.tree.map(lambda v, shape: v.astype(shape.dtype), vector, like)
+        return jax.linear_transpose(pull, zeros)(vector)[0]
+
+    def fisher_products(self, *tangents: list[jax.Array]) -> jax.Array:
+        """vᵢᵀF vⱼ, (k, k), from the vectors' tangents; F is the exact Fisher over all parameters, averaged over devices."""
+
+        def product(v, u):
+            return sum(jnp.vdot(a, b) for a, b in zip(v, u, strict=True))
+
+        return self._mean(symmetric(product, tangents))
+
+    def check_quadratic_model(self) -> None:
+        """Raises ValueError for taps that were not asked for the quadratic model."""
+        if self._trial is None:
+            raise ValueError(
+                "These taps know neither the loss at other parameters nor products with the Fisher: ask for them with "
+                "kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)."
+            )
+
+    def _mean(self, value: jax.Array) -> jax.Array:
+        axis = self._plan.axis_name
+        return value if axis is None else jax.lax.pmean(value, axis)
+
     def pulled(self) -> Pulled:
         """The taps with the pull run, when a single draw makes the estimate, so that several reductions share it."""
         return Pulled(self, self.draw(0) if self._plan.draws == 1 else None)
@@ -129,6 +206,13 @@ class Taps:
             # The loss is the mean over devices, whose weights may differ (masks).
             devices, total, square = jax.lax.psum((1, total, square), self._plan.axis_name)
         return devices * total / jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
+
+
+def symmetric(product: Callable[[Any, Any], jax.Array], vectors: Sequence[Any]) -> jax.Array:
+    """The matrix of all products of k vectors, (k, k), each pair taken once."""
+    pairs = {(i, j): product(v, vectors[j]) for i, v in enumerate(vectors) for j in range(i + 1)}
+    size = range(len(vectors))
+    return jnp.stack([jnp.stack([pairs[max(i, j), min(i, j)] for j in size]) for i in size])
 
 
 class Pulled:

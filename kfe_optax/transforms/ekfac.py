@@ -184,7 +184,9 @@ class _Ekfac(NamedTuple):
     def update(self, state: EkfacState, step: Step) -> tuple[Matrices, EkfacState]:
         count, taps = step.count, step.taps
         assert taps is not None
-        strength = layerwise.value(self.damping, count)
+        strength = step.strength(self.damping)
+        if step.retry:
+            return self._applied(state, step, self._rotated(state, step), strength)
         new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
         new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)
         new_scale = layerwise.due(count, self.scale_update_period)
@@ -196,12 +198,7 @@ class _Ekfac(NamedTuple):
             lambda: self._refresh(state, step, taps.pulled(), new_factors, new_basis, new_scale),
             lambda: state,
         )
-        rotated = {
-            name: kronecker.to_basis(
-                v.astype(state.scale[name].dtype), state.basis[name], self._stacked(name)
-            )
-            for name, v in step.gradients.items()
-        }
+        rotated = self._rotated(state, step)
         if not self.batch:
             scale, failures = layerwise.refreshed(
                 new_scale,
@@ -210,6 +207,19 @@ class _Ekfac(NamedTuple):
                 (state.scale, state.failures),
             )
             state = state._replace(scale=scale, failures=failures)
+        return self._applied(state, step, rotated, strength)
+
+    def _rotated(self, state: EkfacState, step: Step) -> Matrices:
+        return {
+            name: kronecker.to_basis(
+                v.astype(state.scale[name].dtype), state.basis[name], self._stacked(name)
+            )
+            for name, v in step.gradients.items()
+        }
+
+    def _applied(
+        self, state: EkfacState, step: Step, rotated: Matrices, strength: jax.Array
+    ) -> tuple[Matrices, EkfacState]:
         terms = self.factors.terms(state.factors, self.layers)
         denominators = self._denominators(state, strength)
         new = {}

@@ -164,11 +164,11 @@ class _Kronecker(NamedTuple):
         return KroneckerState(factors, first, *layerwise.counters())
 
     def update(self, state: KroneckerState, step: Step) -> tuple[Matrices, KroneckerState]:
-        strength = layerwise.value(self.damping, step.count)
+        strength = step.strength(self.damping)
         factors = update_factors(
             self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
         )
-        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
+        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes) | step.retry
 
         def refresh() -> Any:
             # The terms are formed inside: where that takes arithmetic, a step without a refresh does not pay for it.
@@ -202,6 +202,8 @@ def update_factors(
     factors: Factors, layers: Layers, state: Any, step: Step, period: Any, initial_refreshes: int
 ) -> Any:
     """The state of the factors after this step, from a pull of its own when an update is due."""
+    if step.retry:
+        return state
 
     def new() -> Any:
         pulled = step.taps.pulled() if factors.needs_taps and step.taps is not None else None

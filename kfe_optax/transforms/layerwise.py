@@ -37,6 +37,9 @@ class Step(NamedTuple):
       taps: the step's taps, None for a method that needs none.
       parameters: {layer: W̄ (*stack, d_in, d_out)} for a method that reads them and when the caller gave them.
       extra: further extra arguments of the update.
+      damping: λ of this step where the caller adapts it, in place of the method's own; see `strength`.
+      retry: this step once more with another damping: what the damping enters is formed anew, out of statistics that
+        stay as they are.
     """
 
     count: jax.Array
@@ -45,6 +48,12 @@ class Step(NamedTuple):
     taps: Taps | None
     parameters: Matrices | None
     extra: dict[str, Any]
+    damping: jax.Array | None
+    retry: bool
+
+    def strength(self, damping: ScalarOrSchedule) -> jax.Array:
+        """λ of this step: what `update` was given as `damping=`, or the method's own scalar or schedule."""
+        return value(damping if self.damping is None else self.damping, self.count)
 
 
 class Method(Protocol):
@@ -145,7 +154,7 @@ def layerwise(
             nonfinite=jnp.zeros((), jnp.int32),
         )
 
-    def update(updates, state, params=None, *, taps=None, **extra):
+    def update(updates, state, params=None, *, taps=None, damping=None, retry=False, **extra):
         if method.needs_taps:
             _check_taps(layers, taps)
         leaves = leaves_by_path(updates)
@@ -161,11 +170,14 @@ def layerwise(
         rest_updates, rest_state = others, state.rest
         if others:
             rest_updates, rest_state = outside.update(others, state.rest, rest_params, **extra)
+            # Where only the damping differs, the rest has had its step.
+            rest_state = state.rest if retry else rest_state
         finite = _all_finite(leaves.values())
         arrays, static = discovery.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
+        count = state.count - retry
         new_matrices, method_state = _step(
-            static, arrays, state.method, (state.count, matrices, finite, used, parameters)
+            static, retry, arrays, state.method, (count, matrices, finite, used, parameters), damping
         )
         new = {
             path: _narrowed(jnp.where(finite, leaf, 0), leaves[path].dtype)
@@ -174,19 +186,19 @@ def layerwise(
         rest_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), rest_state, state.rest)
         state = LayerwiseState(
             version=state.version,
-            count=state.count + 1,
+            count=count + 1,
             method=method_state,
             rest=rest_state,
-            nonfinite=state.nonfinite + ~finite,
+            nonfinite=state.nonfinite + (~finite & (not retry)),
         )
         # Flattening order is that of the paths, so the tree comes back whatever container it was.
         ordered = [new[path] for path in leaves]
         return jax.tree.unflatten(jax.tree.structure(updates), ordered), state
 
     # Compiled, so that a caller that does not compile the whole step neither retraces nor runs it operation by operation.
-    @functools.partial(jax.jit, static_argnums=0)
-    def _step(static, arrays, method_state, given):
-        return method.update(method_state, Step(*given, static(arrays)))
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _step(static, retry, arrays, method_state, given, damping):
+        return method.update(method_state, Step(*given, static(arrays), damping, retry))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

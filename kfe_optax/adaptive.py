@@ -1,0 +1,101 @@
+"""`kfac_adaptive`: Martens & Grosse's complete optimizer, which needs no learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optax
+
+from kfe_optax.layers import Layers
+from kfe_optax.transforms.adaptive_damping import adaptive_damping
+from kfe_optax.transforms.averaging import average_iterates
+from kfe_optax.transforms.kfac import scale_by_kfac
+from kfe_optax.transforms.layerwise import ScalarOrSchedule
+from kfe_optax.transforms.quadratic_model import scale_by_quadratic_model
+
+
+def kfac_adaptive(
+    layers: Layers,
+    *,
+    initial_damping: float = 1.0,
+    l2: float = 0.0,
+    preconditioner: Callable[..., optax.GradientTransformation] = scale_by_kfac,
+    momentum: bool = True,
+    damping_period: int = 5,
+    damping_factor: float = 19 / 20,
+    damping_floor: float = 1e-8,
+    damping_ceiling: float = 1e8,
+    damping_in_model: bool = True,
+    search_period: int | None = 20,
+    averaging: ScalarOrSchedule | None = 0.99,
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """K-FAC that finds its step size, its momentum and its damping itself (Martens & Grosse 2015, sections 6 and 7).
+
+    The update is δ = αΔ + μδ₀ with Δ = −F̂⁻¹∇h and α, μ from the exact Fisher's quadratic model
+    (`scale_by_quadratic_model`); the model's λ follows how well it foretells the loss (`adaptive_damping`), the
+    preconditioner's own damping a search by the model; the running average of the parameters is kept for evaluation
+    (`average_iterates`).
+
+    Args:
+      layers: what `kfe.find_layers` returned.
+      initial_damping: λ₀, in units of the loss's curvature: about 1 for a classifier, 150 for a sum over an image's pixels. Too
+        large costs some steps at the start, in which λ falls.
+      l2: η, the strength of a penalty ½η‖θ‖² that is added here, and not by the loss function.
+      preconditioner: `kfe.scale_by_kfac` or another one of this package, called with `(layers, initial_damping, **options)`.
+      momentum: whether the last update takes part.
+      damping_period: T₁, steps between measurements of the loss at the new parameters.
+      damping_factor: ω₁ of one step.
+      damping_floor: the least λ. A batch's own loss follows the model the better the smaller λ is, noise and all: with
+        small batches raise it.
+      damping_ceiling: the largest λ.
+      damping_in_model: whether the reduction ratio's model has λ in it.
+      search_period: T₂, steps between searches for the preconditioner's damping γ²; None: it is λ + η.
+      averaging: the decay ξ of the averaged parameters (`kfe.averaged_parameters(opt_state, params)`); None for none.
+      **options: further options of the preconditioner.
+
+    Returns:
+      A transformation with `update(grads, state, params, *, taps)` for taps of
+      `kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)`; what it returns is added to the parameters as it is.
+
+    Raises:
+      ValueError: numbers out of their ranges; in `update`: no taps, taps without the quadratic model, no parameters.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, kfe_optax as kfe
+      >>> model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(2)])
+      >>> x = jax.random.normal(jax.random.key(0), (32, 4))
+      >>> labels = (x[:, 0] > x[:, 1]).astype(int)
+      >>> params = model.init(jax.random.key(1), x)["params"]
+      >>> def loss_fn(params):
+      ...     logits = model.apply({"params": params}, x)
+      ...     return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+      >>> layers = kfe.find_layers(loss_fn, params)
+      >>> tx = kfe.kfac_adaptive(layers)                                      # no learning rate
+      >>> value_grad_and_taps = kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)
+      >>> @jax.jit
+      ... def step(params, opt_state, key):
+      ...     loss, grads, taps = value_grad_and_taps(params, key=key)
+      ...     updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
+      ...     return optax.apply_updates(params, updates), opt_state, loss
+      >>> opt_state, losses = tx.init(params), []
+      >>> for i in range(20):
+      ...     params, opt_state, loss = step(params, opt_state, jax.random.key(i))
+      ...     losses.append(float(loss))
+      >>> losses[-1] < losses[0] / 2
+      True
+    """
+    tx = preconditioner(layers, initial_damping, **options)
+    tx = scale_by_quadratic_model(tx, initial_damping, l2=l2, momentum=momentum, search_period=search_period)
+    tx = adaptive_damping(
+        tx,
+        initial_damping,
+        period=damping_period,
+        factor=damping_factor,
+        floor=damping_floor,
+        ceiling=damping_ceiling,
+        l2=l2,
+        damping_in_model=damping_in_model,
+    )
+    return tx if averaging is None else optax.chain(tx, average_iterates(averaging))

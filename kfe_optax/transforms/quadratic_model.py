@@ -1,0 +1,244 @@
+"""`scale_by_quadratic_model`: step size and momentum from the exact Fisher's quadratic model, instead of a learning rate."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfe_optax.taps import Taps, symmetric
+from kfe_optax.transforms import layerwise
+from kfe_optax.transforms.layerwise import ScalarOrSchedule
+
+SEARCH_FACTOR = (19 / 20) ** 0.5
+"""One step's factor in the search for the inner damping's root γ; a period of T steps has its T-th power."""
+
+
+class QuadraticModelState(NamedTuple):
+    """State of `scale_by_quadratic_model`.
+
+    Attributes:
+      inner: the preconditioner's state.
+      count: int32, the number of steps taken.
+      previous: δ₀, the last update, in float32 at least; zero after one that was not finite.
+      inner_damping: γ², the damping that the preconditioner is given; 0 before the first step.
+      step_size: α of the last step.
+      momentum: μ of the last step.
+      model_change: M(δ) − M(0) of the last step, λ included.
+      squared_norm: δᵀδ of the last step.
+    """
+
+    inner: Any
+    count: jax.Array
+    previous: Any
+    inner_damping: jax.Array
+    step_size: jax.Array
+    momentum: jax.Array
+    model_change: jax.Array
+    squared_norm: jax.Array
+
+
+class Proposal(NamedTuple):
+    """A preconditioned gradient D, the coefficients of δ = −αD + μδ₀ (without μ when there is no momentum), M(δ) − M(0), δᵀδ."""
+
+    direction: Any
+    coefficients: jax.Array
+    change: jax.Array
+    squared_norm: jax.Array
+
+
+def scale_by_quadratic_model(
+    inner: optax.GradientTransformation,
+    damping: ScalarOrSchedule,
+    *,
+    l2: float = 0.0,
+    momentum: bool = True,
+    search_period: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The update δ = αΔ + μδ₀ that minimizes the quadratic model (Martens & Grosse 2015, sections 6.4, 6.6 and 7).
+
+    Δ = −F̂⁻¹∇h is the preconditioner's proposal, δ₀ the last update, h the loss plus ½η‖θ‖², and
+
+      M(δ) = h(θ) + ∇hᵀδ + ½ δᵀ(F + (λ + η)I)δ
+
+    with F the exact Fisher of the batch, through products J v at the model's outputs. At the minimum M(δ) − M(0) = ½∇hᵀδ.
+    The update is ready to be added to the parameters: no learning rate, momentum or KL clip belongs behind it.
+
+    Args:
+      inner: a preconditioner, such as `kfe.scale_by_kfac(...)`. Its damping becomes λ + η (or γ², see `search_period`).
+      damping: λ > 0, a scalar or a schedule; `adaptive_damping` around it replaces it.
+      l2: η ≥ 0, the strength of an ℓ2 penalty that is added here to the loss and its gradient (and not by the loss function).
+      momentum: whether δ₀ takes part.
+      search_period: steps T₂ between searches for the preconditioner's own damping γ²: of γ·ω₂, γ and γ/ω₂ the one whose
+        update has the lowest M(δ), ω₂ = (19/20)^(T₂/2), starting at γ² = λ + η. The preconditioner forms its inverses
+        three times at such a step. None: γ² = λ + η always.
+
+    Returns:
+      A transformation with `update(grads, state, params, *, taps)`, for taps of
+      `kfe.value_grad_and_taps(..., quadratic_model=True)`. A proposal that is not finite gives a zero update.
+
+    Raises:
+      ValueError: numbers out of their ranges; in `update`: no taps, taps without the quadratic model, no `params` where l2 is
+        not zero.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
+      >>> def loss_fn(params, x, y):
+      ...     z = kfe.tag_dense(x, x @ params["kernel"], params)
+      ...     return kfe.losses.l2_loss(z, y).sum(-1).mean()
+      >>> params, x, y = {"kernel": jnp.ones((3, 2))}, jnp.eye(3), jnp.zeros((3, 2))
+      >>> layers = kfe.find_layers(loss_fn, params, x, y)
+      >>> tx = kfe.scale_by_quadratic_model(kfe.scale_by_kfac(layers, damping=1e-6), damping=1e-6)
+      >>> differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+      >>> loss, grads, taps = differentiate(params, x, y)
+      >>> updates, _ = tx.update(grads, tx.init(params), params, taps=taps)
+      >>> bool(jnp.allclose(params["kernel"] + updates["kernel"], 0, atol=1e-4))   # the minimum, in one step
+      True
+    """
+    if search_period is not None:
+        layerwise.check_period("search_period", search_period)
+    if not isinstance(l2, jax.Array) and l2 < 0:
+        raise ValueError(f"l2 is the strength of a penalty and cannot be negative, as {l2!r} is.")
+    preconditioner = optax.with_extra_args_support(inner)
+    own_damping = damping
+
+    def init(params):
+        previous = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+        numbers = (jnp.zeros((), jnp.result_type(float)) for _ in range(5))
+        return QuadraticModelState(preconditioner.init(params), jnp.zeros((), jnp.int32), previous, *numbers)
+
+    def update(updates, state, params=None, *, taps=None, damping=None, **extra):
+        taps = checked_taps(taps)
+        strength = layerwise.value(own_damping if damping is None else damping, state.count) + l2
+        gradient = regularized(updates, params, l2)
+        vectors = [state.previous] if momentum else []
+        tangents = [taps.tangent(vector) for vector in vectors]
+
+        def propose(inner_state, inner_damping, **retry):
+            result: Any = preconditioner.update(
+                gradient, inner_state, params, taps=taps, damping=inner_damping, **retry, **extra
+            )
+            direction, inner_state = result
+            both = [direction, *vectors]
+            fisher = taps.fisher_products(taps.tangent(direction), *tangents)
+            return Proposal(direction, *_minimum(fisher, both, gradient, strength)), inner_state
+
+        inner_damping = strength
+        if search_period is not None:
+            inner_damping = jnp.where(state.inner_damping > 0, state.inner_damping, strength)
+        best, inner_state = propose(state.inner, inner_damping)
+        if search_period is not None:
+            due = (state.count > 0) & layerwise.due(state.count, search_period)
+            factor = SEARCH_FACTOR ** (2 * search_period)
+            found = _searched(due, propose, best, inner_state, inner_damping, factor)
+            best, inner_state, inner_damping = found
+        finite = jnp.isfinite(best.coefficients).all() & jnp.isfinite(best.change)
+        coefficients = jnp.where(finite, best.coefficients, 0)
+        direction = jax.tree.map(lambda d: jnp.where(finite, d, 0), best.direction)
+        delta = _sum(coefficients, [direction, *vectors])
+        change, squared_norm = (jnp.where(finite, v, 0) for v in (best.change, best.squared_norm))
+        numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm)
+        new_state = QuadraticModelState(
+            inner_state,
+            state.count + 1,
+            delta,
+            *(number.astype(state.step_size.dtype) for number in numbers),
+        )
+        return jax.tree.map(lambda d, u: d.astype(u.dtype), delta, updates), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _searched(
+    due: jax.Array, propose: Any, best: Proposal, inner_state: Any, inner_damping: jax.Array, factor: float
+) -> tuple[Proposal, Any, jax.Array]:
+    """The best proposal of three inner dampings, the preconditioner's state and the damping that belong to it."""
+    leaves, structure = jax.tree.flatten(inner_state)
+    # What another damping does not change (factors, counts) stays outside the branch, which would copy it on every step.
+    retried = jax.make_jaxpr(lambda s: jax.tree.leaves(propose(s, inner_damping, retry=True)[1]))(inner_state)
+    inputs, results = retried.jaxpr.invars, retried.jaxpr.outvars
+    changed = [i for i, (a, b) in enumerate(zip(inputs, results, strict=True)) if a is not b]
+
+    def search():
+        found = (best, [leaves[i] for i in changed], inner_damping)
+        for scale in (factor, 1 / factor):
+            proposal, state = propose(inner_state, inner_damping * scale, retry=True)
+            other = (proposal, [jax.tree.leaves(state)[i] for i in changed], inner_damping * scale)
+            better = (proposal.change < found[0].change) | ~jnp.isfinite(found[0].change)
+            found = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), other, found)
+        return found
+
+    best, new, inner_damping = jax.lax.cond(
+        due, search, lambda: (best, [leaves[i] for i in changed], inner_damping)
+    )
+    for i, leaf in zip(changed, new, strict=True):
+        leaves[i] = leaf
+    return best, jax.tree.unflatten(structure, leaves), inner_damping
+
+
+def _minimum(
+    fisher: jax.Array, vectors: list[Any], gradient: Any, strength: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The coefficients x of δ = Σ xᵢ vᵢ that minimizes the model, M(δ) − M(0) = ½ xᵀb with b = (∇hᵀvᵢ), and δᵀδ."""
+    norms = symmetric(inner_product, vectors)
+    slope = jnp.stack([inner_product(gradient, v) for v in vectors])
+    x = solve(fisher + strength * norms, -slope)
+    return x, x @ slope / 2, x @ norms @ x
+
+
+def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    """x with M x = b for a positive semi-definite M (k, k), k ≤ 2: zero for a zero vector, one of two parallel ones alone."""
+    size = jnp.diagonal(matrix)
+    scale = jnp.where(size > 0, jax.lax.rsqrt(jnp.where(size > 0, size, 1)), 0)
+    scaled = scale * right
+    if len(right) == 1:
+        return scale * scaled
+    cosine = matrix[0, 1] * scale[0] * scale[1]
+    rest = 1 - cosine**2
+    independent = (scale > 0).all() & (rest > 8 * jnp.finfo(matrix.dtype).eps)
+    both = (scaled - cosine * scaled[::-1]) / jnp.where(independent, rest, 1)
+    alone = jnp.where(scale[0] > 0, jnp.stack([scaled[0], jnp.zeros_like(cosine)]), scaled)
+    return scale * jnp.where(independent, both, alone)
+
+
+def regularized(gradient: Any, params: Any, l2: Any) -> Any:
+    """∇ + ηθ."""
+    if not isinstance(l2, jax.Array) and not l2:
+        return gradient
+    if params is None:
+        raise ValueError("l2 needs the parameters: call tx.update(grads, opt_state, params, taps=taps).")
+    return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
+
+
+def checked_taps(taps: Any) -> Taps:
+    """The taps, if the quadratic model can be evaluated with them.
+
+    Raises:
+      ValueError: there are none, or they were not asked for it.
+    """
+    if not isinstance(taps, Taps):
+        raise ValueError(
+            "The quadratic model needs the taps of the step: call tx.update(grads, opt_state, params, taps=taps) with what "
+            "kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True) returned."
+        )
+    taps.check_quadratic_model()
+    return taps
+
+
+def inner_product(a: Any, b: Any) -> jax.Array:
+    """aᵀb of two trees, in float32 at least."""
+    products = jax.tree.map(lambda x, y: jnp.vdot(x.astype(_wide(x)), y.astype(_wide(y))), a, b)
+    return jnp.stack(jax.tree.leaves(products)).sum()
+
+
+def _sum(coefficients: jax.Array, vectors: list[Any]) -> Any:
+    def leaf(*parts):
+        return sum(c.astype(_wide(p)) * p.astype(_wide(p)) for c, p in zip(coefficients, parts, strict=True))
+
+    return jax.tree.map(leaf, *vectors)
+
+
+def _wide(leaf: Any) -> Any:
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)

@@ -1,0 +1,243 @@
+"""The quadratic model's step against dense solves; the search for the preconditioner's damping; what it refuses."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfe_optax as kfe
+from kfe_optax.transforms.quadratic_model import SEARCH_FACTOR, solve
+
+from . import dense, problems
+from .dense import assert_close
+
+L2, DAMPING = 0.03, 0.2
+
+
+def _flat(tree):
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def _dense_model(problem, params, damping, l2):
+    """(∇h, F + (λ + η)I) over all parameters, flattened; F from Jacobians and the Hessian at the outputs."""
+    x, _ = problem.args
+    flat, rebuild = jax.flatten_util.ravel_pytree(params)
+
+    def outputs(vector):
+        return problems.plain_forward(rebuild(vector), x)
+
+    fisher = dense.gauss_newton(outputs, problem.loss, flat)
+    gradient = jax.grad(lambda p: problem.loss(outputs(p)) + l2 * p @ p / 2)(flat)
+    return gradient, fisher + (damping + l2) * jnp.eye(len(flat))
+
+
+def _trained(problem, tx, steps, **options):
+    """(params, updates, state) of each step."""
+    layers = problem.layers()
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)
+
+    @jax.jit
+    def step(params, state):
+        _, grads, taps = differentiate(params, *problem.args)
+        return tx.update(grads, state, params, taps=taps, **options)
+
+    params, state = problem.params, tx.init(problem.params)
+    for _ in range(steps):
+        updates, new_state = step(params, state)
+        yield params, updates, state, new_state
+        params, state = optax.apply_updates(params, updates), new_state
+
+
+@pytest.mark.parametrize("kind", ["softmax", "pixels"])
+def test_step_minimizes_the_model(kind, x64):
+    """δ is the minimum of the model in the span of the proposal and the last update, and M(δ) − M(0) = ½∇hᵀδ there."""
+    problem = problems.make("plain", kind)
+    inner = kfe.scale_by_kfac(problem.layers(), 1.0, inverse_update_period=1, factor_update_period=1)
+    tx = kfe.scale_by_quadratic_model(inner, DAMPING, l2=L2)
+    previous = 0 * _flat(problem.params)
+    for params, updates, state, new_state in _trained(problem, tx, 3):
+        gradient, matrix = _dense_model(problem, params, DAMPING, L2)
+        delta = _flat(updates)
+        model = lambda d, gradient=gradient, matrix=matrix: gradient @ d + d @ matrix @ d / 2
+        proposal = _flat(_proposal(problem, inner, params, state.inner))
+        basis = jnp.stack([proposal, previous])[: 1 + bool(jnp.any(previous != 0))].T
+        best = basis @ jnp.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
+        assert_close(delta, best, 1e-9)
+        assert_close(new_state.model_change, model(delta), 1e-9)
+        assert_close(new_state.model_change, gradient @ delta / 2, 1e-9)
+        assert_close(new_state.squared_norm, delta @ delta, 1e-9)
+        assert_close(_flat(new_state.previous), delta, 1e-12)
+        previous = delta
+    assert new_state.momentum != 0
+
+
+def _proposal(problem, inner, params, state):
+    """What the preconditioner says to the gradient of h with damping λ + η."""
+    layers = problem.layers()
+    _, grads, taps = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)(
+        params, *problem.args
+    )
+    regularized = jax.tree.map(lambda g, p: g + L2 * p, grads, params)
+    return inner.update(regularized, state, params, taps=taps, damping=DAMPING + L2)[0]
+
+
+def test_without_momentum(x64):
+    """The step is along the proposal alone."""
+    problem = problems.make("plain", "softmax")
+    tx = kfe.scale_by_quadratic_model(optax.identity(), DAMPING, momentum=False)
+    for params, updates, _, new_state in _trained(problem, tx, 2):
+        gradient, matrix = _dense_model(problem, params, DAMPING, 0)
+        size = gradient @ gradient / (gradient @ matrix @ gradient)
+        assert_close(_flat(updates), -size * gradient, 1e-10)
+        assert_close(new_state.step_size, size, 1e-10)
+        assert new_state.momentum == 0
+
+
+@pytest.mark.parametrize("fisher", ["exact", "sampled"])
+def test_one_step_to_the_minimum_of_a_quadratic(fisher, x64):
+    """A linear model with a quadratic loss: F̂ is the Hessian up to its scale, and the model's α mends the scale."""
+    problem = problems.make("plain", "gaussian", sizes=(3, 2), examples=16)
+    layers = problem.layers()
+    inner = kfe.scale_by_kfac(layers, 1e-12, damping_type="exact")
+    tx = kfe.scale_by_quadratic_model(inner, 1e-12)
+    differentiate = kfe.value_grad_and_taps(
+        problem.loss_fn,
+        layers,
+        fisher=fisher,
+        num_samples=500 if fisher == "sampled" else 1,
+        quadratic_model=True,
+    )
+    _, grads, taps = differentiate(problem.params, *problem.args, key=jax.random.key(0))
+    updates, _ = jax.jit(tx.update)(grads, tx.init(problem.params), problem.params, taps=taps)
+    after = jax.grad(problem.loss_fn)(optax.apply_updates(problem.params, updates), *problem.args)
+    left = jnp.linalg.norm(_flat(after)) / jnp.linalg.norm(_flat(grads))
+    # Sampled targets leave noise in G; the direction is the better the more samples there are.
+    assert left < (1e-8 if fisher == "exact" else 0.15)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_solving_two_by_two(seed, x64):
+    """A dense solve; a zero vector is dropped, and of two parallel ones the second."""
+    generator = np.random.default_rng(seed)
+    root = generator.normal(size=(2, 3)) * np.array([[1], [10.0**-seed]])
+    matrix, right = jnp.asarray(root @ root.T), jnp.asarray(generator.normal(size=2))
+    assert_close(solve(matrix, right), jnp.linalg.solve(matrix, right), 1e-9)
+    for gone in (0, 1):
+        keep = jnp.arange(2) != gone
+        dropped = solve(jnp.where(keep[:, None] & keep, matrix, 0), jnp.where(keep, right, 0))
+        assert_close(dropped, jnp.where(keep, right / jnp.diagonal(matrix), 0), 1e-12)
+    parallel = jnp.outer(matrix[0], matrix[0])
+    assert_close(solve(parallel, 3 * matrix[0]), jnp.array([3 / matrix[0, 0], 0]), 1e-9)
+    assert_close(solve(jnp.zeros((2, 2)), right), jnp.zeros(2))
+
+
+class _Told:
+    """A preconditioner D = ∇ / (h + γ²), whose state remembers what it was told."""
+
+    curvature = 0.4
+
+    def init(self, params):
+        return {"damping": jnp.zeros(()), "calls": jnp.zeros((), jnp.int32), "kept": jnp.ones(3)}
+
+    def update(self, updates, state, params=None, *, taps, damping, retry=False):
+        own = jnp.arange(1, 1 + len(jax.tree.leaves(updates))) * self.curvature
+        leaves = [leaf / (h + damping) for leaf, h in zip(jax.tree.leaves(updates), own, strict=True)]
+        state = {"damping": damping, "calls": state["calls"] + (not retry), "kept": state["kept"]}
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves), state
+
+
+def test_search_takes_the_lowest_of_three(x64):
+    """γ² is that of the three whose update the dense model likes best, on every T₂-th step; the state is its own."""
+    problem = problems.make("plain", "softmax")
+    told, period = _Told(), 2
+    tx = kfe.scale_by_quadratic_model(
+        optax.GradientTransformationExtraArgs(told.init, told.update), DAMPING, search_period=period
+    )
+    previous = 0 * _flat(problem.params)
+    moved = 0
+    for i, (params, updates, state, new_state) in enumerate(_trained(problem, tx, 7)):
+        gradient, matrix = _dense_model(problem, params, DAMPING, 0)
+        start = DAMPING if i == 0 else float(state.inner_damping)
+        searched = i > 0 and i % period == 0
+        candidates = [start * SEARCH_FACTOR ** (2 * period * k) for k in ((0, 1, -1) if searched else (0,))]
+        found = []
+        for candidate in candidates:
+            grads = jax.tree.unflatten(jax.tree.structure(params), _split(gradient, params))
+            direction = _flat(told.update(grads, told.init(None), taps=None, damping=candidate)[0])
+            basis = jnp.stack([direction, previous])[: 1 + (i > 0)].T
+            x = jnp.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
+            found.append((float(gradient @ basis @ x / 2), candidate, basis @ x))
+        change, best, delta = min(found, key=lambda f: f[0])
+        assert_close(new_state.inner_damping, best, 1e-12)
+        assert_close(new_state.inner["damping"], best, 1e-12)
+        assert_close(new_state.model_change, change, 1e-9)
+        assert_close(_flat(updates), delta, 1e-8)
+        assert new_state.inner["calls"] == i + 1
+        moved += best != start
+        previous = _flat(updates)
+    assert moved
+
+
+def _split(vector, like):
+    sizes = np.cumsum([leaf.size for leaf in jax.tree.leaves(like)])[:-1]
+    return [
+        part.reshape(leaf.shape)
+        for part, leaf in zip(jnp.split(vector, sizes), jax.tree.leaves(like), strict=True)
+    ]
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", pytest.param("lanczos", marks=pytest.mark.slow)])
+def test_search_with_a_real_preconditioner(name, x64):
+    """After a search the preconditioner is as if it had been given the chosen damping from the first; factors moved once."""
+    problem = problems.make("plain", "softmax")
+    layers = problem.layers()
+    inner = kfe.METHODS[name].scale_by(layers, 1.0, initial_refreshes=9)
+    tx = kfe.scale_by_quadratic_model(inner, DAMPING, search_period=1)
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)
+    *_, (params, _, state, new_state) = _trained(problem, tx, 3)
+    _, grads, taps = differentiate(params, *problem.args)
+    plain = jax.jit(inner.update)(grads, state.inner, params, taps=taps, damping=new_state.inner_damping)[1]
+    assert new_state.inner_damping != state.inner_damping
+    assert_close(new_state.inner, plain, 1e-9)
+
+
+def test_numbers_that_are_none(x64):
+    """A gradient or a proposal that is not finite: a zero update, and nothing of it stays."""
+    problem = problems.make("plain", "softmax")
+    layers = problem.layers()
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)
+    _, grads, taps = differentiate(problem.params, *problem.args)
+    for inner, poison in ((kfe.scale_by_kfac(layers, 0.1), True), (optax.scale(jnp.inf), False)):
+        tx = kfe.scale_by_quadratic_model(inner, DAMPING)
+        state = tx.init(problem.params)._replace(previous=grads)
+        given = jax.tree.map(lambda g, poison=poison: g * jnp.nan if poison else g, grads)
+        updates, new_state = jax.jit(tx.update)(given, state, problem.params, taps=taps)
+        assert_close(updates, jax.tree.map(jnp.zeros_like, grads))
+        assert_close(_flat(new_state.previous), _flat(updates), 1e-12)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new_state))
+
+
+def test_misuse():
+    """No taps, taps without the model, no parameters for the penalty, nonsense numbers."""
+    problem = problems.make("plain", "softmax")
+    layers = problem.layers()
+    tx = kfe.scale_by_quadratic_model(optax.identity(), DAMPING, l2=L2)
+    grads, state = problem.params, tx.init(problem.params)
+    with pytest.raises(ValueError, match="needs the taps of the step"):
+        tx.update(grads, state, problem.params)
+    _, grads, taps = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact")(
+        problem.params, *problem.args
+    )
+    with pytest.raises(ValueError, match="quadratic_model=True"):
+        tx.update(grads, state, problem.params, taps=taps)
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)
+    _, grads, taps = differentiate(problem.params, *problem.args)
+    with pytest.raises(ValueError, match="l2 needs the parameters"):
+        tx.update(grads, state, taps=taps)
+    with pytest.raises(ValueError, match="cannot be negative"):
+        kfe.scale_by_quadratic_model(optax.identity(), DAMPING, l2=-1.0)
+    with pytest.raises(ValueError, match="search_period"):
+        kfe.scale_by_quadratic_model(optax.identity(), DAMPING, search_period=0)
