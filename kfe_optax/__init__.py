@@ -22,6 +22,7 @@ from kfe_optax.optimizers import deflation as deflation
 from kfe_optax.optimizers import ekfac as ekfac
 from kfe_optax.optimizers import kfac as kfac
 from kfe_optax.optimizers import kfac_corrected as kfac_corrected
+from kfe_optax.optimizers import kfac_tridiagonal as kfac_tridiagonal
 from kfe_optax.optimizers import kpsvd as kpsvd
 from kfe_optax.optimizers import lanczos as lanczos
 from kfe_optax.optimizers import tekfac as tekfac
@@ -45,5 +46,6 @@ from kfe_optax.transforms.named import scale_by_lanczos as scale_by_lanczos
 from kfe_optax.transforms.named import scale_by_tkfac as scale_by_tkfac
 from kfe_optax.transforms.quadratic_model import scale_by_quadratic_model as scale_by_quadratic_model
 from kfe_optax.transforms.tekfac import scale_by_tekfac as scale_by_tekfac
+from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal as scale_by_block_tridiagonal
 
 __version__ = "0.1.0"

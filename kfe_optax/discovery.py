@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kfe_optax import adapters, grouping, jaxprs, masks, tags
+from kfe_optax import adapters, grouping, jaxprs, marks, masks, tags
 from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.layer import Path, leaves_by_path
 from kfe_optax.layers import Layers
@@ -102,7 +102,7 @@ def discover(
     kept = {parent for parent, _ in names}
     try:
         listener, jaxpr = trace(kept)
-    except jaxprs.InnerDerivativeError:
+    except marks.InnerDerivativeError:
         raise
     except Exception as error:
         # Was it the riders? Without them the user's own error comes through as it is.
@@ -160,26 +160,26 @@ class _Discovery:
             return y
         shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, label)
         masked = masks.active()
-        return jaxprs.layer_mark.bind(
+        return marks.layer_mark.bind(
             y, probe, x, *parameters, kind=kind, roles=roles, shapes=shapes, masked=masked, vmaps=()
         )
 
     def unsupported(self, reason, box):
         for probe in box.values():
-            jaxprs.unsupported_mark.bind(probe, reason=reason, vmaps=())
+            marks.unsupported_mark.bind(probe, reason=reason, vmaps=())
 
     def output(self, spec, z, args):
         serial = len(self._outputs)
         self._outputs.append((spec, z.shape))
-        z = jaxprs.output_mark.bind(z, serial=serial, vmaps=())
+        z = marks.output_mark.bind(z, serial=serial, vmaps=())
         return z if spec.loss is None else spec.loss(z, *args)
 
     def outputs(self, uses: list[jaxprs.Use]) -> tuple[Output, ...]:
         """The registered losses that the traced loss really reaches."""
-        marks = [use for use in uses if use.info["mark"] is jaxprs.output_mark]
-        times = collections.Counter(use.info["serial"] for use in marks)
+        reached = [use for use in uses if use.info["mark"] is marks.output_mark]
+        times = collections.Counter(use.info["serial"] for use in reached)
         found: dict[int, Output] = {}
-        for use in marks:
+        for use in reached:
             serial = use.info["serial"]
             spec, shape = self._outputs[serial]
             mapped = tuple(size for size, (is_mapped,) in use.info["vmaps"] if is_mapped)

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from kfe_optax import jaxprs
+from kfe_optax import jaxprs, marks
+from kfe_optax.flow import Flow, Source
 from kfe_optax.layer import Layer, Path, path_name
 
 
@@ -20,14 +21,14 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
     for use in uses:
         if use.trail is None:
             continue
-        if use.info["mark"] is jaxprs.unsupported_mark:
+        if use.info["mark"] is marks.unsupported_mark:
             reasons.setdefault(use.trail.path, use.info["reason"])
-        elif use.info["mark"] is jaxprs.layer_mark:
+        elif use.info["mark"] is marks.layer_mark:
             by_path.setdefault(use.trail.path, []).append(use)
     # A loss inside the loop sees other examples in each iteration.
-    looped = any(use.info["mark"] is jaxprs.output_mark and use.loops for use in uses)
+    looped = any(use.info["mark"] is marks.output_mark and use.loops for use in uses)
     parents = collections.Counter(path[:-1] for path in by_path)
-    layers = []
+    layers, names = [], {}
     for path, group in by_path.items():
         single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
@@ -44,9 +45,33 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
         else:
             name = path_name(path if parents[path[:-1]] > 1 else path[:-1]) or path_name(path)
             size = sum(int(np.prod(shapes[p].shape)) for _, p in paths)
+            names[path] = name
             layer = _layer(name, paths, group, len(layers), shapes[path])
             layers.append(dataclasses.replace(layer, size=size, per_example=layer.per_example and single))
-    return tuple(layers), reasons
+    flows = _flows(uses, names)
+    return tuple(dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers), reasons
+
+
+def _flows(uses: list[jaxprs.Use], names: dict[Path, str]) -> dict[str, Flow]:
+    """{layer: what feeds it}; a tagged use that forms no layer is an operation like any other."""
+
+    def key(i: int) -> Any:
+        trail = uses[i].trail
+        return i if trail is None else names.get(trail.path, i)
+
+    flows: dict[Any, Flow] = {}
+    for i, use in enumerate(uses):
+        if use.info["mark"] is not marks.layer_mark:
+            continue
+        before = flows.get(key(i), Flow())
+        first, later = (
+            tuple(dict.fromkeys([*known, *(Source(key(o.use), o.when) for o in sorted(origins))]))
+            for known, origins in ((before.first, use.first), (before.later, use.later))
+        )
+        single = len(_stack(use)) == 1 == len(use.trail.stack) if use.trail else False
+        flows[key(i)] = Flow(first, later, use.loop if single else 0)
+    gone = {name: flow for name, flow in flows.items() if not isinstance(name, str)}
+    return {name: flow.bypassing(gone) for name, flow in flows.items() if isinstance(name, str)}
 
 
 def _inner_rank(use: jaxprs.Use) -> int:

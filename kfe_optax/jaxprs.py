@@ -10,13 +10,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal, Primitive
-from jax.interpreters import ad, batching
+from jax.extend.core import Literal
+
+from kfe_optax.flow import ANY, BEFORE, LAST, SAME
+from kfe_optax.marks import layer_mark, output_mark, unsupported_mark
 
 _CARRIED = frozenset(
     {"convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast", "reshard"}
@@ -44,6 +46,22 @@ class Trail:
     lost: str | None = None
 
 
+class Origin(NamedTuple):
+    """A use whose output reaches a variable with no other layer between.
+
+    Attributes:
+      use: its place among the uses.
+      when: in which iteration of its loop (see `kfe_optax.flow`).
+    """
+
+    use: int
+    when: str
+
+
+_Origins = frozenset[Origin]
+_NOWHERE: _Origins = frozenset()
+
+
 @dataclasses.dataclass(frozen=True)
 class Use:
     """One tag reached.
@@ -54,6 +72,9 @@ class Use:
       info: what the mark holds.
       loops: how many loops it is in.
       constant: whether the layer's input depends on neither data nor parameters.
+      first: the uses that its input comes from, in the first iteration of its loop.
+      later: the same in the iterations after that.
+      loop: the scan that it is directly in, by number; 0 outside loops, in a `while` and in a scan that runs backwards.
     """
 
     trail: Trail | None
@@ -61,44 +82,9 @@ class Use:
     info: dict[str, Any]
     loops: int
     constant: bool = False
-
-
-class InnerDerivativeError(ValueError):
-    """The loss function differentiates a tagged layer or a registered loss itself."""
-
-
-def _raise_forward_mode(*_, **__):
-    raise InnerDerivativeError(
-        "A tagged layer or a registered loss is differentiated inside the loss function itself (jvp, grad, hessian or a "
-        "gradient penalty). Curvature tags work for one reverse-mode differentiation of the whole loss: move the inner "
-        "derivative to an untagged copy of the model (jax.lax.stop_gradient does not help), or leave those layers out."
-    )
-
-
-def _mark(name: str) -> Any:
-    """A primitive that returns its first operand and records the vmaps around it in its parameter `vmaps`."""
-    primitive = Primitive(name)
-    primitive.def_abstract_eval(lambda value, *rest, **params: value)
-    ad.primitive_jvps[primitive] = _raise_forward_mode
-
-    def batch(operands, dims, *, vmaps, **params):
-        size = next(v.shape[d] for v, d in zip(operands, dims, strict=True) if d is not None)
-        first = jnp.moveaxis(operands[0], dims[0], 0) if dims[0] is not None else operands[0]
-        if dims[0] is None:
-            first = jnp.broadcast_to(first, (size, *first.shape))
-        rest = [
-            v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(operands[1:], dims[1:], strict=True)
-        ]
-        mapped = tuple(d is not None for d in dims)
-        return primitive.bind(first, *rest, vmaps=(*vmaps, (size, mapped)), **params), 0
-
-    batching.primitive_batchers[primitive] = batch
-    return primitive
-
-
-layer_mark = _mark("kfe_layer")  # operands: y, probe, x, the layer's parameters
-output_mark = _mark("kfe_output")  # operands: the registered output z
-unsupported_mark = _mark("kfe_unsupported")  # operands: probe
+    first: _Origins = _NOWHERE
+    later: _Origins = _NOWHERE
+    loop: int = 0
 
 
 # How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
@@ -115,50 +101,68 @@ class Walk:
 
 # What a variable depends on at most.
 NOTHING, PARAMETERS, DATA = 0, 1, 2
-# Of a variable: its trail, and what it depends on.
-_Fact = tuple[Trail | None, int]
+
+
+class _Fact(NamedTuple):
+    """Of a variable: its trail, what it depends on, and the uses that it comes from directly."""
+
+    trail: Trail | None
+    level: int
+    origins: _Origins = _NOWHERE
 
 
 def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> Walk:
     """Walks a closed jaxpr for the trails of its inputs; those without one are data, and so are arrays that it closes over."""
     walk = Walk()
-    facts = [(trail, DATA if trail is None else PARAMETERS) for trail in trails]
+    facts = [_Fact(trail, DATA if trail is None else PARAMETERS) for trail in trails]
     _walk(jaxpr.jaxpr, facts, walk, loops=0)
     return walk
 
 
 def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_Fact]:
     known = dict(zip(jaxpr.invars, facts, strict=True))
-    known.update(dict.fromkeys(jaxpr.constvars, (None, DATA)))
+    known.update(dict.fromkeys(jaxpr.constvars, _Fact(None, DATA)))
 
     def read(variable) -> _Fact:
         if isinstance(variable, Literal):
             # An array that the loss closes over may stand in the program itself; it is data, where a number is not.
-            return None, DATA if np.ndim(variable.val) else NOTHING
-        return known.get(variable, (None, NOTHING))
+            return _Fact(None, DATA if np.ndim(variable.val) else NOTHING)
+        return known.get(variable, _Fact(None, NOTHING))
 
     for equation in jaxpr.eqns:
         inputs = [read(v) for v in equation.invars]
-        trails = [trail for trail, _ in inputs]
-        source = max((level for _, level in inputs), default=NOTHING)
+        trails = [fact.trail for fact in inputs]
+        source = max((fact.level for fact in inputs), default=NOTHING)
         name = equation.primitive.name
         if equation.primitive in (layer_mark, output_mark, unsupported_mark):
-            position = {layer_mark: 1, unsupported_mark: 0}.get(equation.primitive)
-            trail = None if position is None else trails[position]
-            info = {"mark": equation.primitive, **equation.params}
-            if equation.primitive is layer_mark:
-                walk.uses.append(Use(trail, tuple(trails[3:]), info, loops, inputs[2][1] == NOTHING))
-            else:
-                walk.uses.append(Use(trail, (), info, loops))
-            known.update(dict.fromkeys(equation.outvars, (None, inputs[0][1])))
+            behind = _mark_reached(equation, inputs, walk, loops)
+            known.update(dict.fromkeys(equation.outvars, behind))
             continue
         if name in _PRODUCTS and source == DATA:
             walk.products.update(trail.path for trail in trails if trail is not None and not trail.lost)
         outputs = _inner(equation, name, inputs, walk, loops)
         if outputs is None:
-            outputs = [(_step(equation, name, trails), source)] * len(equation.outvars)
+            outputs = [_Fact(_step(equation, name, trails), source, _origins(inputs))] * len(equation.outvars)
         known.update(zip(equation.outvars, outputs, strict=False))
     return [read(v) for v in jaxpr.outvars]
+
+
+def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int) -> _Fact:
+    """Records the use, and the fact of the mark's output."""
+    info = {"mark": equation.primitive, **equation.params}
+    if equation.primitive is not layer_mark:
+        trail = inputs[0].trail if equation.primitive is unsupported_mark else None
+        walk.uses.append(Use(trail, (), info, loops))
+        return inputs[0]._replace(trail=None)
+    x = inputs[2]
+    parameters = tuple(fact.trail for fact in inputs[3:])
+    walk.uses.append(Use(inputs[1].trail, parameters, info, loops, x.level == NOTHING, x.origins, x.origins))
+    return _Fact(None, inputs[0].level, frozenset({Origin(len(walk.uses) - 1, SAME)}))
+
+
+def _origins(facts: Sequence[_Fact]) -> _Origins:
+    """The uses that a function of all these comes from."""
+    return _NOWHERE.union(*(fact.origins for fact in facts))
 
 
 def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | None:
@@ -181,33 +185,102 @@ def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | N
 def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact] | None:
     """Walks the jaxprs inside an equation; the facts of its outputs, or None when it has no inner jaxpr."""
     params = equation.params
-    source = max((level for _, level in inputs), default=NOTHING)
+    source = max((fact.level for fact in inputs), default=NOTHING)
     if name == "scan":
-        body = params["jaxpr"].jaxpr
-        constants, carries = _scan_carry(equation, body)
-        inner = []
-        for i, (trail, level) in enumerate(inputs):
-            # What a carry becomes may depend on all that goes in.
-            level = source if constants <= i < constants + carries else level
-            inner.append((_into_scan(trail, i, (constants, carries), params["length"]), level))
-        _walk(body, inner, walk, loops + 1)
-        return [(None, source)] * len(equation.outvars)
+        return _scan(equation, inputs, source, walk, loops)
     if name == "while":
-        skip = params["cond_nconsts"]
-        inner = [(_broadcast(trail), source) for trail, _ in inputs[skip:]]
-        _walk(params["body_jaxpr"].jaxpr, inner, walk, loops + 1)
-        return [(None, source)] * len(equation.outvars)
+        return _while(equation, inputs, source, walk, loops)
     if name == "cond":
         results = [_walk(b.jaxpr, inputs[1:], walk, loops) for b in params["branches"]]
-        return [
-            (first[0] if all(first[0] == other[i][0] for other in results) else None, source)
-            for i, first in enumerate(results[0])
-        ]
+        joined = []
+        for same in zip(*results, strict=True):
+            trail = same[0].trail if all(fact.trail == same[0].trail for fact in same) else None
+            joined.append(_Fact(trail, source, _origins([inputs[0], *same])))
+        return joined
     for value in params.values():
         inner_jaxpr = getattr(value, "jaxpr", value)
         if hasattr(inner_jaxpr, "eqns") and len(inner_jaxpr.invars) == len(inputs):
             return _walk(inner_jaxpr, inputs, walk, loops)
     return None
+
+
+def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
+    body, length = equation.params["jaxpr"].jaxpr, equation.params["length"]
+    constants, carries = _scan_carry(equation, body)
+    inner = []
+    for i, fact in enumerate(inputs):
+        # What a carry becomes may depend on all that goes in.
+        level = source if constants <= i < constants + carries else fact.level
+        trail = _into_scan(fact.trail, i, (constants, carries), length)
+        inner.append(_Fact(trail, level, fact.origins))
+    start = len(walk.uses)
+    results = _iterate(body, inner, (constants, carries if length > 1 else 0), walk, loops)
+    if not equation.params["reverse"]:
+        walk.uses[start:] = [
+            dataclasses.replace(use, loop=start + 1) if use.loops == loops + 1 else use
+            for use in walk.uses[start:]
+        ]
+    outputs = []
+    for i, fact in enumerate(results):
+        # The carry comes from the last iteration, what is stacked from all of them.
+        outputs.append(_Fact(None, source, _later(fact.origins, start, LAST if i < carries else ANY)))
+    return outputs
+
+
+def _while(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
+    body = equation.params["body_jaxpr"].jaxpr
+    skip = equation.params["cond_nconsts"]
+    inner = [_Fact(_broadcast(fact.trail), source, fact.origins) for fact in inputs[skip:]]
+    start = len(walk.uses)
+    constants = len(inner) - len(body.outvars)
+    results = _iterate(body, inner, (constants, len(body.outvars)), walk, loops)
+    # Without an iteration the carry is what went in.
+    origins = _later(_origins([*inputs, *results]), start, ANY)
+    return [_Fact(None, source, origins)] * len(equation.outvars)
+
+
+def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk, loops: int) -> list[_Fact]:
+    """Walks a loop's body as its first iteration and as a later one; the facts of the outputs of the later one.
+
+    What a later iteration's carry comes from is known when a walk leaves it as it was. Each use is recorded once.
+    """
+    constants, carries = carried
+    start, products = len(walk.uses), walk.products.copy()
+    results = _walk(body, facts, walk, loops + 1)
+    if not carries:
+        return results
+    first, around = walk.uses[start:], None
+    while True:
+        back = [_later(fact.origins, start, BEFORE) for fact in results[:carries]]
+        new = back if around is None else [a | b for a, b in zip(around, back, strict=True)]
+        if new == around:
+            break
+        around = new
+        del walk.uses[start:]
+        walk.products = products.copy()
+        inside = list(facts)
+        for i, origins in enumerate(around, constants):
+            inside[i] = facts[i]._replace(origins=origins)
+        results = _walk(body, inside, walk, loops + 1)
+    walk.uses[start:] = [_joined(a, b, loops + 1) for a, b in zip(first, walk.uses[start:], strict=True)]
+    return results
+
+
+def _joined(first: Use, later: Use, loops: int) -> Use:
+    """A use from the first and a later iteration; in a loop inside the loop both iterations are any."""
+    if later.loops == loops:
+        return dataclasses.replace(later, first=first.first)
+    return dataclasses.replace(later, first=first.first | later.first, later=first.later | later.later)
+
+
+def _later(origins: _Origins, start: int, when: str) -> _Origins:
+    """Origins as seen an iteration later, or after the loop: those made in the loop (from use `start` on) have become older."""
+    if all(origin.use < start for origin in origins):
+        return origins
+    return frozenset(
+        origin if origin.use < start else Origin(origin.use, when if origin.when == SAME else ANY)
+        for origin in origins
+    )
 
 
 def _scan_carry(equation: Any, body: Any) -> tuple[int, int]:

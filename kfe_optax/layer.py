@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfe_optax.flow import Flow
 from kfe_optax.kinds import Kind
 from kfe_optax.kinds.embedding import ATTEND
 
@@ -66,6 +67,7 @@ class Layer:
       spread: whether a vmap over the batch hides the examples from it.
       constant: whether its input depends on nothing (an embedding of positions); it has a single example.
       size: the number of its parameters.
+      flow: which layers feed it (see `kfe_optax.flow`).
     """
 
     name: str
@@ -86,7 +88,13 @@ class Layer:
     spread: bool = dataclasses.field(compare=False, repr=False, default=False)
     constant: bool = dataclasses.field(compare=False, repr=False, default=False)
     size: int = dataclasses.field(compare=False, repr=False, default=0)
+    flow: Flow = dataclasses.field(compare=False, repr=False, default=Flow())
     sharing: str = "expand"
+
+    @property
+    def inputs_from(self) -> tuple[str, ...]:
+        """The names of the layers whose outputs reach its input with no other layer between; none for a first layer."""
+        return self.flow.layers
 
     @property
     def bias(self) -> bool:

@@ -174,7 +174,12 @@ class Layers(Mapping[str, Layer]):
             )
         left = {path: size for name in names for path, size in self._by_name[name].leaf_sizes().items()}
         kept = [layer for layer in self._layers if layer.name not in names]
-        layers = (dataclasses.replace(layer, order=order) for order, layer in enumerate(kept))
+        # What a layer that is left out feeds is fed by what fed it.
+        gone = {name: self._by_name[name].flow for name in names}
+        layers = (
+            dataclasses.replace(layer, order=order, flow=layer.flow.bypassing(gone))
+            for order, layer in enumerate(kept)
+        )
         return Layers(
             tuple(layers),
             (*self.rest, *left),

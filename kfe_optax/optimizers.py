@@ -21,6 +21,7 @@ from kfe_optax.transforms.named import (
     scale_by_tkfac,
 )
 from kfe_optax.transforms.tekfac import scale_by_tekfac
+from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal
 
 ScaleBy = Callable[..., optax.GradientTransformationExtraArgs]
 
@@ -97,7 +98,7 @@ def _alias(name: str, title: str, scale_by: ScaleBy) -> ScaleBy:
         return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
 
     optimizer.__name__ = optimizer.__qualname__ = name
-    optimizer.__doc__ = _DOCSTRING.format(name=name, title=title, scale_by=f"scale_by_{name}")
+    optimizer.__doc__ = _DOCSTRING.format(name=name, title=title, scale_by=scale_by.__name__)
     return optimizer
 
 
@@ -114,6 +115,9 @@ kpsvd = _alias("kpsvd", "KPSVD", scale_by_kpsvd)
 deflation = _alias("deflation", "Deflation (two Kronecker terms)", scale_by_deflation)
 lanczos = _alias("lanczos", "Lanczos (two Kronecker terms)", scale_by_lanczos)
 kfac_corrected = _alias("kfac_corrected", "KFAC-corrected", scale_by_kfac_corrected)
+kfac_tridiagonal = _alias(
+    "kfac_tridiagonal", "K-FAC with the block-tridiagonal inverse", scale_by_block_tridiagonal
+)
 
 
 class Method(NamedTuple):

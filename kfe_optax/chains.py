@@ -1,0 +1,233 @@
+"""From layers to chains, in which each layer feeds the next one and that one alone; stacked layers are taken apart."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from kfe_optax.flow import BEFORE, LAST, SAME, Source
+from kfe_optax.layer import Layer
+from kfe_optax.layers import Layers
+
+Chains = Literal["whole", "split"] | Sequence[Sequence[str]]
+
+
+class Element(NamedTuple):
+    """A member of a chain: a layer, or one of the layers of a stack.
+
+    Attributes:
+      layer: its name.
+      index: its place in the stack; None for a layer that is not stacked by one scan.
+    """
+
+    layer: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        return self.layer if self.index is None else f"{self.layer}[{self.index}]"
+
+
+Chain = tuple[Element, ...]
+
+
+class Plan(NamedTuple):
+    """The layers of a network by chain.
+
+    Attributes:
+      chains: the chains, in the order of the forward pass; those of one are members of a stack that is partly in longer ones.
+      alone: the layers that are, with all of their stack, chains of one.
+    """
+
+    chains: tuple[Chain, ...]
+    alone: tuple[str, ...]
+
+    def among(self, names: Iterable[str]) -> Plan:
+        """The plan of some of the layers; a chain is cut where a layer is missing."""
+        present = frozenset(names)
+        pieces = []
+        for chain in self.chains:
+            for there, piece in itertools.groupby(chain, lambda element: element.layer in present):
+                pieces += [tuple(piece)] if there else []
+        return Plan(tuple(pieces), tuple(name for name in self.alone if name in present))
+
+
+def find_chains(layers: Layers, chains: Chains, max_dim: int) -> Plan:
+    """The chains of a network.
+
+    Args:
+      layers: the layers.
+      chains: "whole": all of them are one chain. "split": a layer that one layer alone feeds, and that one nothing else,
+        continues its chain, where their statistics can be paired. Or the names of the layers of each chain, in order;
+        layers that are not named are chains of one, and stacked layers of one scan take turns.
+      max_dim: a side larger than this is a diagonal, which cannot be paired.
+
+    Raises:
+      ValueError: no such chain: the message names the layer that breaks it.
+    """
+    if isinstance(chains, str):
+        if chains not in ("whole", "split"):
+            raise ValueError(f"chains must be 'whole', 'split' or lists of layer names, not {chains!r}.")
+        elements = [e for loop in _by_loop(layers.values()) for e in _unrolled(loop)]
+        before = _predecessors(layers)
+        if chains == "whole":
+            _check_whole(elements, before)
+            found = [tuple(elements)]
+        else:
+            found = _split(layers, elements, before, max_dim)
+    else:
+        found = _listed(layers, chains)
+    for chain in found:
+        _check_pairs(layers, chain, max_dim)
+    joined = {element.layer for chain in found if len(chain) > 1 for element in chain}
+    return Plan(
+        tuple(chain for chain in found if chain[0].layer in joined),
+        tuple(name for name in layers if name not in joined),
+    )
+
+
+def _by_loop(layers: Iterable[Layer]) -> list[list[Layer]]:
+    """Runs of layers that one scan stacks; each other layer by itself."""
+
+    def key(pair):
+        place, layer = pair
+        return (layer.flow.loop, layer.stacked) if layer.flow.loop else -place - 1
+
+    return [[layer for _, layer in run] for _, run in itertools.groupby(enumerate(layers), key)]
+
+
+def _unrolled(run: Sequence[Layer]) -> list[Element]:
+    """The elements of the layers of one scan in the order in which they run."""
+    if not run[0].flow.loop:
+        return [Element(layer.name) for layer in run]
+    return [Element(layer.name, i) for i in range(run[0].stacked[0]) for layer in run]
+
+
+def _elements(layer: Layer) -> list[Element]:
+    return _unrolled([layer])
+
+
+def _predecessors(layers: Layers) -> dict[Element, frozenset[Element]]:
+    """The elements that feed each element directly."""
+
+    def at(source: Source, index: int | None) -> list[Element]:
+        layer = layers.get(source.layer)
+        if layer is None or not layer.flow.loop:
+            return [Element(source.layer)]
+        elements = _elements(layer)
+        if source.when == LAST:
+            return elements[-1:]
+        if index is None or source.when not in (SAME, BEFORE):
+            return elements
+        return [elements[index - (source.when == BEFORE)]]
+
+    found = {}
+    for layer in layers.values():
+        for element in _elements(layer):
+            sources = {0: layer.flow.first, None: (*layer.flow.first, *layer.flow.later)}.get(
+                element.index, layer.flow.later
+            )
+            found[element] = frozenset(e for s in sources for e in at(s, element.index))
+    return found
+
+
+def _check_whole(elements: list[Element], before: Mapping[Element, frozenset[Element]]) -> None:
+    for element, expected in zip(elements, [None, *elements], strict=False):
+        found = before[element]
+        if found == (frozenset() if expected is None else {expected}):
+            continue
+        names = " and ".join(sorted(map(str, found))) or "the data"
+        where = "as the first layer" if expected is None else f"after layer {str(expected)!r}"
+        raise ValueError(
+            f"The network is not a chain of layers: layer {str(element)!r} stands {where} and is fed by {names}. With "
+            "chains='whole' each layer must feed the next one and that one alone (no residual connections, no branches). "
+            "Choose chains='split' for the chains that the network contains, or name them: chains=[['first', 'second'], ...]."
+        )
+
+
+def _split(
+    layers: Layers, elements: list[Element], before: Mapping[Element, frozenset[Element]], max_dim: int
+) -> list[Chain]:
+    fed = {element: [e for e in elements if element in before[e]] for element in elements}
+    chains: list[list[Element]] = []
+    ends: dict[Element, list[Element]] = {}
+    for element in elements:
+        previous = next(iter(before[element])) if len(before[element]) == 1 else None
+        joined = previous in ends and fed[previous] == [element]
+        if joined and not _trouble(layers[previous.layer], layers[element.layer], max_dim):
+            chain = ends.pop(previous)
+        else:
+            chain = []
+            chains.append(chain)
+        chain.append(element)
+        ends[element] = chain
+    return [tuple(chain) for chain in chains]
+
+
+def _listed(layers: Layers, chains: Any) -> list[Chain]:
+    known = ", ".join(layers)
+    seen: set[str] = set()
+    found = []
+    for names in chains:
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                f"chains must be a list of chains, each a list of layer names: not {names!r} as one of them."
+            )
+        for name in names:
+            if name not in layers:
+                raise ValueError(
+                    f"chains names {name!r}, and there is no such layer; the layers are {known}."
+                )
+            if name in seen:
+                raise ValueError(f"chains names {name!r} twice; a layer belongs to one chain.")
+            seen.add(name)
+        found += (
+            [tuple(e for run in _by_loop(layers[name] for name in names) for e in _unrolled(run))]
+            if names
+            else []
+        )
+    return found + [(element,) for name in layers if name not in seen for element in _elements(layers[name])]
+
+
+def _check_pairs(layers: Layers, chain: Chain, max_dim: int) -> None:
+    for first, second in itertools.pairwise(chain):
+        trouble = _trouble(layers[first.layer], layers[second.layer], max_dim)
+        if trouble:
+            raise ValueError(
+                f"Layers {str(first)!r} and {str(second)!r} cannot be neighbors in a chain: {trouble}. Choose chains='split', "
+                "which makes a chain of one of a layer that cannot be paired, or name the chains without it: "
+                "chains=[['first', 'second'], ...]."
+            )
+
+
+def _trouble(first: Layer, second: Layer, max_dim: int) -> str | None:
+    """Why the statistics of two layers cannot be paired row by row."""
+    for layer in (first, second):
+        trouble = _own_trouble(layer, max_dim)
+        if trouble:
+            return f"{layer.name!r} {trouble}"
+    if first.examples != second.examples:
+        return f"they see {first.examples} and {second.examples} examples"
+    positions = [1 if layer.sharing == "reduce" else layer.positions for layer in (first, second)]
+    if positions[0] != positions[1]:
+        return f"they have {positions[0]} and {positions[1]} positions an example, which do not correspond"
+    if first.positions > 1 and second.positions > 1 and first.sharing != second.sharing:
+        return f"one has sharing={first.sharing!r}, the other {second.sharing!r}"
+    return None
+
+
+def _own_trouble(layer: Layer, max_dim: int) -> str | None:
+    kind = layer.kind
+    if not layer.has_rows:
+        return "uses its parameters more than once, so that its statistics are sums"
+    if kind.statistics != "rows" or kind.per_example or any(kind.diagonal):
+        return f"is a layer of kind {kind.name!r}, which has no rows to pair"
+    if kind != kind.plain():
+        return f"has approximation={kind.approximation!r}, whose A is not that of its rows"
+    if kind.blocks(layer.kernel_shape):
+        return "consists of blocks (groups)"
+    if layer.stacked and not layer.flow.loop:
+        return "is stacked by a vmap, by several scans or by one that runs backwards"
+    if max(layer.sides) > max_dim:
+        return f"has a side of {max(layer.sides)} > max_dim={max_dim}, which is kept as a diagonal"
+    return None
