@@ -2,6 +2,7 @@
 
 from kfe_optax import diagnostics as diagnostics
 from kfe_optax import factors as factors
+from kfe_optax import initializers as initializers
 from kfe_optax import losses as losses
 from kfe_optax.adapters.linen import TrainState as TrainState
 from kfe_optax.adaptive import kfac_adaptive as kfac_adaptive
@@ -27,6 +28,7 @@ from kfe_optax.optimizers import kpsvd as kpsvd
 from kfe_optax.optimizers import lanczos as lanczos
 from kfe_optax.optimizers import tekfac as tekfac
 from kfe_optax.optimizers import tkfac as tkfac
+from kfe_optax.optimizers import two_level_kfac as two_level_kfac
 from kfe_optax.tags import plain as plain
 from kfe_optax.tags import tag_dense as tag_dense
 from kfe_optax.taps import Taps as Taps
@@ -47,5 +49,7 @@ from kfe_optax.transforms.named import scale_by_tkfac as scale_by_tkfac
 from kfe_optax.transforms.quadratic_model import scale_by_quadratic_model as scale_by_quadratic_model
 from kfe_optax.transforms.tekfac import scale_by_tekfac as scale_by_tekfac
 from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal as scale_by_block_tridiagonal
+from kfe_optax.transforms.two_level import scale_by_two_level_kfac as scale_by_two_level_kfac
+from kfe_optax.transforms.two_level import two_level as two_level
 
 __version__ = "0.1.0"

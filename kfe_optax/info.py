@@ -10,6 +10,7 @@ from kfe_optax.transforms.adaptive_damping import AdaptiveDampingState
 from kfe_optax.transforms.clip import KlClipState
 from kfe_optax.transforms.layerwise import LayerwiseState
 from kfe_optax.transforms.quadratic_model import QuadraticModelState
+from kfe_optax.transforms.two_level import TwoLevelState
 
 
 class Info(NamedTuple):
@@ -56,7 +57,7 @@ def info(opt_state: Any) -> Info:
       >>> kfe.info(optax.adam(1e-3).init({})).damping is None
       True
     """
-    wanted = (LayerwiseState, KlClipState, QuadraticModelState, AdaptiveDampingState)
+    wanted = (LayerwiseState, TwoLevelState, KlClipState, QuadraticModelState, AdaptiveDampingState)
     found = Info()
     pending = [opt_state]
     while pending:
@@ -69,6 +70,9 @@ def info(opt_state: Any) -> Info:
                 last_refresh=_first(found.last_refresh, method.last_refresh),
                 nonfinite=_add(found.nonfinite, node.nonfinite),
             )
+        elif isinstance(node, TwoLevelState):
+            found = found._replace(failures=_add(found.failures, node.coarse.failures))
+            pending.append(node.fine)
         elif isinstance(node, KlClipState):
             found = found._replace(kl_factor=_first(found.kl_factor, node.kl_factor))
             pending.append(node.inner)

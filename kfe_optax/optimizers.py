@@ -22,6 +22,7 @@ from kfe_optax.transforms.named import (
 )
 from kfe_optax.transforms.tekfac import scale_by_tekfac
 from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal
+from kfe_optax.transforms.two_level import scale_by_two_level_kfac
 
 ScaleBy = Callable[..., optax.GradientTransformationExtraArgs]
 
@@ -67,7 +68,7 @@ Example:
 """
 
 
-def _alias(name: str, title: str, scale_by: ScaleBy) -> ScaleBy:
+def _alias(name: str, title: str, scale_by: ScaleBy, documented: str | None = None) -> ScaleBy:
     """The optimizer around a preconditioner; all of them have one signature and one way of being put together."""
 
     def optimizer(
@@ -98,7 +99,7 @@ def _alias(name: str, title: str, scale_by: ScaleBy) -> ScaleBy:
         return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
 
     optimizer.__name__ = optimizer.__qualname__ = name
-    optimizer.__doc__ = _DOCSTRING.format(name=name, title=title, scale_by=scale_by.__name__)
+    optimizer.__doc__ = _DOCSTRING.format(name=name, title=title, scale_by=documented or f"scale_by_{name}")
     return optimizer
 
 
@@ -116,8 +117,12 @@ deflation = _alias("deflation", "Deflation (two Kronecker terms)", scale_by_defl
 lanczos = _alias("lanczos", "Lanczos (two Kronecker terms)", scale_by_lanczos)
 kfac_corrected = _alias("kfac_corrected", "KFAC-corrected", scale_by_kfac_corrected)
 kfac_tridiagonal = _alias(
-    "kfac_tridiagonal", "K-FAC with the block-tridiagonal inverse", scale_by_block_tridiagonal
+    "kfac_tridiagonal",
+    "K-FAC with the block-tridiagonal inverse",
+    scale_by_block_tridiagonal,
+    "scale_by_block_tridiagonal",
 )
+two_level_kfac = _alias("two_level_kfac", "Two-level K-FAC", scale_by_two_level_kfac)
 
 
 class Method(NamedTuple):
@@ -137,4 +142,6 @@ METHODS: Mapping[str, Method] = {
     "deflation": Method(deflation, scale_by_deflation),
     "lanczos": Method(lanczos, scale_by_lanczos),
     "kfac_corrected": Method(kfac_corrected, scale_by_kfac_corrected),
+    "kfac_tridiagonal": Method(kfac_tridiagonal, scale_by_block_tridiagonal),
+    "two_level_kfac": Method(two_level_kfac, scale_by_two_level_kfac),
 }

@@ -78,9 +78,15 @@ def _variants() -> dict[str, Case]:
     }
 
 
+# The problem's head stands beside the chain of its other layers.
+_OPTIONS = {"kfac_tridiagonal": {"chains": "split"}}
+
 # A new line of `kfe.METHODS` or of `kfe.factors.FACTORS` is picked up by itself, the registry's first.
 CASES: dict[str, Case] = {
-    **{name: Case(method.scale_by, {"decay": decay}) for name, method in kfe.METHODS.items()},
+    **{
+        name: Case(method.scale_by, {"decay": decay, **_OPTIONS.get(name, {})})
+        for name, method in kfe.METHODS.items()
+    },
     **{
         f"kronecker of {name}": Case(kfe.scale_by_kronecker, {"factors": make(decay=decay)})
         for name, make in kfe.factors.FACTORS.items()
@@ -218,4 +224,6 @@ def factorized(state: Any, name: str, side: int) -> list[jax.Array]:
     """What a method keeps of the factorization of one side of a layer: an inverse, a basis, a pencil."""
     method = state.method
     kept = method.roots if hasattr(method, "roots") else method.basis
+    # The layers of a chain share their inverses; the others have their own.
+    kept = getattr(kept, "alone", kept)
     return jax.tree.leaves(kept[name][side])

@@ -52,6 +52,23 @@ class Statistics(Protocol):
     def example_gradients(self) -> jax.Array:
         """M_n, (..., n, d_in, d_out)."""
 
+    # Projections for coarse spaces, on v matrices of rank one p qᵀ in each block: p (..., v, d_in), q (..., v, d_out).
+
+    def project_inputs(self, p: jax.Array) -> jax.Array:
+        """α = pᵀā, (*stacked, n, t, v, blocks), scaled so that a Gram matrix over n and t is E[mean_t α αᵀ]."""
+
+    def project_outputs(self, q: jax.Array) -> jax.Array:
+        """γ = qᵀg, (*stacked, n, t, v, blocks), scaled so that a Gram matrix over n and t is E[Σ_t γ γᵀ]."""
+
+    def project(self, p: jax.Array, q: jax.Array) -> jax.Array:
+        """ζ = Σ over the blocks of pᵀ M_n q, (*stacked, n, v)."""
+
+    def inner(self, matrix: jax.Array) -> jax.Array:
+        """⟨Z, M_n⟩ over all blocks, (*stacked, n), for Z (..., d_in, d_out)."""
+
+    def weighted_gradient(self, weights: jax.Array) -> jax.Array:
+        """Σ_n w_n M_n, (..., d_in, d_out), for w (n,)."""
+
 
 def make_statistics(layer: Layer, rider: Mapping[str, jax.Array], empirical: bool) -> Statistics:
     """The statistics in a layer's rider.

@@ -42,13 +42,20 @@ class Rows:
 
     def _sum(self, function: Callable[..., Any], *more: Any, example_bytes: int = 0) -> Any:
         """Σ over chunks of examples of `function(parts, *more)`, layer by layer of a stack; `more` has one entry a layer."""
+        return self._by_chunks(chunks.fold, function, self._parts, more, example_bytes)
+
+    def _map(self, function: Callable[..., Any], *more: Any) -> Any:
+        """`function(parts, *more)`, which keeps the axis of the examples in front, as `_sum` in chunks."""
+        return self._by_chunks(chunks.mapped, function, self._parts, more)
+
+    def _by_chunks(self, how: Any, function: Any, parts: Any, more: Any, example_bytes: int = 0) -> Any:
         layer = self.layer
         chunk = chunks.size(layer.examples, layer.row_bytes + example_bytes)
 
         def one(parts, more):
-            return chunks.fold(lambda piece: function(piece, *more), parts, chunk)
+            return how(lambda piece: function(piece, *more), parts, chunk)
 
-        return over_stack(one, len(layer.stacked))(self._parts, more)
+        return over_stack(one, len(layer.stacked))(parts, more)
 
     @property
     def _gradient_bytes(self) -> int:
@@ -136,6 +143,73 @@ class Rows:
             return jnp.einsum("...nta,...ntb->...nab", self._a(parts), self._g(parts))
 
         return over_stack(one, len(self.layer.stacked))(self._parts)
+
+    def _alpha(self, parts: Any, p: jax.Array) -> jax.Array:
+        """pᵀā of every block, (*blocks, m, t, v)."""
+        return jnp.einsum("...mti,...vi->...mtv", self._a(parts), p)
+
+    def _gamma(self, parts: Any, q: jax.Array) -> jax.Array:
+        return jnp.einsum("...mto,...vo->...mtv", self._g(parts), q)
+
+    def project_inputs(self, p):
+        layer = self.layer
+        if layer.sharing == "reduce":
+
+            def mean(parts, p):
+                alpha = _blocks_last(self._alpha(parts, p))
+                if "live" not in parts:
+                    return alpha.mean(1, keepdims=True)
+                count = jnp.maximum(parts["live"].sum(-1), 1).astype(alpha.dtype)
+                return alpha.sum(1, keepdims=True) / count[:, None, None, None]
+
+            alpha, count = self._map(mean, p), self._live_examples(len(layer.stacked))
+        elif layer.kind.per_example:
+            # ā = 1 in every block: the blocks are one row, whose γ is the sum of theirs.
+            stacked, vectors = p.shape[: len(layer.stacked)], p.shape[-2]
+            return jnp.full((*stacked, layer.examples, 1, vectors, 1), layer.examples**-0.5, p.dtype)
+        else:
+            alpha = self._map(lambda parts, p: _blocks_last(self._alpha(parts, p)), p)
+            count = self._count(len(layer.stacked))
+        scale = jax.lax.rsqrt(jnp.asarray(count, alpha.dtype))
+        return alpha * scale.reshape(*scale.shape, *(1,) * 4)
+
+    def project_outputs(self, q):
+        layer = self.layer
+
+        def gamma(parts, q):
+            values = _blocks_last(self._gamma(parts, q))
+            values = values.sum(-1, keepdims=True) if layer.kind.per_example else values
+            return values.sum(1, keepdims=True) if layer.sharing == "reduce" else values
+
+        return self._map(gamma, q) * layer.examples**-0.5
+
+    def project(self, p, q):
+        def products(parts, p, q):
+            return _blocks_last(self._alpha(parts, p) * self._gamma(parts, q)).sum((1, -1))
+
+        return self._map(products, p, q)
+
+    def inner(self, matrix):
+        return self._map(self._inner, matrix)
+
+    def _inner(self, parts: Any, matrix: jax.Array) -> jax.Array:
+        mapped = self._a(parts) @ matrix[..., None, :, :]
+        products = jnp.sum(mapped * self._g(parts), (-2, -1))
+        return products.reshape(-1, products.shape[-1]).sum(0)
+
+    def weighted_gradient(self, weights):
+        layer = self.layer
+        each = jnp.broadcast_to(weights.astype(layer.factor_dtype), (*layer.stacked, *weights.shape))
+        weighted = {**self._parts, "weights": each}
+        return self._by_chunks(chunks.fold, self._weighted, weighted, (), self._gradient_bytes)
+
+    def _weighted(self, parts: Any) -> jax.Array:
+        return jnp.einsum("...mti,...mto,m->...io", self._a(parts), self._g(parts), parts["weights"])
+
+
+def _blocks_last(values: jax.Array) -> jax.Array:
+    """(*blocks, m, t, v) → (m, t, v, all blocks)."""
+    return jnp.moveaxis(values.reshape(-1, *values.shape[-3:]), 0, -1)
 
 
 def over_stack(function: Any, stacked: int) -> Any:

@@ -135,6 +135,27 @@ class Sums:
         # (*stacked, n, *blocks, d_in, d_out): the examples go behind the blocks.
         return jnp.moveaxis(gradients, lead, -3)
 
+    def project_inputs(self, p):
+        raise ValueError(
+            f"Layer {self.layer.name!r} uses its parameters more than once, so the projections of its single rows are not known."
+        )
+
+    def project_outputs(self, q):
+        return self.project_inputs(q)
+
+    def project(self, p, q):
+        gradients = self.example_gradients()
+        return self._over_blocks(jnp.einsum("...nio,...vi,...vo->...nv", gradients, p, q))
+
+    def inner(self, matrix):
+        return self._over_blocks(jnp.einsum("...nio,...io->...n", self.example_gradients(), matrix))
+
+    def weighted_gradient(self, weights):
+        return jnp.einsum("...nio,n->...io", self.example_gradients(), weights)
+
+    def _over_blocks(self, values):
+        return values.sum(tuple(range(len(self.layer.stacked), len(self.layer.stack_shape))))
+
 
 def _check_diagonal(layer: Layer, diagonal: bool) -> None:
     if not diagonal:

@@ -119,3 +119,12 @@ class Tokens(Rows):
             )
 
         return over_stack(one, len(self.layer.stacked))(self._parts)
+
+    def _alpha(self, parts, p):
+        return jnp.moveaxis(p[:, self._tokens(parts)], 0, -1) * self._live(parts)[..., None]
+
+    def _inner(self, parts, matrix):
+        return jnp.sum(matrix[self._tokens(parts)] * self._g(parts), (-2, -1))
+
+    def _weighted(self, parts):
+        return self._by_token(self._tokens(parts), self._g(parts) * parts["weights"][:, None, None])

@@ -144,7 +144,7 @@ def layerwise(
 
     def init(params):
         leaves = leaves_by_path(params)
-        present = _present(layers, leaves)
+        present = present_layers(layers, leaves)
         # Each field is an array of its own: a donated buffer may stand in a state only once.
         return LayerwiseState(
             version=jnp.asarray(STATE_VERSION, jnp.int32),
@@ -156,23 +156,23 @@ def layerwise(
 
     def update(updates, state, params=None, *, taps=None, damping=None, retry=False, **extra):
         if method.needs_taps:
-            _check_taps(layers, taps)
+            check_taps(layers, taps)
         leaves = leaves_by_path(updates)
-        present = _present(layers, leaves)
-        matrices = _matrices(present, leaves)
+        present = present_layers(layers, leaves)
+        matrices = matrices_of(present, leaves)
         rest_params = parameters = None
         if params is not None:
             parameter_leaves = leaves_by_path(params)
             rest_params = _outside(layers, parameter_leaves)
             if method.reads_parameters:
-                parameters = _matrices(present, parameter_leaves)
+                parameters = matrices_of(present, parameter_leaves)
         others = _outside(layers, leaves)
         rest_updates, rest_state = others, state.rest
         if others:
             rest_updates, rest_state = outside.update(others, state.rest, rest_params, **extra)
             # Where only the damping differs, the rest has had its step.
             rest_state = state.rest if retry else rest_state
-        finite = _all_finite(leaves.values())
+        finite = all_finite(leaves.values())
         arrays, static = discovery.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
         count = state.count - retry
@@ -180,7 +180,7 @@ def layerwise(
             static, retry, arrays, state.method, (count, matrices, finite, used, parameters), damping
         )
         new = {
-            path: _narrowed(jnp.where(finite, leaf, 0), leaves[path].dtype)
+            path: narrowed(jnp.where(finite, leaf, 0), leaves[path].dtype)
             for path, leaf in _scatter(present, new_matrices, layers, rest_updates).items()
         }
         rest_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), rest_state, state.rest)
@@ -203,18 +203,20 @@ def layerwise(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _narrowed(leaf: jax.Array, dtype: Any) -> jax.Array:
+def narrowed(leaf: jax.Array, dtype: Any) -> jax.Array:
     """The leaf in the gradient's dtype; what float16 cannot hold becomes its largest number, not infinity."""
     if jnp.finfo(dtype).max < jnp.finfo(leaf.dtype).max:
         leaf = jnp.clip(leaf, jnp.finfo(dtype).min, jnp.finfo(dtype).max)
     return leaf.astype(dtype)
 
 
-def _matrices(present: list[Layer], leaves: dict[Path, jax.Array]) -> Matrices:
+def matrices_of(present: list[Layer], leaves: dict[Path, jax.Array]) -> Matrices:
+    """{layer: W̄-shaped matrix} out of a tree's leaves."""
     return {layer.name: layer.gather({role: leaves[path] for role, path in layer.paths}) for layer in present}
 
 
-def _all_finite(leaves: Any) -> jax.Array:
+def all_finite(leaves: Any) -> jax.Array:
+    """Whether no number of these arrays is NaN or infinite."""
     # One sum a leaf: NaN and inf survive a sum of zeros and themselves, and it reads each leaf once.
     return jnp.stack([jnp.isfinite(jnp.sum(leaf * 0)) for leaf in leaves]).all()
 
@@ -231,7 +233,7 @@ def _scatter(present: list[Layer], matrices: Matrices, layers: Layers, rest: Any
     return new
 
 
-def _present(layers: Layers, leaves: dict[Path, jax.Array]) -> list[Layer]:
+def present_layers(layers: Layers, leaves: dict[Path, jax.Array]) -> list[Layer]:
     """The layers whose parameters are in the tree; a layer is there as a whole or masked as a whole."""
     present = []
     known = set(layers.rest)
@@ -269,7 +271,8 @@ def _present(layers: Layers, leaves: dict[Path, jax.Array]) -> list[Layer]:
     return present
 
 
-def _check_taps(layers: Layers, taps: Any) -> None:
+def check_taps(layers: Layers, taps: Any) -> None:
+    """Raises unless the taps are those of these layers."""
     if taps is None:
         raise ValueError(
             "This transformation needs the taps of the step: call tx.update(grads, opt_state, params, taps=taps) with what "
