@@ -130,16 +130,16 @@ def build(batch: int, names: list[str]) -> tuple[list[Run], jax.Array]:
     products = [2.0 * batch * d_in * d_out for d_in, d_out in sides]
     # Two tangents: x V and the last tangent's own product in each layer; the loss at the new parameters is one forward pass.
     tangents = 2 * (2 * sum(products) - products[0]) + sum(products) / 5
-    for search, times in ((None, 1), (20, 3)):
-        known[f"kfac_adaptive 5/20{', searching' if search else ''}"] = (
+    for search, times in ((None, 1), (50, 3)):
+        known[f"kfac_adaptive 10/50{', searching' if search else ''}"] = (
             kfe.kfac_adaptive(
                 layers,
                 initial_damping=10.0,
                 search_period=search,
-                factor_update_period=5,
-                inverse_update_period=20,
+                factor_update_period=10,
+                inverse_update_period=50,
             ),
-            gradient + inverse + fisher / 5 + times * cholesky / 20 + tangents,
+            gradient + inverse + fisher / 10 + times * cholesky / 50 + tangents,
         )
     rank_1 = gradient + inverse + fisher / 10 + cholesky / PERIOD
     rank_2 = gradient + rotation + fisher / 10 + (cholesky + eigh) / PERIOD

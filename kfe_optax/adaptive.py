@@ -27,7 +27,7 @@ def kfac_adaptive(
     damping_floor: float = 1e-8,
     damping_ceiling: float = 1e8,
     damping_in_model: bool = True,
-    search_period: int | None = 20,
+    search_period: int | None = 50,
     averaging: ScalarOrSchedule | None = 0.99,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
