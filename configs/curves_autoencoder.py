@@ -34,4 +34,7 @@ def get_config() -> ConfigDict:
         max_kl=1.0,
         initial_refreshes=5,
     )
+    config.kfac_adaptive = settings.kfac_adaptive(
+        initial_damping=3.0, factor_update_period=5, inverse_update_period=20
+    )
     return settings.with_relatives(config)

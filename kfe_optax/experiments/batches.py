@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from ml_collections import ConfigDict
 
 from kfe_optax.experiments.augmentation import augment_images, augmentations
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.growth import Phase, phases_of
 
 Batch = dict[str, np.ndarray]
 
@@ -18,12 +24,12 @@ class Batches:
     The order of an epoch is a permutation drawn from (seed, epoch) alone, and the augmentation of a
     batch is drawn from (seed, step). Nothing is consumed and nothing is carried along:
     ``batches(step)`` is the same whether the run came to this step in one go or was stopped and
-    resumed.
+    resumed. Where the batch grows, a new size begins a new epoch.
 
     Args:
       images: the examples, one a row.
       labels: their labels, one a row.
-      batch_size: examples a batch.
+      batch_size: examples a batch, or the phases of a growing batch, see ``growth.growing_batch``.
       seed: of the order and the augmentation.
       augment: ``""`` or names with commas between them, see ``augmentation.augment_images``.
       image_shape: (height, width) or (height, width, channels) of a row; augmentation needs it.
@@ -38,38 +44,58 @@ class Batches:
         self,
         images: np.ndarray,
         labels: np.ndarray,
-        batch_size: int,
+        batch_size: int | Sequence[Phase],
         seed: int,
         *,
         augment: str = "",
         image_shape: tuple[int, ...] = (),
     ):
-        if not 1 <= batch_size <= len(images):
-            raise ExperimentError(
-                f"config.batch_size is {batch_size} and there are {len(images)} training images; "
-                f"choose a batch size from 1 to {len(images)}."
-            )
+        phases = (Phase(0, batch_size),) if isinstance(batch_size, int) else tuple(batch_size)
+        for phase in phases:
+            if not 1 <= phase.batch_size <= len(images):
+                raise ExperimentError(
+                    f"config.batch_size is {phase.batch_size} and there are {len(images)} training images; "
+                    f"choose a batch size from 1 to {len(images)}."
+                )
         self._images = images
         self._labels = labels
-        self._batch_size = batch_size
+        self._phases = phases
+        self._epochs = _first_epochs(phases, len(images))
         self._seed = seed
         self._augmentations = augmentations(augment, image_shape)
         self._image_shape = image_shape
         self._order: tuple[int, np.ndarray] | None = None  # the last epoch and its permutation
-        self.steps_per_epoch = len(images) // batch_size
+
+    def batch_size(self, step: int) -> int:
+        """The number of examples in the batch of ``step``."""
+        return self._phases[self._phase(step)].batch_size
+
+    def first_steps(self, run_steps: int) -> list[int]:
+        """The first step of each batch size within a run."""
+        return [phase.start for phase in self._phases if phase.start < run_steps]
 
     def epoch(self, step: int) -> int:
         """The epoch, counted from 0, to which a step belongs."""
-        return step // self.steps_per_epoch
+        return self._place(step)[0]
+
+    def _phase(self, step: int) -> int:
+        return bisect.bisect_right(self._phases, step, key=lambda phase: phase.start) - 1
+
+    def _place(self, step: int) -> tuple[int, int]:
+        """The epoch of a step, and the place of its batch within it."""
+        number = self._phase(step)
+        phase = self._phases[number]
+        epochs, position = divmod(step - phase.start, len(self._images) // phase.batch_size)
+        return self._epochs[number] + epochs, position
 
     def indices(self, step: int) -> np.ndarray:
         """Which images form the batch of ``step``."""
-        epoch, position = divmod(step, self.steps_per_epoch)
+        epoch, position = self._place(step)
         if self._order is None or self._order[0] != epoch:
             generator = np.random.default_rng((self._seed, epoch))
             self._order = (epoch, generator.permutation(len(self._images)))
-        start = position * self._batch_size
-        return self._order[1][start : start + self._batch_size]
+        size = self.batch_size(step)
+        return self._order[1][position * size : (position + 1) * size]
 
     def __call__(self, step: int) -> Batch:
         """The batch of ``step``: ``{"image": (batch, pixels), "label": (batch,)}``."""
@@ -82,8 +108,19 @@ class Batches:
         return {"image": images, "label": self._labels[chosen]}
 
 
-def make_batches(config: ConfigDict, dataset: Dataset) -> Batches:
-    """The training batches that a config describes: ``batch_size``, ``seed`` and ``data.augment``.
+def _first_epochs(phases: Sequence[Phase], examples: int) -> list[int]:
+    """The epoch with which each phase begins; a partial one before it counts."""
+    first = [0]
+    for phase, following in itertools.pairwise(phases):
+        steps = following.start - phase.start
+        first.append(first[-1] + math.ceil(steps / (examples // phase.batch_size)))
+    return first
+
+
+def make_batches(config: ConfigDict, dataset: Dataset, seed: int | None = None) -> Batches:
+    """The training batches that a config describes: ``batch_size``, ``batch_growth``, ``seed`` and ``data.augment``.
+
+    ``seed`` stands for that of the config where it is given.
 
     Example::
 
@@ -93,8 +130,8 @@ def make_batches(config: ConfigDict, dataset: Dataset) -> Batches:
     return Batches(
         dataset.train_images,
         dataset.train_labels,
-        config.batch_size,
-        config.seed,
+        phases_of(config, len(dataset.train_images)),
+        config.seed if seed is None else seed,
         augment=config.data.augment,
         image_shape=dataset.image_shape,
     )

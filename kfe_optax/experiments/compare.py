@@ -14,6 +14,7 @@ from rich.console import Console
 from kfe_optax.experiments.data import load
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.growth import refuse_growth
 from kfe_optax.experiments.job import Job, TrainState, make_job
 from kfe_optax.experiments.optimizers import find_method, optimizer_settings
 from kfe_optax.experiments.plots import plot_runs
@@ -78,6 +79,9 @@ def _optimizer_names(config: ConfigDict) -> list[str]:
             "config.compare.steps and config.compare.seconds cannot be negative, and "
             "config.compare.examples must be at least 1."
         )
+    if config.compare.seconds:
+        # How long such a run is, and so which sizes it has, is known only at its end.
+        refuse_growth(config, "compare with config.compare.seconds")
     return names
 
 
@@ -99,7 +103,7 @@ def _run(config: ConfigDict, name: str, dataset: Dataset, console: Console) -> R
         name,
         tuple(curve),
         compile_seconds,
-        evaluate(job.task, state.params, dataset, state.model_state),
+        evaluate(job.task, state.evaluated, dataset, state.model_state),
         job.task.loss_name,
     )
 
@@ -119,7 +123,7 @@ def _train(
     labels = dataset.train_labels[: config.compare.examples]
 
     def measured(state: TrainState) -> float:
-        return job.task.evaluate(state.params, images, labels, state.model_state)["loss"]
+        return job.task.evaluate(state.evaluated, images, labels, state.model_state)["loss"]
 
     state, step, seconds = job.state, 0, 0.0
     curve = [Point(0, 0.0, measured(state))]

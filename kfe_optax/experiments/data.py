@@ -12,6 +12,7 @@ from kfe_optax.experiments.dataset import Dataset, flat_images, flat_labels, spl
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.faces import embedded_faces
 from kfe_optax.experiments.normalization import normalize
+from kfe_optax.experiments.planted import planted_targets
 from kfe_optax.experiments.readers import read_data_dir
 from kfe_optax.experiments.texts import embedded_topics
 
@@ -117,10 +118,17 @@ def _topics(settings: ConfigDict) -> Dataset:
     return embedded_topics(settings.length)
 
 
+def _planted(settings: ConfigDict) -> Dataset:
+    """Inputs of ``settings.inputs`` numbers and as many targets as ``settings.outputs`` of a planted map."""
+    train_size, test_size = settings.train_size or 25_000, settings.test_size or 2_500
+    return planted_targets(train_size, test_size, settings.inputs, settings.outputs, settings.noise)
+
+
 _EMBEDDED: dict[str, Callable[[ConfigDict], Dataset]] = {
     "mnist": _digits,
     "curves": _curves,
     "faces": _faces,
     "digits32": _digits_of_32,
     "topics": _topics,
+    "planted": _planted,
 }

@@ -1,4 +1,4 @@
-"""What every data source returns: two sets of flat images in one numeric range, or of texts."""
+"""What every data source returns: two sets of flat images in one numeric range, of texts, or of inputs and targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Dataset(NamedTuple):
     state for device memory. CIFAR-10, the largest, takes 740 MB of the host's.
 
     A text (``vocabulary`` > 0) has sequences of tokens, (n, length) int32, for images, and for labels
-    the tokens one place later, of the same shape.
+    the tokens one place later, of the same shape. A regression has inputs (n, d) for images, and for
+    labels the targets, (n, outputs) float32.
     """
 
     train_images: np.ndarray  # (n, pixels) float32
@@ -33,6 +34,11 @@ class Dataset(NamedTuple):
     def pixels(self) -> int:
         """The number of pixels of one image, or of tokens of one sequence."""
         return self.train_images.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """The number of targets of one example, 0 for labels."""
+        return self.train_labels.shape[1] if self.train_labels.dtype.kind == "f" else 0
 
     def limited(self, train_size: int, test_size: int) -> Dataset:
         """The first ``train_size`` and ``test_size`` images; 0 keeps all of them."""
@@ -53,6 +59,8 @@ class Dataset(NamedTuple):
         counts = f"{len(self.train_images):,} training and {len(self.test_images):,} test"
         if self.vocabulary:
             return f"{counts} sequences of {self.pixels} tokens out of {self.vocabulary} ({self.source})"
+        if self.outputs:
+            return f"{counts} inputs of {self.pixels} numbers, {self.outputs} targets each ({self.source})"
         return f"{counts} images of {self.pixels} pixels ({self.source})"
 
 

@@ -27,6 +27,7 @@ from kfe_optax.experiments.diagnose_report import (
     means_table,
 )
 from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.growth import refuse_growth
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import Job, find_layers, make_job
 from kfe_optax.experiments.progress import ProgressDisplay
@@ -59,6 +60,7 @@ def diagnose(config: ConfigDict, workdir: str | Path, *, console: Console | None
     console = console or Console()
     plan = make_plan(config)
     check_positive(config, "batch_size")
+    refuse_growth(config, "diagnose")
     dataset = load(config)
     _say(console, "data", dataset.summary())
     folder = make_workdir(workdir)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -31,6 +32,11 @@ class TrainState(NamedTuple):
     step: jax.Array
     model_state: State  # the running statistics of batch norm; {} for most models
 
+    @property
+    def evaluated(self) -> Params:
+        """The parameters to evaluate: their average over the steps where the optimizer keeps one."""
+        return kfe.averaged_parameters(self.opt_state, self.params)
+
 
 class Job(NamedTuple):
     """A compiled training step with its initial state and its batches.
@@ -59,20 +65,35 @@ def make_job(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: in
         for step in range(100):
             state, loss = job.step(state, job.batches(step))
     """
+    return make_jobs(config, optimizer, dataset, run_steps)(config.seed)
+
+
+def make_jobs(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: int) -> Callable[[int], Job]:
+    """``make_job`` for any number of seeds with one compilation: ``jobs(seed)``.
+
+    Example::
+
+        jobs = make_jobs(config, "ekfac", dataset, run_steps=100)
+        curves = [run(jobs(seed)) for seed in range(5)]
+    """
     task = make_task(config, dataset)
     batches = make_batches(config, dataset)
     batch = batches(0)
-    init_key, step_key = jax.random.split(jax.random.key(config.seed))
-    params, model_state = jax.jit(task.init)(init_key, batch["image"])
+    init = jax.jit(task.init)
+    params, model_state = init(jax.random.key(config.seed), batch["image"])
     settings = optimizer_settings(config, optimizer)
     layers = find_layers(task, params, model_state, batch) if find_method(optimizer).curvature else None
     transform = make_optimizer(optimizer, settings, run_steps, layers)
-    update = make_update(task, settings, layers)
+    update = make_update(task, optimizer, settings, layers)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        key = jax.random.fold_in(step_key, state.step)
+    def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, jax.Array]:
         params, opt_state, model_state, loss = update(
-            transform, state.params, state.opt_state, state.model_state, batch, key
+            transform,
+            state.params,
+            state.opt_state,
+            state.model_state,
+            batch,
+            jax.random.fold_in(key, state.step),
         )
         return TrainState(params, opt_state, state.step + 1, model_state), loss * task.loss_scale
 
@@ -83,11 +104,27 @@ def make_job(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: in
     # Compiled ahead of the first step, so that no clock below ever contains a compilation.
     started = time.perf_counter()
     state = start(params, model_state)
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    return Job(task, batches, state, compiled, time.perf_counter() - started)
+    lower = functools.partial(jax.jit(step, donate_argnums=0).lower, state, key=jax.random.key(0))
+    # A growing batch has several sizes, and each of them its own program.
+    compiled = {
+        batches.batch_size(first): lower(batch=batches(first)).compile()
+        for first in batches.first_steps(run_steps)
+    }
+    seconds = time.perf_counter() - started
+
+    def job(seed: int) -> Job:
+        init_key, step_key = jax.random.split(jax.random.key(seed))
+        state = start(*init(init_key, batch["image"]))
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+            return compiled[len(batch["label"])](state, batch=batch, key=step_key)
+
+        return Job(task, make_batches(config, dataset, seed), state, step, seconds)
+
+    return job
 
 
-def make_update(task: Task, settings: ConfigDict, layers: Any) -> Callable[..., Any]:
+def make_update(task: Task, optimizer: str, settings: ConfigDict, layers: Any) -> Callable[..., Any]:
     """One step of training, ``update(transform, params, opt_state, model_state, batch, key)``.
 
     It returns the new parameters, the new optimizer and model state and the loss. Without
@@ -95,7 +132,7 @@ def make_update(task: Task, settings: ConfigDict, layers: Any) -> Callable[..., 
     """
     if layers is not None:
         collect = kfe.value_grad_and_taps(
-            task.loss_fn, layers, has_aux=task.has_state, **tap_options(settings)
+            task.loss_fn, layers, has_aux=task.has_state, **tap_options(optimizer, settings)
         )
 
     def update(

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 import kfe_optax as kfe
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.settings import Schedule, make_schedule
+from kfe_optax.experiments.schedules import Schedule, make_schedule
 from kfe_optax.transforms import layerwise
 
 
@@ -21,11 +21,25 @@ class Method(NamedTuple):
 
     ``make`` takes a learning rate, the layers where ``curvature`` is set, and the sub-config's
     other fields by name. An optimizer without curvature is driven by a plain gradient, so that its
-    steps cost what they cost without this library.
+    steps cost what they cost without this library. A ``self_tuning`` one takes no learning rate: it
+    finds the length of its steps itself, for which its taps also tell the loss at other parameters.
     """
 
     make: Callable[..., Any]
     curvature: bool
+    self_tuning: bool = False
+
+
+def _with_weight_decay(make: Callable[..., Any]) -> Callable[..., Any]:
+    """The optimizer with ``weight_decay`` times the parameters added to its gradient, an L2 penalty's."""
+
+    def optimizer(learning_rate: Any, *, weight_decay: Any = 0.0, **options: Any) -> Any:
+        transform = make(learning_rate, **options)
+        if not isinstance(weight_decay, jax.Array) and not weight_decay:
+            return transform
+        return optax.chain(optax.add_decayed_weights(weight_decay), transform)
+
+    return optimizer
 
 
 def adam_in_kfe(
@@ -54,11 +68,12 @@ def adam_in_kfe(
 
 
 METHODS: Mapping[str, Method] = {
-    "adam": Method(optax.adam, curvature=False),
-    "sgd": Method(optax.sgd, curvature=False),
+    "adam": Method(_with_weight_decay(optax.adam), curvature=False),
+    "sgd": Method(_with_weight_decay(optax.sgd), curvature=False),
     **{name: Method(method.optimizer, curvature=True) for name, method in kfe.METHODS.items()},
     "adam_in_kfe": Method(adam_in_kfe, curvature=True),
     "soap": Method(adam_in_kfe, curvature=True),
+    "kfac_adaptive": Method(kfe.kfac_adaptive, curvature=True, self_tuning=True),
 }
 
 
@@ -87,22 +102,42 @@ def make_optimizer(
     Schedules become functions of the step, and every other field is handed to the constructor
     under its own name, so that a config file can set any option without a change here.
 
+    Raises:
+      ExperimentError: there is no such optimizer, a learning rate is missing, or is given to an optimizer
+        that has none.
+
     Example::
 
         transform = make_optimizer("ekfac", config.ekfac, run_steps=980, layers=layers)
     """
     method = find_method(name)
+    _check_learning_rate(name, method, settings)
     options = {
         field: make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
         for field, value in settings.items()
-        if field not in _FIELDS_OF_THE_STEP and field != "max_kl"
+        if field not in STEP_FIELDS and field != "max_kl"
     }
+    if method.self_tuning:
+        return method.make(layers, **options)
     learning_rate = options.pop("learning_rate")
     if method.curvature:
         if "max_kl" in settings:
             options["max_kl"] = _clip_bound(settings.max_kl, run_steps)
         return method.make(learning_rate, layers, **options)
     return optax.with_extra_args_support(method.make(learning_rate, **options))
+
+
+def _check_learning_rate(name: str, method: Method, settings: ConfigDict) -> None:
+    if method.self_tuning:
+        for field in ("learning_rate", "max_kl"):
+            if field in settings:
+                raise ExperimentError(
+                    f"config.{name}.{field} is set, and '{name}' finds the length of its steps itself; leave it out."
+                )
+    elif "learning_rate" not in settings:
+        raise ExperimentError(
+            f"config.{name} has no learning rate; set config.{name}.learning_rate, as settings.{name}(...) does."
+        )
 
 
 def _clip_bound(max_kl: Any, run_steps: int) -> float | jax.Array | Schedule | None:
@@ -125,9 +160,10 @@ def _clip_bound(max_kl: Any, run_steps: int) -> float | jax.Array | Schedule | N
 
 
 # Which Fisher the taps sample is an option of the differentiation, not of the transform.
-_FIELDS_OF_THE_STEP = ("fisher", "num_samples")
+STEP_FIELDS = ("fisher", "num_samples")
 
 
-def tap_options(settings: ConfigDict) -> dict[str, Any]:
-    """The fields of a sub-config that go to ``kfe.value_grad_and_taps``."""
-    return {field: settings[field] for field in _FIELDS_OF_THE_STEP if field in settings}
+def tap_options(name: str, settings: ConfigDict) -> dict[str, Any]:
+    """What ``kfe.value_grad_and_taps`` is told: fields of the sub-config, and what the optimizer ``name`` needs."""
+    options = {field: settings[field] for field in STEP_FIELDS if field in settings}
+    return options | {"quadratic_model": True} if find_method(name).self_tuning else options

@@ -1,4 +1,4 @@
-"""The figure of a comparison: loss against steps and against seconds."""
+"""The figures of comparisons: loss against steps and against seconds, of one run or over seeds."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from kfe_optax.experiments.repeats import Curves, band
 from kfe_optax.experiments.runs import Run
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; markers and dashes tell the
@@ -62,12 +63,48 @@ def plot_runs(runs: Sequence[Run], path: Path, title: str) -> None:
                 markevery=max(1, len(losses) // _MARKERS_A_CURVE),
                 label=run.name,
             )
-    by_step.set_xlabel("training step")
     by_seconds.set_xlabel("seconds of training (compilation and evaluation excluded)")
     by_step.set_ylabel(f"training loss ({runs[0].loss_name})")
+    _set_loss_range(by_step, runs)
+    _finish(figure, by_step, by_seconds, path, title)
+
+
+def plot_repeats(curves: Sequence[Curves], path: Path, title: str, loss_name: str) -> None:
+    """Draws each optimizer's mean over seeds with its 95 % confidence band.
+
+    Example::
+
+        plot_repeats(repeat(config, names, dataset, seeds=range(5), every=20), path, config.title, "squared error")
+    """
+    figure = Figure(figsize=(11.0, 4.6), dpi=150, layout="constrained")
+    by_step, by_seconds = figure.subplots(1, 2, sharey=True)
+    for index, runs in enumerate(curves):
+        color, dashes, marker = _STYLES[index % len(_STYLES)]
+        mean, low, high = band(runs.losses)
+        every = max(1, len(mean) // _MARKERS_A_CURVE)
+        for axes, positions in ((by_step, runs.steps), (by_seconds, runs.seconds.mean(axis=0))):
+            axes.fill_between(positions, low, high, color=color, alpha=0.25, linewidth=0)
+            axes.plot(
+                positions,
+                mean,
+                color=color,
+                linestyle=dashes,
+                linewidth=1.6,
+                marker=marker,
+                markersize=4.5,
+                markevery=every,
+                label=runs.name,
+            )
+    by_seconds.set_xlabel("seconds of training (compilation excluded)")
+    seeds = len(curves[0].losses)
+    by_step.set_ylabel(f"training loss ({loss_name}),\nmean and 95 % band over {seeds} seeds")
+    _finish(figure, by_step, by_seconds, path, title)
+
+
+def _finish(figure: Figure, by_step: Axes, by_seconds: Axes, path: Path, title: str) -> None:
+    by_step.set_xlabel("training step")
     for axes in (by_step, by_seconds):
         _tidy(axes)
-    _set_loss_range(by_step, runs)
     by_seconds.legend(frameon=False, fontsize=11)
     figure.suptitle(title, fontsize=12)
     FigureCanvasAgg(figure)

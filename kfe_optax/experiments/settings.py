@@ -1,4 +1,4 @@
-"""The building blocks of a config file, and the schedules that they describe.
+"""The building blocks of a config file.
 
 A config is plain data, so that every number can be set on the command line. A hyper-parameter that
 may change during training is a small sub-config made by ``schedule``::
@@ -10,79 +10,27 @@ and is overridden as ``--config.ekfac.learning_rate.value=0.05``.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments.errors import ExperimentError
-
-Schedule = Callable[[jax.Array], jax.Array]
-
-_KINDS = ("constant", "linear", "cosine", "exponential", "steps")
-
-
-def schedule(
-    value: float,
-    kind: str = "constant",
-    *,
-    end: float = 0.0,
-    warmup: int = 0,
-    steps: int = 0,
-    boundaries: tuple[float, ...] = (),
-    factor: float = 0.1,
-) -> ConfigDict:
-    """Describes a hyper-parameter over time.
-
-    Args:
-      value: the value that is held, or from which the schedule departs.
-      kind: ``"constant"``, ``"linear"``, ``"cosine"``, ``"exponential"`` or ``"steps"``.
-      end: the value at the end of a linear, cosine or exponential schedule; positive for the last.
-      warmup: steps over which the value first grows linearly from zero; they count in ``steps``.
-      steps: the step at which ``end`` is reached; 0 stands for the length of the run.
-      boundaries: for ``"steps"``, fractions of ``steps``: from each of them on the value is
-        multiplied by ``factor`` once more.
-      factor: for ``"steps"``, see ``boundaries``.
-
-    Example::
-
-        # Of 200 epochs, 0.1 for the first 100, 0.01 to the 150th, then 0.001.
-        schedule(0.1, "steps", boundaries=(0.5, 0.75), factor=0.1)
-
-    On the command line: ``--config.sgd.learning_rate.boundaries="(0.5, 0.75)"``.
-    """
-    return ConfigDict(
-        {
-            "value": float(value),
-            "kind": kind,
-            "end": float(end),
-            "warmup": int(warmup),
-            "steps": int(steps),
-            "boundaries": tuple(map(float, boundaries)),
-            "factor": float(factor),
-        }
-    )
-
-
-def _as_schedule(value: float | ConfigDict) -> ConfigDict:
-    # A copy: two optimizers that share a schedule in a config file are set one by one on the command line.
-    return ConfigDict(value.to_dict()) if isinstance(value, ConfigDict) else schedule(value)
+from kfe_optax.experiments.schedules import as_schedule
+from kfe_optax.experiments.schedules import make_schedule as make_schedule
+from kfe_optax.experiments.schedules import schedule as schedule
 
 
 def adam(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
-    """Adam's settings; ``options`` go to ``optax.adam``."""
+    """Adam's settings; ``options`` go to ``optax.adam``, but for ``weight_decay``, an L2 penalty's."""
     return ConfigDict(
-        {"learning_rate": _as_schedule(learning_rate), "b1": 0.9, "b2": 0.999, "eps": 1e-8} | options
+        {"learning_rate": as_schedule(learning_rate), "b1": 0.9, "b2": 0.999, "eps": 1e-8} | options
     )
 
 
 def sgd(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
-    """The settings of gradient descent with momentum; ``options`` go to ``optax.sgd``."""
+    """The settings of gradient descent with momentum; ``options`` go to ``optax.sgd``, but for
+    ``weight_decay``, an L2 penalty's."""
     return ConfigDict(
-        {"learning_rate": _as_schedule(learning_rate), "momentum": 0.9, "nesterov": True} | options
+        {"learning_rate": as_schedule(learning_rate), "momentum": 0.9, "nesterov": True} | options
     )
 
 
@@ -94,6 +42,36 @@ def kfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **optio
 
 # They all keep damped inverses of Kronecker terms and have one set of options.
 tkfac = kpsvd = deflation = lanczos = kfac_corrected = kfac
+
+
+def two_level_kfac(
+    learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any
+) -> ConfigDict:
+    """The settings of two-level K-FAC; ``options`` go to ``kfe_optax.two_level_kfac``, except ``fisher``.
+
+    ``coarse_damping`` is ``damping`` unless it is given.
+    """
+    coarse = {"coarse": "constant", "coarse_damping": as_schedule(damping)}
+    return kfac(learning_rate, damping, **(coarse | options))
+
+
+def kfac_tridiagonal(
+    learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any
+) -> ConfigDict:
+    """The settings of K-FAC with a block-tridiagonal inverse; ``options`` go to
+    ``kfe_optax.kfac_tridiagonal``, except ``fisher``.
+
+    With ``chains="split"``, the default here, a network that is no chain is several.
+    """
+    method = {"inverse_update_period": 50, "chains": "split"}
+    return _curvature_settings(learning_rate, damping, method | options)
+
+
+def kfac_adaptive(**options: Any) -> ConfigDict:
+    """The settings of K-FAC that needs no learning rate; ``options`` go to ``kfe_optax.kfac_adaptive``,
+    except ``fisher``.
+    """
+    return ConfigDict({"fisher": "sampled", "initial_damping": 1.0} | options)
 
 
 def ekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
@@ -115,7 +93,7 @@ def adam_in_kfe(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict
     other ``options`` go to ``kfe_optax.in_kfe``, except ``fisher``.
     """
     method = {
-        "learning_rate": _as_schedule(learning_rate),
+        "learning_rate": as_schedule(learning_rate),
         "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-8,
@@ -143,21 +121,38 @@ _RELATIVES = {
     "deflation": "kfac",
     "lanczos": "kfac",
     "kfac_corrected": "kfac",
+    "two_level_kfac": "kfac",
+    "kfac_tridiagonal": "kfac",
     "tekfac": "ekfac",
     "adam_in_kfe": "adam",
     "soap": "adam",
 }
-_MAKERS = {"tekfac": tekfac, "adam_in_kfe": adam_in_kfe, "soap": soap}
+_MAKERS = {
+    "two_level_kfac": two_level_kfac,
+    "kfac_tridiagonal": kfac_tridiagonal,
+    "tekfac": tekfac,
+    "adam_in_kfe": adam_in_kfe,
+    "soap": soap,
+}
+_OF_KFAC_ALONE = {"kfac_tridiagonal": ("damping_type",)}
 
 
 def with_relatives(config: ConfigDict) -> ConfigDict:
     """Gives every method that ``config`` leaves out the settings of its nearest relative in it.
 
-    A relative of K-FAC takes all of K-FAC's settings, TEKFAC what it shares with EKFAC, and Adam in
+    A relative of K-FAC takes all of K-FAC's settings that it has, TEKFAC what it shares with EKFAC, and Adam in
     an eigenbasis Adam's learning rate. They are a start for ``sweep``, not a tuned setting.
     """
+    if "kfac_adaptive" not in config:
+        config.kfac_adaptive = kfac_adaptive()
     for name, relative in _RELATIVES.items():
         if name in config or relative not in config:
+            continue
+        if relative == "kfac":
+            shared = {
+                key: value for key, value in config.kfac.items() if key not in _OF_KFAC_ALONE.get(name, ())
+            }
+            config[name] = _MAKERS.get(name, kfac)(**shared)
             continue
         block = config[relative].to_dict()
         if name in _MAKERS:
@@ -191,8 +186,8 @@ def _curvature_settings(
     ``max_kl`` is the bound of the KL clip, a number or a schedule, 0 for none.
     """
     common = {
-        "learning_rate": _as_schedule(learning_rate),
-        "damping": _as_schedule(damping),
+        "learning_rate": as_schedule(learning_rate),
+        "damping": as_schedule(damping),
         "fisher": "sampled",
         "momentum": 0.9,
         "nesterov": False,
@@ -204,7 +199,7 @@ def _curvature_settings(
     }
     own = common | method
     if isinstance(own["max_kl"], ConfigDict):
-        own["max_kl"] = _as_schedule(own["max_kl"])
+        own["max_kl"] = as_schedule(own["max_kl"])
     return ConfigDict(own)
 
 
@@ -244,6 +239,9 @@ def base_config(name: str) -> ConfigDict:
             "loss": "sigmoid_binary_cross_entropy",
             "optimizer": "ekfac",
             "batch_size": 512,
+            # Over so many steps the batch grows to 'largest' examples (0: the whole training set); each of
+            # 'sizes' sizes is a compilation. 0 steps: it does not grow.
+            "batch_growth": {"steps": 0, "largest": 0, "sizes": 6},
             "steps": 980,
             "log_every": 10,
             "checkpoint_every": 500,
@@ -284,59 +282,3 @@ def base_config(name: str) -> ConfigDict:
             },
         }
     )
-
-
-def make_schedule(settings: ConfigDict, run_steps: int) -> float | Schedule:
-    """The Optax schedule, or the plain number, that a sub-config made by ``schedule`` describes.
-
-    ``run_steps`` is the length of the run, where the sub-config does not name its own.
-    """
-    value, kind, end = settings.value, settings.kind, settings.end
-    warmup, steps = settings.warmup, settings.steps or run_steps
-    if kind not in _KINDS:
-        raise ExperimentError(f"A schedule's kind is '{kind}'; choose one of {', '.join(_KINDS)}.")
-    # Traced values, of a sweep, cannot be asked; the sweep has checked them.
-    known = not any(isinstance(number, jax.Array) for number in (value, end))
-    if kind == "exponential" and known and not (value > 0.0 and end > 0.0):
-        raise ExperimentError(
-            f"An exponential schedule goes from {value:g} to {end:g}; both must be positive: set "
-            "its 'value' and 'end'."
-        )
-    if kind == "constant" and warmup == 0:
-        return value
-    if kind == "steps":
-        _check_steps(settings)
-    # Of a run of 50 steps, 0.14 is step 7 although 0.14 * 50 is a little more.
-    places = [math.ceil(fraction * steps - 1e-6) for fraction in settings.boundaries]
-
-    def at(count: jax.Array) -> jax.Array:
-        # The step about to be taken counts, so that the first step of a warm-up is not lost.
-        rise = jnp.minimum(1.0, (count + 1) / max(warmup, 1)) if warmup else 1.0
-        progress = jnp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        if kind == "linear":
-            level = value + (end - value) * progress
-        elif kind == "cosine":
-            level = end + (value - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        elif kind == "exponential":
-            level = value * (end / value) ** progress
-        elif kind == "steps":
-            passed = sum(jnp.where(count >= place, 1, 0) for place in places)
-            level = value * settings.factor**passed
-        else:
-            level = jnp.asarray(value)
-        return rise * level
-
-    return at
-
-
-def _check_steps(settings: ConfigDict) -> None:
-    """Refuses boundaries that are not fractions of the run in order, and factors that end it."""
-    boundaries, factor = settings.boundaries, settings.factor
-    rising = all(low < high for low, high in zip((0.0, *boundaries), (*boundaries, 1.0), strict=True))
-    if not boundaries or not rising:
-        raise ExperimentError(
-            f"The boundaries of a schedule in steps are {boundaries}; give rising fractions of the run between 0 "
-            "and 1, as in (0.5, 0.75)."
-        )
-    if not isinstance(factor, jax.Array) and not factor > 0.0:
-        raise ExperimentError(f"The factor of a schedule in steps is {factor:g}; it must be positive.")

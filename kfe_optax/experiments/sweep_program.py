@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+import kfe_optax as kfe
 from kfe_optax.experiments.batches import Batches, make_batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
@@ -155,7 +156,7 @@ def _trainer(
     if find_method(name).curvature:
         batch = make_batches(config, dataset)(0)
         layers = find_layers(task, *jax.eval_shape(task.init, jax.random.key(0), batch["image"]), batch)
-    update = make_update(task, settings, layers)
+    update = make_update(task, name, settings, layers)
 
     def train(
         variables: Variables, key: jax.Array, images: dict[str, jax.Array], setting: dict[str, jax.Array]
@@ -172,8 +173,8 @@ def _trainer(
         counts = jnp.arange(steps, dtype=jnp.int32)
         params, state = variables
         start = params, transform.init(params), state
-        (params, _, state), _ = jax.lax.scan(step, start, (counts, setting["order"]))
-        return params, state
+        (params, opt_state, state), _ = jax.lax.scan(step, start, (counts, setting["order"]))
+        return kfe.averaged_parameters(opt_state, params), state
 
     return train
 

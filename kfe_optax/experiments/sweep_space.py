@@ -13,8 +13,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.optimizers import optimizer_settings, tap_options
-from kfe_optax.experiments.settings import make_schedule
+from kfe_optax.experiments.growth import refuse_growth
+from kfe_optax.experiments.optimizers import STEP_FIELDS, optimizer_settings
+from kfe_optax.experiments.schedules import make_schedule
 
 SWEEP_HELP = """\
 sweep
@@ -99,6 +100,7 @@ def make_space(config: ConfigDict) -> Space:
         len(make_space(config).trials)                      # 15
     """
     _check_data(config)
+    refuse_growth(config, "sweep")
     if "sweep" not in config:
         raise ExperimentError("The config has no 'sweep'; let its file start from settings.base_config(...).")
     sweep, settings = config.sweep, optimizer_settings(config, config.optimizer)
@@ -227,7 +229,7 @@ def _own_value(name: str, settings: ConfigDict) -> float:
         found = found.value
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise ExperimentError(f"A sweep varies numbers, and '{name}' is {found!r}; vary another field.")
-    if name in tap_options(settings) or name in _STRUCTURAL:
+    if name in STEP_FIELDS or name in _STRUCTURAL:
         raise ExperimentError(f"'{name}' fixes the shape of the program; set it for the whole sweep instead.")
     return found
 

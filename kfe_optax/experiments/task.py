@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from kfe_optax import losses
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.models import Autoencoder, Classifier, make_model
+from kfe_optax.experiments.models import Autoencoder, Classifier, LinearNetwork, make_model
 
 Params = Any
 State = Any
@@ -34,7 +34,8 @@ class Task(NamedTuple):
     ``loss_fn`` is what an optimizer differentiates, and ``loss_scale`` times it is what people
     read: an autoencoder is trained on the sum over pixels, because that is the negative
     log-likelihood of an image and gives damping and step sizes their usual meaning, and is
-    reported as the mean over pixels, which compares across image sizes.
+    reported as the mean over pixels, which compares across image sizes. So is a regression, for its
+    outputs.
 
     What moves in a model besides its parameters, the running statistics of batch norm, is its
     ``state``, ``{}`` for most models. ``loss_fn(params, batch, state, key)`` returns the loss, or
@@ -92,7 +93,11 @@ def make_task(config: ConfigDict, dataset: Dataset) -> Task:
     """
     model = make_model(config.model, dataset)
     if isinstance(model, Autoencoder):
-        return _autoencoding(model, config.loss, dataset.pixels)
+        return _regression(model, config.loss, _Targets("an autoencoder", "image", dataset.pixels, "pixels"))
+    if isinstance(model, LinearNetwork):
+        return _regression(
+            model, config.loss, _Targets("planted targets", "label", dataset.outputs, "outputs")
+        )
     if dataset.vocabulary:
         return _classification(model, config.loss, "cross-entropy, mean over characters", dataset.pixels)
     _check_labels(config, dataset, model)
@@ -100,24 +105,36 @@ def make_task(config: ConfigDict, dataset: Dataset) -> Task:
     return _classification(model, config.loss, "cross-entropy", positions)
 
 
-def _autoencoding(model: nn.Module, loss: str, pixels: int) -> Task:
-    if loss not in _PIXEL_LOSSES:
-        raise ExperimentError(
-            f"config.loss is '{loss}'; for an autoencoder choose one of {', '.join(_PIXEL_LOSSES)}."
-        )
-    pixel_loss, mean_of_outputs, words = _PIXEL_LOSSES[loss]
+class _Targets(NamedTuple):
+    """What a model predicts number by number."""
 
-    def image_losses(outputs: jax.Array, batch: Batch) -> jax.Array:
-        return pixel_loss(outputs, batch["image"]).sum(axis=-1)
+    name: str
+    field: str  # of the batch
+    count: int
+    plural: str  # of one number
+
+
+def _regression(model: nn.Module, loss: str, targets: _Targets) -> Task:
+    """Numbers (n, count): the pixels of an autoencoder's own images, or targets."""
+    choices = [name for name in _VALUE_LOSSES if targets.field == "image" or name not in _OF_PROBABILITIES]
+    if loss not in choices:
+        raise ExperimentError(
+            f"config.loss is '{loss}'; for {targets.name} choose one of {', '.join(choices)}."
+        )
+    value_loss, mean_of_outputs, words = _VALUE_LOSSES[loss]
+
+    def example_losses(outputs: jax.Array, batch: Batch) -> jax.Array:
+        return value_loss(outputs, batch[targets.field]).sum(axis=-1)
 
     def measures(outputs: jax.Array, batch: Batch, weights: jax.Array) -> Measures:
-        errors = jnp.square(mean_of_outputs(outputs) - batch["image"]).sum(axis=-1)
+        errors = jnp.square(mean_of_outputs(outputs) - batch[targets.field]).sum(axis=-1)
         return {
-            "loss": jnp.sum(weights * image_losses(outputs, batch)) / pixels,
+            "loss": jnp.sum(weights * example_losses(outputs, batch)) / targets.count,
             "squared_error": jnp.sum(weights * errors),
         }
 
-    return _task(model, image_losses, measures, 1.0 / pixels, f"{words}, mean over pixels")
+    scale, name = 1.0 / targets.count, f"{words}, mean over {targets.plural}"
+    return _task(model, example_losses, measures, scale, name)
 
 
 def _classification(model: nn.Module, loss: str, loss_name: str, positions: int) -> Task:
@@ -144,6 +161,10 @@ def _classification(model: nn.Module, loss: str, loss_name: str, positions: int)
 
 def _check_labels(config: ConfigDict, dataset: Dataset, model: nn.Module) -> None:
     """Refuses images without labels, and labels without a class."""
+    if dataset.outputs:
+        raise ExperimentError(
+            f"The data ({dataset.source}) have targets, not classes; set config.model.kind to 'linear'."
+        )
     highest = int(max(dataset.train_labels.max(), dataset.test_labels.max()))
     if highest == 0:
         raise ExperimentError(
@@ -199,8 +220,8 @@ def _given(key: jax.Array | None) -> jax.Array:
     return key
 
 
-# For each loss of pixels: the function, the mean of its predictive distribution, and its name.
-_PIXEL_LOSSES: dict[str, tuple[Callable, Callable[[jax.Array], jax.Array], str]] = {
+# For each loss of numbers: the function, the mean of its predictive distribution, and its name.
+_VALUE_LOSSES: dict[str, tuple[Callable, Callable[[jax.Array], jax.Array], str]] = {
     "sigmoid_binary_cross_entropy": (
         losses.sigmoid_binary_cross_entropy,
         jax.nn.sigmoid,
@@ -208,3 +229,4 @@ _PIXEL_LOSSES: dict[str, tuple[Callable, Callable[[jax.Array], jax.Array], str]]
     ),
     "squared_error": (losses.squared_error, lambda outputs: outputs, "squared error"),
 }
+_OF_PROBABILITIES = ("sigmoid_binary_cross_entropy",)  # targets between 0 and 1, as pixels are

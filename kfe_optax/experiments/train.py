@@ -80,7 +80,8 @@ def train(
         with Recorder(workdir, resume_at=step if resume else None) as recorder:
             outcome = _run(config, job, state, step, seconds, checkpoints, recorder, console)
             if not outcome.interrupted:
-                measures = evaluate(job.task, outcome.state.params, dataset, outcome.state.model_state)
+                last = outcome.state
+                measures = evaluate(job.task, last.evaluated, dataset, last.model_state)
                 recorder.write_final(measures, outcome.step)
                 outcome = outcome._replace(measures=measures)
     return outcome
@@ -151,13 +152,17 @@ def _run(
                     recorder.write(record)
                     display.show(step, reported, speed, record.damping)
                     clock = time.perf_counter()
-                due = step % config.checkpoint_every == 0 or step == config.steps
-                if due or interruption.requested:
+                if step % config.checkpoint_every == 0 or step == config.steps:
                     jax.block_until_ready(state)
                     seconds += time.perf_counter() - clock
                     checkpoints.save(step, state, seconds)
                     clock = time.perf_counter()
             interrupted = interruption.requested and step < config.steps
+            if interrupted:
+                # Not in the loop: the signal may come after all of a step that could ask for it.
+                jax.block_until_ready(state)
+                seconds += time.perf_counter() - clock
+                checkpoints.save(step, state, seconds)
         except KeyboardInterrupt:
             # Raised between steps (by a batch source, or outside the main thread): the state is
             # whole. Within a step its buffers are already donated, and the last checkpoint stands.

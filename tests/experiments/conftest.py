@@ -28,6 +28,7 @@ def get_config():
     config.sgd = settings.sgd(1e-3)
     config.kfac = settings.kfac(0.1, 1.0, factor_update_period=2, inverse_update_period=4)
     config.ekfac = settings.ekfac(0.1, 1.0, factor_update_period=2, basis_update_period=4)
+    config.kfac_adaptive = settings.kfac_adaptive(factor_update_period=2, inverse_update_period=4)
     return config
 """
 

@@ -14,6 +14,7 @@ from kfe_optax.experiments.config_files import load_config
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.job import make_layers
 from kfe_optax.experiments.optimizers import METHODS, make_optimizer
+from kfe_optax.experiments.planted import planted_targets
 from kfe_optax.experiments.task import make_task
 from kfe_optax.experiments.train import train
 
@@ -39,6 +40,8 @@ def config_of(name):
 def stand_in(config):
     """Data of the config's own shape, which take no time to load."""
     generator = np.random.default_rng(0)
+    if config.model.kind == "linear":
+        return planted_targets(2, 2, config.data.inputs, config.data.outputs, config.data.noise)
     if config.model.kind in ("transformer", "recurrent"):
         tokens = generator.integers(0, 90, (2, 128)).astype(np.int32)
         return Dataset(tokens, tokens, tokens, tokens, "made up", (128,), 90)

@@ -15,7 +15,7 @@ from kfe_optax.experiments.command_line import _parse
 from kfe_optax.experiments.data import load
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.models import Autoencoder, Classifier, make_model
-from kfe_optax.experiments.optimizers import METHODS, make_optimizer, optimizer_settings
+from kfe_optax.experiments.optimizers import METHODS, make_optimizer, optimizer_settings, tap_options
 from kfe_optax.experiments.sweep_space import make_space, with_values
 
 
@@ -204,6 +204,44 @@ def test_unknown_optimizers_are_one_sentence():
         optimizer_settings(ConfigDict({"adam": settings.adam(0.1)}), "ekfac")
 
 
+@pytest.mark.parametrize("field", ["learning_rate", "max_kl"])
+def test_an_optimizer_that_finds_its_steps_takes_no_learning_rate(field):
+    own = settings.kfac_adaptive()
+    own[field] = 0.1
+    with pytest.raises(ExperimentError, match=f"config.kfac_adaptive.{field} is set, and .* leave it out"):
+        make_optimizer("kfac_adaptive", own, 10)
+    own = settings.kfac(0.1, 0.1)
+    del own.learning_rate
+    with pytest.raises(ExperimentError, match="config.kfac has no learning rate"):
+        make_optimizer("kfac", own, 10)
+
+
+def test_taps_know_the_quadratic_model_where_the_optimizer_needs_it():
+    assert tap_options("kfac_adaptive", settings.kfac_adaptive()) == {
+        "fisher": "sampled",
+        "quadratic_model": True,
+    }
+    assert tap_options("kfac", settings.kfac(0.1, 0.1, num_samples=2)) == {
+        "fisher": "sampled",
+        "num_samples": 2,
+    }
+
+
+def test_relatives_of_kfac_have_what_they_share_with_it():
+    config = ConfigDict({"kfac": settings.kfac(0.1, settings.schedule(3.0, "linear"), max_dim=7)})
+    config = settings.with_relatives(config)
+    two_level, tridiagonal = config.two_level_kfac, config.kfac_tridiagonal
+    assert two_level.max_dim == tridiagonal.max_dim == 7
+    assert two_level.damping_type == "factored"
+    assert "damping_type" not in tridiagonal
+    assert tridiagonal.chains == "split"
+    assert two_level.coarse == "constant"
+    assert two_level.coarse_damping.to_dict() == two_level.damping.to_dict() == config.kfac.damping.to_dict()
+    two_level.coarse_damping.value = 9.0
+    assert two_level.damping.value == config.kfac.damping.value == 3.0
+    assert "learning_rate" not in config.kfac_adaptive
+
+
 def test_the_code_is_linear_and_so_are_the_outputs():
     model = Autoencoder(sizes=(6, 4, 2, 4, 6), activation="tanh")
     images = jax.random.uniform(jax.random.key(0), (3, 6))
@@ -223,6 +261,16 @@ def test_the_code_is_linear_and_so_are_the_outputs():
     np.testing.assert_allclose(model.apply({"params": params}, images), expected, rtol=1e-5)
     curved = model.clone(linear_code=False).apply({"params": params}, images)
     assert not np.allclose(curved, expected, rtol=1e-3)
+
+
+def test_kernels_may_start_sparse(tiny_config):
+    tiny_config.model.update(sizes=(64, 30, 64), initializer="sparse")
+    params = make_model(tiny_config.model, load(tiny_config)).init(jax.random.key(0), jnp.ones((1, 64)))[
+        "params"
+    ]
+    for layer in params.values():
+        np.testing.assert_array_equal((layer["kernel"] != 0).sum(axis=0), 15)
+        assert not np.any(layer["bias"])
 
 
 @pytest.mark.parametrize(

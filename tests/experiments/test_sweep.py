@@ -85,6 +85,9 @@ def test_a_trial_is_the_run_of_its_setting(tiny_config, name, monkeypatch):
             schedule(0.1, "linear", end=0.02), schedule(1.0, "exponential", end=0.5), factor_update_period=2
         )
         tiny_config.sweep.update(learning_rate="x0.5,x2", damping="0.7", max_kl="0,1e-3")
+    elif METHODS[name].self_tuning:
+        tiny_config[name] = builder(factor_update_period=2)
+        tiny_config.sweep.update(learning_rate="", damping="", others="initial_damping=x0.5,x5")
     else:
         tiny_config[name] = builder(schedule(1e-3, "linear", end=1e-4, warmup=2))
         tiny_config.sweep.update(learning_rate="x0.5,x5", damping="")
@@ -109,7 +112,7 @@ def test_a_trial_is_the_run_of_its_setting(tiny_config, name, monkeypatch):
         )
         for step in range(steps):
             state, _ = job.step(state, job.batches(step))
-        expected = evaluate(job.task, state.params, fixed)
+        expected = evaluate(job.task, state.evaluated, fixed)
         np.testing.assert_allclose(losses.train_loss, expected["train_loss"], rtol=1e-5)
         np.testing.assert_allclose(losses.test_loss, expected["test_loss"], rtol=1e-5)
     # The comparison can fail: trials end differently, but where the KL clip takes the learning rate away.

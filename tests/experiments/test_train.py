@@ -7,12 +7,19 @@ import signal
 
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 
+import kfe_optax as kfe
 from kfe_optax.experiments.batches import Batches
+from kfe_optax.experiments.compare import compare
+from kfe_optax.experiments.data import load
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.train import train
+from kfe_optax.experiments.interruption import Interruption
+from kfe_optax.experiments.optimizers import METHODS, Method
+from kfe_optax.experiments.task import make_task
+from kfe_optax.experiments.train import evaluate, train
 
 CURVATURE = ["kfac", "ekfac"]
 
@@ -67,6 +74,22 @@ def test_an_optimizer_with_curvature_records_its_info(tiny_config, tmp_path, con
     assert int(last["failures"]) == int(last["nonfinite"]) == 0
 
 
+def test_averaged_parameters_are_evaluated_where_there_are_any(tiny_config, tmp_path, console, monkeypatch):
+    def averaged(learning_rate):
+        return optax.chain(optax.sgd(learning_rate), kfe.average_iterates())
+
+    monkeypatch.setitem(METHODS, "averaged", Method(averaged, curvature=False))
+    tiny_config.averaged = {"learning_rate": 1e-2}
+    tiny_config.optimizer = tiny_config.compare.optimizers = "averaged"
+    outcome = train(tiny_config, tmp_path / "run", console=console)
+    state, dataset = outcome.state, load(tiny_config)
+    task = make_task(tiny_config, dataset)
+    average = kfe.averaged_parameters(state.opt_state, state.params)
+    assert outcome.measures == evaluate(task, average, dataset)
+    assert outcome.measures != evaluate(task, state.params, dataset)
+    assert compare(tiny_config, tmp_path, console)[0].measures == outcome.measures
+
+
 def test_the_log_interval_includes_the_last_step(tiny_config, tmp_path, console):
     tiny_config.optimizer = "sgd"
     tiny_config.log_every = 4
@@ -74,7 +97,7 @@ def test_the_log_interval_includes_the_last_step(tiny_config, tmp_path, console)
     assert [row["step"] for row in rows(tmp_path / "run")] == ["4", "6"]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", *CURVATURE])
+@pytest.mark.parametrize("optimizer", ["adam", *CURVATURE, "kfac_adaptive"])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tiny_config, tmp_path, console, monkeypatch, optimizer
 ):
@@ -101,6 +124,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert_same_state(resumed.state, whole.state)
     assert resumed.measures == whole.measures
     assert loss_curve(tmp_path / "parts") == loss_curve(tmp_path / "whole")
+
+
+def test_a_signal_between_two_steps_leaves_a_checkpoint(tiny_config, tmp_path, console, monkeypatch):
+    """Also one that comes when the end of a step has been asked for signals for the last time."""
+    answers = iter([False] * 2)
+    monkeypatch.setattr(Interruption, "__init__", lambda self: setattr(self, "_previous", {}))
+    monkeypatch.setattr(Interruption, "requested", property(lambda self: next(answers, True)), raising=False)
+    tiny_config.optimizer = "adam"
+    outcome = train(tiny_config, tmp_path / "run", console=console)
+    assert outcome.interrupted
+    assert (tmp_path / "run" / "checkpoints" / str(outcome.step)).is_dir()
 
 
 def test_a_signal_ends_the_run_after_the_current_step(tiny_config, tmp_path, console, monkeypatch):

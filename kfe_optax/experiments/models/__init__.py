@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.models.dense import Autoencoder, Classifier, make_dense
+from kfe_optax.experiments.models.linear import INITIALIZERS, LinearNetwork
 from kfe_optax.experiments.models.recurrent import CELLS, Recurrent
 from kfe_optax.experiments.models.resnet import ResNet, stages
 from kfe_optax.experiments.models.transformer import CharacterTransformer, VisionTransformer
@@ -23,6 +24,7 @@ __all__ = [
     "Autoencoder",
     "CharacterTransformer",
     "Classifier",
+    "LinearNetwork",
     "Recurrent",
     "ResNet",
     "VisionTransformer",
@@ -47,6 +49,7 @@ KINDS: Mapping[str, Kind] = {
     "vision_transformer": Kind(VisionTransformer),
     "transformer": Kind(CharacterTransformer, text=True, given=("vocabulary", "length")),
     "recurrent": Kind(Recurrent, text=True, given=("vocabulary",)),
+    "linear": Kind(LinearNetwork, given=("outputs",)),
 }
 
 
@@ -92,6 +95,13 @@ def _from_data(name: str, dataset: Dataset) -> Any:
         return dataset.vocabulary
     if name == "length":
         return dataset.pixels
+    if name == "outputs":
+        if not dataset.outputs:
+            raise ExperimentError(
+                f"config.model.kind 'linear' predicts targets, and the data ({dataset.source}) have labels; set "
+                "config.data.name to 'planted'."
+            )
+        return dataset.outputs
     shape = dataset.image_shape
     if len(shape) not in (2, 3):
         raise ExperimentError(
@@ -112,6 +122,10 @@ def _mistake(model: Any) -> str | None:
         return f"config.model.depth is {model.depth}; a VGG has depth 11 or 16."
     if isinstance(model, ResNet) and stages(model.depth) is None:
         return f"config.model.depth is {model.depth}; a residual network has 18, 34, or 6k + 2 (20, 32, 110)."
+    if isinstance(model, LinearNetwork) and model.depth < 2:
+        return f"config.model.depth is {model.depth}; a linear network has at least 2 layers."
+    if isinstance(model, LinearNetwork) and model.initializer not in INITIALIZERS:
+        return f"config.model.initializer is '{model.initializer}'; choose one of {', '.join(INITIALIZERS)}."
     if isinstance(model, Recurrent) and model.cell not in CELLS:
         return f"config.model.cell is '{model.cell}'; choose one of {', '.join(CELLS)}."
     if isinstance(model, CharacterTransformer | VisionTransformer) and model.width % model.heads:

@@ -9,6 +9,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.initializers import sparse
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -23,6 +24,7 @@ _INITIALIZERS: dict[str, nn.initializers.Initializer] = {
     "he_normal": nn.initializers.he_normal(),
     "glorot_normal": nn.initializers.glorot_normal(),
     "glorot_uniform": nn.initializers.glorot_uniform(),
+    "sparse": sparse(),
 }
 
 
