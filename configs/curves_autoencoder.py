@@ -34,7 +34,5 @@ def get_config() -> ConfigDict:
         max_kl=1.0,
         initial_refreshes=5,
     )
-    config.kfac_adaptive = settings.kfac_adaptive(
-        initial_damping=3.0, factor_update_period=5, inverse_update_period=20
-    )
+    config.kfac_adaptive = settings.kfac_adaptive(initial_damping=5.0, damping_floor=0.1)
     return settings.with_relatives(config)

@@ -42,7 +42,5 @@ def get_config() -> ConfigDict:
         basis_update_period=100,
         initial_refreshes=2,
     )
-    config.kfac_adaptive = settings.kfac_adaptive(
-        initial_damping=10.0, factor_update_period=10, inverse_update_period=50
-    )
+    config.kfac_adaptive = settings.kfac_adaptive(initial_damping=10.0, damping_floor=1.0)
     return settings.with_relatives(config)

@@ -71,7 +71,7 @@ def kfac_adaptive(**options: Any) -> ConfigDict:
     """The settings of K-FAC that needs no learning rate; ``options`` go to ``kfe_optax.kfac_adaptive``,
     except ``fisher``.
     """
-    return ConfigDict({"fisher": "sampled", "initial_damping": 1.0} | options)
+    return ConfigDict({"fisher": "sampled", "initial_damping": 1.0, "damping_floor": 1e-8} | options)
 
 
 def ekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
