@@ -20,7 +20,7 @@ def kfac_adaptive(
     *,
     initial_damping: float = 1.0,
     l2: float = 0.0,
-    preconditioner: Callable[..., optax.GradientTransformation] = scale_by_kfac,
+    preconditioner: Callable[..., optax.GradientTransformation] | None = None,
     momentum: bool = True,
     damping_period: int = 5,
     damping_factor: float = 19 / 20,
@@ -29,6 +29,7 @@ def kfac_adaptive(
     damping_in_model: bool = True,
     search_period: int | None = 50,
     averaging: ScalarOrSchedule | None = 0.99,
+    rest: optax.GradientTransformation | None = None,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC that finds its step size, its momentum and its damping itself (Martens & Grosse 2015, sections 6 and 7).
@@ -43,7 +44,7 @@ def kfac_adaptive(
       initial_damping: λ₀, in units of the loss's curvature: about 1 for a classifier, 150 for a sum over an image's pixels. Too
         large costs some steps at the start, in which λ falls.
       l2: η, the strength of a penalty ½η‖θ‖² that is added here, and not by the loss function.
-      preconditioner: `kfe.scale_by_kfac` or another one of this package, called with `(layers, initial_damping, **options)`.
+      preconditioner: `kfe.scale_by_kfac` (the default) or another `kfe.scale_by_...` of layers and damping.
       momentum: whether the last update takes part.
       damping_period: T₁, steps between measurements of the loss at the new parameters.
       damping_factor: ω₁ of one step.
@@ -53,6 +54,8 @@ def kfac_adaptive(
       damping_in_model: whether the reduction ratio's model has λ in it.
       search_period: T₂, steps between searches for the preconditioner's damping γ²; None: it is λ + η.
       averaging: the decay ξ of the averaged parameters (`kfe.averaged_parameters(opt_state, params)`); None for none.
+      rest: the transformation of the parameters outside the layers, whose step size is α too: by default `optax.identity()`,
+        their gradient itself.
       **options: further options of the preconditioner.
 
     Returns:
@@ -60,6 +63,7 @@ def kfac_adaptive(
       `kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)`; what it returns is added to the parameters as it is.
 
     Raises:
+      TypeError: a `damping` or a learning rate, which it finds itself.
       ValueError: numbers out of their ranges; in `update`: no taps, taps without the quadratic model, no parameters.
 
     Example:
@@ -86,7 +90,14 @@ def kfac_adaptive(
       >>> losses[-1] < losses[0] / 2
       True
     """
-    tx = preconditioner(layers, initial_damping, **options)
+    # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
+    options = {**options.pop("options", {}), **options}
+    found = {"damping", "learning_rate", "max_kl"} & options.keys()
+    if found:
+        raise TypeError(
+            f"kfac_adaptive takes no {found.pop()}: it finds step sizes and damping itself; initial_damping is where it starts."
+        )
+    tx = (preconditioner or scale_by_kfac)(layers, initial_damping, rest=rest or optax.identity(), **options)
     tx = scale_by_quadratic_model(tx, initial_damping, l2=l2, momentum=momentum, search_period=search_period)
     tx = adaptive_damping(
         tx,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from kfe_optax import adapters, discovery, masks, outputs, tags
 from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.layers import Layers, same_layers
-from kfe_optax.taps import Evaluate, Fisher, Plan, Taps
+from kfe_optax.taps import Evaluate, Fisher, Plan, Taps, Trial
 
 # The name of a part of a layer's rider in its slot, which the layers of one module share.
 _RIDER = re.compile(r"rider(\d+)_(\w+)")
@@ -220,9 +220,13 @@ def _compile(
         )
         trial, evaluate, tangents = None, None, ()
         if quadratic_model:
-            trial, evaluate = (loss, arrays), Evaluate(loss_reference, rebuild, static, has_aux)
+            trial = Trial(loss, parameters, arrays)
+            evaluate = Evaluate(loss_reference, rebuild, static, has_aux)
             tangents = tuple(_find(leaves, control, "cotangent") for control in controls.values())
-        plan = Plan(structure, modes, seeds, tangents, found, fisher, num_samples, axis_name, evaluate)
+        container = jax.tree.structure(parameters)
+        plan = Plan(
+            structure, modes, seeds, tangents, found, fisher, num_samples, axis_name, evaluate, container
+        )
         weights = sum(cotangents["outputs"]) if controls else None
         taps = Taps(leaves, cotangent, seed, weights, trial, plan)
         return ((loss, aux) if has_aux else loss), grads, taps, state

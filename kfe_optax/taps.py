@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from kfe_optax import outputs
+from kfe_optax.layer import leaves_by_path
 from kfe_optax.layers import Layers
 from kfe_optax.statistics import Statistics, make_statistics
 
@@ -42,6 +43,14 @@ class Evaluate:
         return loss[0] if self.has_aux else loss
 
 
+class Trial(NamedTuple):
+    """What the quadratic model needs besides the pull: the loss, and the step's parameters and other arrays."""
+
+    loss: jax.Array
+    parameters: Any
+    arrays: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is static about taps: how to run the pull, and for which layers."""
@@ -55,6 +64,7 @@ class Plan:
     num_samples: int
     axis_name: Any
     evaluate: Evaluate | None
+    parameters: Any  # the tree structure of the parameters
 
     @property
     def draws(self) -> int:
@@ -138,15 +148,27 @@ class Taps:
     def loss(self) -> jax.Array:
         """The loss at the step's parameters, averaged over devices."""
         self.check_quadratic_model()
-        return self._mean(self._trial[0])
+        return self.mean_over_devices(self._trial.loss)
 
     def loss_at(self, parameters: Any) -> jax.Array:
-        """The loss of the step's batch at other parameters (a tree like the gradient), averaged over devices."""
+        """The loss of the step's batch at other parameters, averaged over devices.
+
+        They are a tree like the gradient; what is not in it (as under `optax.masked`) stays as it was.
+        """
         self.check_quadratic_model()
-        return self._mean(self._plan.evaluate(parameters, self._trial[1]))  # ty: ignore
+        there = self._like_parameters(parameters, self._trial.parameters)
+        return self.mean_over_devices(self._plan.evaluate(there, self._trial.arrays))  # ty: ignore
+
+    def _like_parameters(self, tree: Any, default: Any) -> Any:
+        """A tree in the container of the parameters: Optax's wrappers and NNX's optimizer hand on others."""
+        given = leaves_by_path(tree)
+        leaves = [
+            given.get(path, other).astype(other.dtype) for path, other in leaves_by_path(default).items()
+        ]
+        return jax.tree.unflatten(self._plan.parameters, leaves)
 
     def tangent(self, vector: Any) -> list[jax.Array]:
-        """√c B J v at each registered output, BᵀB its Fisher and c its weight in the loss, for a vector like the gradient.
+        """√c B J v at each registered output, BᵀB its Fisher and c its weight in the loss, for a tree v like the gradient.
 
         J v is the transpose of the pull, so that the forward pass is shared (Martens & Grosse 2015, section 6.4 and appendix C).
         """
@@ -163,9 +185,8 @@ class Taps:
             return jax.tree.unflatten(plan.structure, leaves)(self._cotangent)[0]
 
         zeros = [self._leaves[places[0]] for places in plan.tangents]
-        like = jax.eval_shape(pull, zeros)
-        vector = jax.tree.map(lambda v, shape: v.astype(shape.dtype), vector, like)
-        return jax.linear_transpose(pull, zeros)(vector)[0]
+        nothing = jax.tree.map(jnp.zeros_like, self._trial.parameters)
+        return jax.linear_transpose(pull, zeros)(self._like_parameters(vector, nothing))[0]
 
     def fisher_products(self, *tangents: list[jax.Array]) -> jax.Array:
         """vᵢᵀF vⱼ, (k, k), from the vectors' tangents; F is the exact Fisher over all parameters, averaged over devices."""
@@ -173,7 +194,7 @@ class Taps:
         def product(v, u):
             return sum(jnp.vdot(a, b) for a, b in zip(v, u, strict=True))
 
-        return self._mean(symmetric(product, tangents))
+        return self.mean_over_devices(symmetric(product, tangents))
 
     def check_quadratic_model(self) -> None:
         """Raises ValueError for taps that were not asked for the quadratic model."""
@@ -183,7 +204,8 @@ class Taps:
                 "kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)."
             )
 
-    def _mean(self, value: jax.Array) -> jax.Array:
+    def mean_over_devices(self, value: jax.Array) -> jax.Array:
+        """The mean over the mapped axis that the taps were made for; the value itself where there is none."""
         axis = self._plan.axis_name
         return value if axis is None else jax.lax.pmean(value, axis)
 

@@ -1,4 +1,4 @@
-"""The complete optimizer: devices, compilation, frameworks, checkpoints, averaging; it trains without a learning rate."""
+"""The complete optimizer: devices, compilation, frameworks, wrappers, averaging; it trains without a learning rate."""
 
 from __future__ import annotations
 
@@ -146,16 +146,96 @@ def test_averaged_parameters(x64):
         tx.update(params, state)
 
 
-def test_tiny_networks_that_go_wrong(x64):
-    """A loss that is not finite on a step: the parameters stay, λ rises, and training goes on."""
+def test_a_batch_with_nan(x64):
+    """The last step is taken back, λ rises, nothing that is no number stays in the state, and training goes on."""
     problem, _, _ = _stepped("exact")
     train_step = _compiled("exact")
-    params, opt_state, _ = _trained("exact")
     x, y = problem.args
-    bad, after, _ = train_step(params, opt_state, x * jnp.nan, y, jax.random.key(0))
-    assert_close(bad, params, 1e-12)
+    key = jax.random.key(0)
+    params, opt_state, _ = _trained("exact")
+    moved, after, before = train_step(params, opt_state, x, y, key)
+    back, after, _ = train_step(moved, after, x * jnp.nan, y, key)
+    assert_close(back, params, 1e-12)
+    assert kfe.info(after).rejected == 1
     assert kfe.info(after).damping > kfe.info(opt_state).damping
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(after) if leaf.ndim)
-    _, _, loss = train_step(bad, after, x, y, jax.random.key(1))
-    _, _, expected = train_step(params, opt_state, x, y, jax.random.key(1))
-    assert loss == expected
+    _, _, first = train_step(back, after, x, y, key)
+    again, after, _ = train_step(back, after, x, y, key)
+    _, _, second = train_step(again, after, x, y, key)
+    assert_close(first, before, 1e-12)
+    assert second < first
+
+
+def test_nnx_optimizer_and_wrappers(x64):
+    """nnx.Optimizer, optax.masked, apply_if_finite and inject_hyperparams hand on other trees than the loss's."""
+    problem = problems.make("nnx")
+    layers = problem.layers()
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)
+    static = ("search_period", "damping_period", "averaging")
+    tx = optax.inject_hyperparams(kfe.kfac_adaptive, static_args=static)(
+        layers, initial_damping=0.5, **ALWAYS
+    )
+    optimizer = nnx.Optimizer(problem.params, optax.apply_if_finite(tx, 3), wrt=nnx.Param)
+    for _ in range(3):
+        _, grads, taps = differentiate(problem.params, *problem.args)
+        optimizer.update(problem.params, grads, taps=taps)
+    expected, plain_state, _ = _trained("exact")
+    plain = problems.make("plain").layers()
+    parameters = problems.state_of(problem.params)
+    averages = kfe.averaged_parameters(optimizer.opt_state, parameters)
+    plain_averages = kfe.averaged_parameters(plain_state, expected)
+    for ours, theirs in zip(layers.values(), plain.values(), strict=True):
+        assert_close(ours.to_matrix(parameters), theirs.to_matrix(expected), 1e-9)
+        assert_close(ours.to_matrix(averages), theirs.to_matrix(plain_averages), 1e-9)
+    assert_close(kfe.info(optimizer.opt_state).damping, kfe.info(plain_state).damping, 1e-9)
+
+
+def test_masked_layers_stand_still(x64):
+    """optax.masked: the step of what is left, as if the others were constants."""
+    problem, _, _ = _stepped("exact")
+    layers = problem.layers()
+    mask = [True, False]
+    tx = optax.chain(
+        optax.masked(kfe.kfac_adaptive(layers, initial_damping=0.5, **ALWAYS), mask),
+        optax.masked(optax.set_to_zero(), [not m for m in mask]),
+    )
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads, taps = differentiate(params, *problem.args)
+        updates, state = tx.update(grads, state, params, taps=taps)
+        return optax.apply_updates(params, updates), state, loss
+
+    params, state, losses = problem.params, tx.init(problem.params), []
+    for _ in range(4):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+    assert_close(params[1], problem.params[1])
+    assert kfe.info(state).rejected == 0
+
+
+def test_parameters_outside_the_layers(x64):
+    """A temperature of no layer is stepped along its own gradient, and does not hold the layers back."""
+    base = problems.make("plain")
+    params = {"net": base.params, "temperature": jnp.ones(1)}
+
+    def loss_fn(params, x, y):
+        z = params["temperature"] * problems.plain_forward(params["net"], x)
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    layers = kfe.find_layers(loss_fn, params, *base.args)
+    tx = kfe.kfac_adaptive(layers, initial_damping=0.5, momentum=False)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+    _, grads, taps = differentiate(params, *base.args)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params, taps=taps)
+    assert_close(updates["temperature"], -kfe.info(state).step_size * grads["temperature"], 1e-9)
+
+
+def test_misuse():
+    """What it finds itself is refused."""
+    layers = problems.make("plain").layers()
+    for name in ("damping", "learning_rate", "max_kl"):
+        with pytest.raises(TypeError, match=f"takes no {name}"):
+            kfe.kfac_adaptive(layers, **{name: 0.1})

@@ -33,14 +33,15 @@ def stepped():
 
 @pytest.mark.parametrize("damping_in_model", [True, False])
 def test_rule_on_scripted_ratios(stepped, damping_in_model, x64):
-    """λ ← ω₁λ above 3/4, λ/ω₁ below 1/4 and for no number, unchanged between; no update into what is no number."""
+    """λ ← ω₁λ above 3/4, λ/ω₁ below 1/4 and for unchanged between; into what is no number no step, and 4λ."""
     problem, grads, taps = stepped
     tx = kfe.adaptive_damping(
         optax.scale(-0.1), START, period=1, l2=L2, damping_in_model=damping_in_model, factor=0.9
     )
-    state, damping, delta = tx.init(problem.params), START, -0.1 * _flat(grads)
-    update = jax.jit(tx.update, static_argnames="value_fn")
     theta = _flat(problem.params)
+    # What is inside is given ∇h.
+    state, damping, delta = tx.init(problem.params), START, -0.1 * (_flat(grads) + L2 * theta)
+    update = jax.jit(tx.update, static_argnames="value_fn")
     penalty = L2 * (theta @ delta + delta @ delta / 2)
     for ratio, power in SCRIPT:
         gradient, matrix = _dense_model(problem, problem.params, damping if damping_in_model else 0, L2)
@@ -49,10 +50,10 @@ def test_rule_on_scripted_ratios(stepped, damping_in_model, x64):
         updates, state = update(
             grads, state, problem.params, taps=taps, value=7.0, value_fn=lambda p, loss=new_loss: loss
         )
-        damping *= 0.9**power
+        taken = np.isfinite(ratio)
+        damping *= 0.9**power if taken else 4
         assert_close(state.damping, damping, 1e-9)
         np.testing.assert_allclose(state.reduction_ratio, ratio, rtol=1e-9)
-        taken = np.isfinite(ratio)
         assert_close(_flat(updates), delta if taken else 0 * delta, 1e-12)
     assert state.rejected == 1
 
@@ -127,3 +128,58 @@ def test_info_and_misuse(stepped, x64):
         kfe.adaptive_damping(optax.identity(), START, period=0)
     with pytest.raises(ValueError, match="initial_damping"):
         kfe.adaptive_damping(optax.identity(), -1.0)
+    with pytest.raises(ValueError, match="l2 must be"):
+        kfe.adaptive_damping(optax.identity(), START, l2=-1.0)
+    with pytest.raises(ValueError, match="floor must be positive and at most ceiling"):
+        kfe.adaptive_damping(optax.identity(), START, floor=2.0, ceiling=1.0)
+    with pytest.raises(ValueError, match="pass both, or neither"):
+        tx.update(grads, state, problem.params, taps=taps, value=1.0)
+
+
+def test_the_penalty_of_a_chain(stepped, x64):
+    """Around a chain without a model, what is inside is given ∇h and λ + η."""
+    problem, grads, taps = stepped
+    seen = {}
+
+    def update(updates, state, params=None, *, damping, **_):
+        seen.update(gradient=updates, damping=damping)
+        return updates, state
+
+    inner = optax.chain(optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update))
+    tx = kfe.adaptive_damping(inner, START, l2=L2)
+    tx.update(grads, tx.init(problem.params), problem.params, taps=taps)
+    assert_close(_flat(seen["gradient"]), _flat(grads) + L2 * _flat(problem.params), 1e-12)
+    assert_close(seen["damping"], jnp.asarray(START + L2), 1e-12)
+
+
+@pytest.mark.parametrize("model", [True, False])
+def test_a_step_into_nowhere_is_taken_back(model, x64):
+    """A barrier: the loss is NaN where an unmeasured step led; the step is undone, λ rises, and training goes on."""
+    params, x = {"kernel": jnp.full((1, 1), 2.0)}, jnp.ones((4, 1))
+
+    def loss_fn(params, x):
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        return kfe.losses.l2_loss(z, jnp.full_like(z, 0.5)).mean() + 0 * jnp.log(params["kernel"] - 0.9).sum()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    inner = kfe.scale_by_kfac(layers, 1.0)
+    inner = kfe.scale_by_quadratic_model(inner, 1.0) if model else optax.chain(inner, optax.scale(-1.0))
+    tx = kfe.adaptive_damping(inner, 1e-3, period=1000)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads, taps = differentiate(params, x)
+        updates, state = tx.update(grads, state, params, taps=taps)
+        return optax.apply_updates(params, updates), state, loss
+
+    state, seen = tx.init(params), []
+    for _ in range(14):
+        seen.append(float(params["kernel"][0, 0]))
+        params, state, loss = step(params, state)
+    assert seen[1] < 0.9  # the minimum of the model lies behind the barrier
+    np.testing.assert_allclose(seen[2], seen[0], rtol=1e-12)
+    assert state.rejected >= 1 and state.damping >= 4e-3
+    assert np.isfinite(loss) or np.isfinite(seen[-1])
+    assert seen[-1] > 0.9 or seen[-2] > 0.9
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)) if leaf.ndim)

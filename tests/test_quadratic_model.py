@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
+from kfe_optax.transforms.layerwise import LayerwiseState
 from kfe_optax.transforms.quadratic_model import SEARCH_FACTOR, solve
 
 from . import dense, problems
@@ -134,19 +137,26 @@ def test_solving_two_by_two(seed, x64):
     assert_close(solve(jnp.zeros((2, 2)), right), jnp.zeros(2))
 
 
+class _ToldState(NamedTuple):
+    damping: jax.Array
+    calls: jax.Array
+    kept: jax.Array
+
+
 class _Told:
     """A preconditioner D = ∇ / (h + γ²), whose state remembers what it was told."""
 
     curvature = 0.4
 
     def init(self, params):
-        return {"damping": jnp.zeros(()), "calls": jnp.zeros((), jnp.int32), "kept": jnp.ones(3)}
+        told = _ToldState(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.ones(3))
+        return LayerwiseState(*(jnp.zeros(()) for _ in range(2)), told, (), jnp.zeros(()))
 
-    def update(self, updates, state, params=None, *, taps, damping, retry=False):
+    def update(self, updates, state, params=None, *, taps, damping, retry=None):
         own = jnp.arange(1, 1 + len(jax.tree.leaves(updates))) * self.curvature
         leaves = [leaf / (h + damping) for leaf, h in zip(jax.tree.leaves(updates), own, strict=True)]
-        state = {"damping": damping, "calls": state["calls"] + (not retry), "kept": state["kept"]}
-        return jax.tree.unflatten(jax.tree.structure(updates), leaves), state
+        told = _ToldState(damping, state.method.calls + (retry is None), state.method.kept)
+        return jax.tree.unflatten(jax.tree.structure(updates), leaves), state._replace(method=told)
 
 
 def test_search_takes_the_lowest_of_three(x64):
@@ -172,10 +182,10 @@ def test_search_takes_the_lowest_of_three(x64):
             found.append((float(gradient @ basis @ x / 2), candidate, basis @ x))
         change, best, delta = min(found, key=lambda f: f[0])
         assert_close(new_state.inner_damping, best, 1e-12)
-        assert_close(new_state.inner["damping"], best, 1e-12)
+        assert_close(new_state.inner.method.damping, best, 1e-12)
         assert_close(new_state.model_change, change, 1e-9)
         assert_close(_flat(updates), delta, 1e-8)
-        assert new_state.inner["calls"] == i + 1
+        assert new_state.inner.method.calls == i + 1
         moved += best != start
         previous = _flat(updates)
     assert moved
@@ -191,17 +201,46 @@ def _split(vector, like):
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", pytest.param("lanczos", marks=pytest.mark.slow)])
 def test_search_with_a_real_preconditioner(name, x64):
-    """After a search the preconditioner is as if it had been given the chosen damping from the first; factors moved once."""
-    problem = problems.make("plain", "softmax")
-    layers = problem.layers()
-    inner = kfe.METHODS[name].scale_by(layers, 1.0, initial_refreshes=9)
+    """On a step on which nothing is due, the search forms new inverses from the factors as they are, with the chosen damping.
+
+    The parameters outside the layers have one step, whatever is tried.
+    """
+    base = problems.make("plain", "softmax")
+    params = {"net": base.params, "temperature": jnp.ones(1)}
+
+    def loss_fn(params, x, y):
+        z = params["temperature"] * problems.plain_forward(params["net"], x)
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    layers = kfe.find_layers(loss_fn, params, *base.args)
+    make = kfe.METHODS[name].scale_by
+    rest = optax.scale_by_adam()
+    never = {"initial_refreshes": 1, "factor_update_period": 99, "rest": rest}
+    period = "basis_update_period" if name == "ekfac" else "inverse_update_period"
+    inner = make(layers, 1.0, **{period: 99}, **never)
     tx = kfe.scale_by_quadratic_model(inner, DAMPING, search_period=1)
-    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)
-    *_, (params, _, state, new_state) = _trained(problem, tx, 3)
-    _, grads, taps = differentiate(params, *problem.args)
-    plain = jax.jit(inner.update)(grads, state.inner, params, taps=taps, damping=new_state.inner_damping)[1]
-    assert new_state.inner_damping != state.inner_damping
-    assert_close(new_state.inner, plain, 1e-9)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+
+    @jax.jit
+    def step(params, state):
+        _, grads, taps = differentiate(params, *base.args)
+        updates, new = tx.update(grads, state, params, taps=taps)
+        # The same step without a search, of a method that refreshes its inverses always; in a basis λ acts at once.
+        fresh = inner if name == "ekfac" else make(layers, 1.0, **{period: 1}, **never)
+        plain = fresh.update(grads, state.inner, params, taps=taps, damping=new.inner_damping)
+        return optax.apply_updates(params, updates), new, grads, updates, plain
+
+    state = tx.init(params)
+    for _ in range(3):
+        before = state
+        params, state, _, updates, (direction, plain) = step(params, state)
+    assert state.inner_damping != before.inner_damping
+    assert_close(state.inner.method.factors, before.inner.method.factors, 1e-12)
+    assert_close(state.inner, plain, 1e-9)
+    expected = jax.tree.map(
+        lambda d, old: -state.step_size * d + state.momentum * old, direction, before.previous
+    )
+    assert_close(updates, expected, 1e-9)
 
 
 def test_numbers_that_are_none(x64):
@@ -237,7 +276,16 @@ def test_misuse():
     _, grads, taps = differentiate(problem.params, *problem.args)
     with pytest.raises(ValueError, match="l2 needs the parameters"):
         tx.update(grads, state, taps=taps)
-    with pytest.raises(ValueError, match="cannot be negative"):
+    with pytest.raises(ValueError, match="l2 must be zero or positive"):
         kfe.scale_by_quadratic_model(optax.identity(), DAMPING, l2=-1.0)
+    with pytest.raises(ValueError, match="damping must be positive"):
+        kfe.scale_by_quadratic_model(optax.identity(), 0.0)
+    for inner in (
+        optax.chain(kfe.scale_by_kfac(layers, 1.0), optax.trace(0.9)),
+        kfe.clip_by_kl(kfe.scale_by_kfac(layers, 1.0), 1.0),
+        kfe.in_kfe(optax.scale_by_adam(), layers),
+    ):
+        with pytest.raises(ValueError, match="the preconditioner itself"):
+            kfe.scale_by_quadratic_model(inner, 1.0, search_period=5).init(problem.params)
     with pytest.raises(ValueError, match="search_period"):
         kfe.scale_by_quadratic_model(optax.identity(), DAMPING, search_period=0)

@@ -12,10 +12,15 @@ import optax
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.quadratic_model import (
     QuadraticModelState,
+    check_numbers,
+    check_range,
     checked_taps,
     inner_product,
     regularized,
 )
+
+# λ after an update that was not taken, or was taken back.
+REJECTED = 4.0
 
 
 class AdaptiveDampingState(NamedTuple):
@@ -26,7 +31,8 @@ class AdaptiveDampingState(NamedTuple):
       count: int32, the number of steps taken.
       damping: λ for the next step.
       reduction_ratio: the last r, NaN before the first and where the trial loss was not finite.
-      rejected: int32, updates that were not taken because the loss behind them was not finite.
+      rejected: int32, updates that were not taken, or taken back, because the loss behind them was not finite.
+      last: the last update, with which it is taken back; () where the inner state holds it.
     """
 
     inner: Any
@@ -34,6 +40,7 @@ class AdaptiveDampingState(NamedTuple):
     damping: jax.Array
     reduction_ratio: jax.Array
     rejected: jax.Array
+    last: Any
 
 
 def adaptive_damping(
@@ -53,25 +60,30 @@ def adaptive_damping(
     the model is good, r > 3/4, λ ← ω₁λ; where it is not, r < 1/4 (a rising loss makes r negative) or r is not a number,
     λ ← λ/ω₁; ω₁ = factor^T₁.
 
+    An update behind which the loss is measured and is not finite is not taken. One that leads there unmeasured is taken back
+    on the next step, where the loss or its gradient is not finite. Both raise λ fourfold.
+
     Args:
       inner: what makes the update δ that is added to the parameters: `scale_by_quadratic_model(...)`, whose model is then
-        known, or a whole chain with a preconditioner of this package in it (one product with the Fisher more at each T₁-th
-        step). It is given λ as the extra argument `damping`.
+        known, or a whole chain with a preconditioner of this package in it, which is given ∇h and λ + η (one product with the
+        Fisher more at each T₁-th step). λ goes to it as the extra argument `damping`.
       initial_damping: λ₀, in units of the loss's curvature.
       period: T₁.
       factor: ω of one step, in (0, 1).
       floor: the least λ.
       ceiling: the largest λ.
-      l2: η, as in `scale_by_quadratic_model`.
+      l2: η ≥ 0, the strength of an ℓ2 penalty that is added here to the loss and its gradient; it replaces that of a
+        `scale_by_quadratic_model` inside.
       damping_in_model: whether the denominator's model has the λ of (F + (λ + η)I) in it, as in the paper, or η alone.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)` for taps of `value_grad_and_taps(..., quadratic_model=True)`;
-      `value` and `value_fn(params)`, as in `optax.scale_by_backtracking_linesearch`, replace the taps' own loss. An update
-      behind which the loss is found not to be finite is not taken. `kfe.info` shows λ and r.
+      `value` and `value_fn(params)`, as in `optax.scale_by_backtracking_linesearch`, together replace the taps' own loss.
+      `kfe.info` shows λ and r. Under `optax.MultiSteps` loss and model are those of the last microbatch.
 
     Raises:
-      ValueError: numbers out of their ranges; in `update`: no `params`, no taps or taps without the quadratic model.
+      ValueError: numbers out of their ranges; in `update`: no `params`, no taps or taps without the quadratic model, one of
+        `value` and `value_fn` without the other.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
@@ -93,18 +105,21 @@ def adaptive_damping(
         raise ValueError(
             f"factor must lie between 0 and 1, so that λ falls where the model is good; it is {factor!r}."
         )
-    if not isinstance(initial_damping, jax.Array) and not initial_damping > 0:
-        raise ValueError(f"initial_damping must be positive, not {initial_damping!r}.")
+    check_numbers(initial_damping=initial_damping, l2=l2)
+    check_range("floor", floor, "ceiling", ceiling)
     wrapped = optax.with_extra_args_support(inner)
+    penalty = None if isinstance(l2, float | int) and not l2 else l2
 
     def init(params):
+        inner_state = wrapped.init(params)
         numbers = jnp.result_type(float)
         return AdaptiveDampingState(
-            wrapped.init(params),
+            inner_state,
             jnp.zeros((), jnp.int32),
             jnp.asarray(initial_damping, numbers),
             jnp.full((), jnp.nan, numbers),
             jnp.zeros((), jnp.int32),
+            () if isinstance(inner_state, QuadraticModelState) else jax.tree.map(jnp.zeros_like, params),
         )
 
     def update(updates, state, params=None, *, taps=None, value=None, value_fn=None, **extra):
@@ -113,35 +128,86 @@ def adaptive_damping(
                 "adaptive_damping evaluates the loss at the new parameters: call tx.update(grads, opt_state, params, taps=taps)."
             )
         taps = checked_taps(taps)
-        result: Any = wrapped.update(updates, state.inner, params, taps=taps, damping=state.damping, **extra)
+        if (value is None) != (value_fn is None):
+            raise ValueError(
+                "value is the loss at the parameters and value_fn that at others: pass both, or neither."
+            )
+        if _has_model(state.inner):
+            gradient, strength = updates, state.damping
+            more = {"l2": 0.0 if penalty is None else penalty}
+        else:
+            gradient, more = regularized(updates, params, penalty), {}
+            strength = state.damping if penalty is None else state.damping + penalty
+        result: Any = wrapped.update(
+            gradient, state.inner, params, taps=taps, damping=strength, **more, **extra
+        )
+        before = taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value))
+        loss_at = taps.loss_at if value_fn is None else lambda p: taps.mean_over_devices(value_fn(p))
+        if value_fn is None:
+            return _compiled(updates, result, state, params, taps, before)
+        return _taken(updates, result, state, params, taps, before, loss_at)
+
+    def _taken(updates, result, state, params, taps, before, loss_at):
         delta, inner_state = result
-        before = taps.loss if value is None else value
-        loss_at = taps.loss_at if value_fn is None else value_fn
+        known = isinstance(inner_state, QuadraticModelState)
+        last = state.inner.previous if known else state.last
+        due = layerwise.due(state.count + 1, period)
+        astray = ~(jnp.isfinite(before) & layerwise.all_finite(jax.tree.leaves(updates)))
 
         def measured():
-            change = _loss_change(delta, params, before, loss_at, l2)
+            change = _loss_change(delta, params, before, loss_at, penalty)
             model = _model_change(
-                inner_state, updates, delta, params, taps, state.damping, l2, damping_in_model
+                inner_state, updates, delta, params, taps, state.damping, penalty, damping_in_model
             )
-            ratio = change / model
-            # Nothing to gain and nothing gained is no reason to distrust the model.
-            ratio = jnp.where((model == 0) & (change == 0), 0.5, ratio)
+            # What is lost in rounding says nothing about the model.
+            noise = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+            silent = (change == 0) | (jnp.abs(model) <= noise)
+            ratio = jnp.where(silent, 0.5, change / jnp.where(silent, 1, model))
             return ratio.astype(state.damping.dtype), jnp.isfinite(change)
 
-        due = layerwise.due(state.count + 1, period)
         ratio, finite = jax.lax.cond(due, measured, lambda: (state.reduction_ratio, jnp.ones((), bool)))
         power = jnp.asarray(factor, state.damping.dtype) ** period
-        damping = adapted(state.damping, ratio, power, floor, ceiling)
+        damping = jnp.where(due, adapted(state.damping, ratio, power, floor, ceiling), state.damping)
+        refused = astray | ~finite
+        damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, ceiling), damping)
+
+        def take(d, before_it):
+            back = jnp.where(astray, -before_it.astype(d.dtype), jnp.zeros_like(d))
+            return jnp.where(refused, back, d)
+
+        new = jax.tree.map(take, delta, _as(delta, last))
+
+        def kept(d):
+            return jnp.where(refused, jnp.zeros_like(d), d)
+
+        if known:
+            inner_state = inner_state._replace(previous=jax.tree.map(kept, inner_state.previous))
         new_state = AdaptiveDampingState(
             inner_state,
             state.count + 1,
-            jnp.where(due, damping, state.damping),
-            ratio,
-            state.rejected + ~finite,
+            damping.astype(state.damping.dtype),
+            jnp.where(astray, jnp.nan, ratio),
+            state.rejected + refused,
+            () if known else _as(state.last, jax.tree.map(kept, delta)),
         )
-        return jax.tree.map(lambda d: jnp.where(finite, d, jnp.zeros_like(d)), delta), new_state
+        return new, new_state
+
+    @jax.jit
+    def _compiled(updates, result, state, params, taps, before):
+        return _taken(updates, result, state, params, taps, before, taps.loss_at)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _has_model(state: Any) -> bool:
+    """Whether there is a `scale_by_quadratic_model` in it, which adds the penalty itself."""
+    is_model = lambda node: isinstance(node, QuadraticModelState)  # noqa: E731
+    return any(map(is_model, jax.tree.leaves(state, is_leaf=is_model)))
+
+
+def _as(like: Any, tree: Any) -> Any:
+    """A tree with the container of another one that has the same leaves."""
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
 
 
 def adapted(damping: jax.Array, ratio: jax.Array, power: Any, floor: Any, ceiling: Any) -> jax.Array:
@@ -155,6 +221,8 @@ def _loss_change(
 ) -> jax.Array:
     """h(θ+δ) − h(θ)."""
     change = loss_at(optax.apply_updates(params, delta)) - before
+    if l2 is None:
+        return change
     return change + l2 * (inner_product(params, delta) + inner_product(delta, delta) / 2)
 
 
@@ -169,12 +237,11 @@ def _model_change(
     damping_in_model: bool,
 ) -> jax.Array:
     """M(δ) − M(0)."""
-    is_model = lambda node: isinstance(node, QuadraticModelState)  # noqa: E731
-    found = [s for s in jax.tree.leaves(inner_state, is_leaf=is_model) if is_model(s)]
-    if found and inner_state is found[0]:
-        squared, change = found[0].squared_norm, found[0].model_change
+    if isinstance(inner_state, QuadraticModelState):
+        squared, change = inner_state.squared_norm, inner_state.model_change
         return change if damping_in_model else change - damping * squared / 2
     fisher = taps.fisher_products(taps.tangent(delta))[0, 0]
-    strength = l2 + damping if damping_in_model else l2
+    strength = damping if damping_in_model else jnp.zeros_like(damping)
+    strength = strength if l2 is None else strength + l2
     slope = inner_product(regularized(gradient, params, l2), delta)
     return slope + (fisher + strength * inner_product(delta, delta)) / 2

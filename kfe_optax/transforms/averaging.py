@@ -22,13 +22,13 @@ class AveragingState(NamedTuple):
 def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransformation:
     """Keeps θ̄_k = ξθ̄_{k−1} + (1 − ξ)θ_k, ξ = min(1 − 1/k, decay) (Polyak averaging; Martens & Grosse 2015, section 13).
 
-    Stands last in a chain and passes the updates on; read θ̄ with `averaged_parameters`.
+    Stands last in a chain and passes the updates on; what is not finite is left out. Read θ̄ with `averaged_parameters`.
 
     Args:
-      decay: the largest ξ, a scalar or a schedule.
+      decay: the largest ξ in [0, 1), a scalar or a schedule; 0 keeps the last iterate.
 
     Raises:
-      ValueError: in `update`: no `params`.
+      ValueError: a decay outside [0, 1); in `update`: no `params`.
 
     Example:
       >>> import jax.numpy as jnp, optax, kfe_optax as kfe
@@ -40,6 +40,9 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
       >>> float(params), float(kfe.averaged_parameters(state, params))
       (2.0, 1.5)
     """
+
+    if isinstance(decay, float | int) and not 0 <= decay < 1:
+        raise ValueError(f"decay must lie in [0, 1), not {decay!r}.")
 
     def init(params):
         wide = lambda p: jnp.array(p, jnp.promote_types(jnp.result_type(p), jnp.float32))  # noqa: E731
@@ -55,7 +58,8 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
 
         def averaged(mean, p, u):
             weight = past.astype(mean.dtype)
-            return weight * mean + (1 - weight) * (p.astype(mean.dtype) + u.astype(mean.dtype))
+            new = p.astype(mean.dtype) + u.astype(mean.dtype)
+            return jnp.where(jnp.isfinite(new), weight * mean + (1 - weight) * new, mean)
 
         average = jax.tree.map(averaged, state.average, params, updates)
         return updates, AveragingState(state.count + 1, average)
@@ -78,5 +82,8 @@ def averaged_parameters(opt_state: Any, params: Any) -> Any:
     is_average = lambda node: isinstance(node, AveragingState)  # noqa: E731
     for node in jax.tree.leaves(opt_state, is_leaf=is_average):
         if is_average(node):
-            return jax.tree.map(lambda mean, p: mean.astype(jnp.result_type(p)), node.average, params)
+            # nnx.Optimizer keeps each leaf of the state in a variable: the containers differ, the leaves do not.
+            means, structure = jax.tree.leaves(node.average), jax.tree.structure(params)
+            leaves = zip(means, jax.tree.leaves(params), strict=True)
+            return jax.tree.unflatten(structure, [m.astype(jnp.result_type(p)) for m, p in leaves])
     return params

@@ -128,6 +128,14 @@ def check_period(name: str, period: Any) -> None:
         raise ValueError(f"{name} must be a positive whole number of steps, not {period!r}.")
 
 
+def can_retry(state: Any) -> bool:
+    """Whether this is the state of a preconditioner that can take a step again with another damping (`retry=`).
+
+    Its update takes `retry=`, what it returned for the step the first time.
+    """
+    return hasattr(getattr(state, "method", None), "damping")
+
+
 def layerwise(
     layers: Layers, method: Method, rest: optax.GradientTransformation | None
 ) -> optax.GradientTransformationExtraArgs:
@@ -154,7 +162,7 @@ def layerwise(
             nonfinite=jnp.zeros((), jnp.int32),
         )
 
-    def update(updates, state, params=None, *, taps=None, damping=None, retry=False, **extra):
+    def update(updates, state, params=None, *, taps=None, damping=None, retry=None, **extra):
         if method.needs_taps:
             check_taps(layers, taps)
         leaves = leaves_by_path(updates)
@@ -169,15 +177,18 @@ def layerwise(
         others = _outside(layers, leaves)
         rest_updates, rest_state = others, state.rest
         if others:
-            rest_updates, rest_state = outside.update(others, state.rest, rest_params, **extra)
-            # Where only the damping differs, the rest has had its step.
-            rest_state = state.rest if retry else rest_state
+            if retry is None:
+                rest_updates, rest_state = outside.update(others, state.rest, rest_params, **extra)
+            else:
+                # Where only the damping differs, the rest has had its step.
+                rest_updates = _outside(layers, leaves_by_path(retry))
         finite = all_finite(leaves.values())
         arrays, static = discovery.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
-        count = state.count - retry
+        again = retry is not None
+        count = state.count - again
         new_matrices, method_state = _step(
-            static, retry, arrays, state.method, (count, matrices, finite, used, parameters), damping
+            static, again, arrays, state.method, (count, matrices, finite, used, parameters), damping
         )
         new = {
             path: narrowed(jnp.where(finite, leaf, 0), leaves[path].dtype)
@@ -189,7 +200,7 @@ def layerwise(
             count=count + 1,
             method=method_state,
             rest=rest_state,
-            nonfinite=state.nonfinite + (~finite & (not retry)),
+            nonfinite=state.nonfinite + (~finite & (not again)),
         )
         # Flattening order is that of the paths, so the tree comes back whatever container it was.
         ordered = [new[path] for path in leaves]
@@ -197,8 +208,8 @@ def layerwise(
 
     # Compiled, so that a caller that does not compile the whole step neither retraces nor runs it operation by operation.
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def _step(static, retry, arrays, method_state, given, damping):
-        return method.update(method_state, Step(*given, static(arrays), damping, retry))
+    def _step(static, again, arrays, method_state, given, damping):
+        return method.update(method_state, Step(*given, static(arrays), damping, again))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

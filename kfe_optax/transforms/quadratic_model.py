@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import discovery
 from kfe_optax.taps import Taps, symmetric
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
@@ -56,6 +58,8 @@ def scale_by_quadratic_model(
     l2: float = 0.0,
     momentum: bool = True,
     search_period: int | None = None,
+    search_floor: float = 1e-8,
+    search_ceiling: float = 1e8,
 ) -> optax.GradientTransformationExtraArgs:
     """The update δ = αΔ + μδ₀ that minimizes the quadratic model (Martens & Grosse 2015, sections 6.4, 6.6 and 7).
 
@@ -67,21 +71,25 @@ def scale_by_quadratic_model(
     The update is ready to be added to the parameters: no learning rate, momentum or KL clip belongs behind it.
 
     Args:
-      inner: a preconditioner, such as `kfe.scale_by_kfac(...)`. Its damping becomes λ + η (or γ², see `search_period`).
+      inner: a preconditioner, such as `kfe.scale_by_kfac(...)`. Its damping becomes λ + η (or γ², see `search_period`). The
+        parameters outside its layers share the step size α: Adam's steps as its `rest`, of the size of one each, make α small
+        for all; `optax.identity()`, the gradient itself, goes with it better.
       damping: λ > 0, a scalar or a schedule; `adaptive_damping` around it replaces it.
       l2: η ≥ 0, the strength of an ℓ2 penalty that is added here to the loss and its gradient (and not by the loss function).
       momentum: whether δ₀ takes part.
       search_period: steps T₂ between searches for the preconditioner's own damping γ²: of γ·ω₂, γ and γ/ω₂ the one whose
         update has the lowest M(δ), ω₂ = (19/20)^(T₂/2), starting at γ² = λ + η. The preconditioner forms its inverses
         three times at such a step. None: γ² = λ + η always.
+      search_floor: the least γ².
+      search_ceiling: the largest γ².
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`, for taps of
       `kfe.value_grad_and_taps(..., quadratic_model=True)`. A proposal that is not finite gives a zero update.
 
     Raises:
-      ValueError: numbers out of their ranges; in `update`: no taps, taps without the quadratic model, no `params` where l2 is
-        not zero.
+      ValueError: numbers out of their ranges, a search around anything but a preconditioner that has a damping; in `update`: no
+        taps, taps without the quadratic model, no `params` where l2 is not zero.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
@@ -99,19 +107,36 @@ def scale_by_quadratic_model(
     """
     if search_period is not None:
         layerwise.check_period("search_period", search_period)
-    if not isinstance(l2, jax.Array) and l2 < 0:
-        raise ValueError(f"l2 is the strength of a penalty and cannot be negative, as {l2!r} is.")
+    check_numbers(damping=damping, l2=l2)
+    check_range("search_floor", search_floor, "search_ceiling", search_ceiling)
     preconditioner = optax.with_extra_args_support(inner)
-    own_damping = damping
+    own_damping, own_l2 = damping, l2
 
     def init(params):
         previous = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
         numbers = (jnp.zeros((), jnp.result_type(float)) for _ in range(5))
-        return QuadraticModelState(preconditioner.init(params), jnp.zeros((), jnp.int32), previous, *numbers)
+        state = preconditioner.init(params)
+        if search_period is not None and not layerwise.can_retry(state):
+            raise ValueError(
+                f"search_period searches for the damping of a preconditioner of this package, and a {type(state).__name__} has "
+                "none: give scale_by_quadratic_model the preconditioner itself (clips and chains go around it), or leave "
+                "search_period=None."
+            )
+        return QuadraticModelState(state, jnp.zeros((), jnp.int32), previous, *numbers)
 
-    def update(updates, state, params=None, *, taps=None, damping=None, **extra):
+    def update(updates, state, params=None, *, taps=None, damping=None, l2=None, **extra):
         taps = checked_taps(taps)
-        strength = layerwise.value(own_damping if damping is None else damping, state.count) + l2
+        arrays, static = discovery.split_static(extra)
+        penalty = own_l2 if l2 is None else l2
+        penalty = None if isinstance(penalty, float | int) and not penalty else penalty
+        return _step(static, arrays, updates, state, params, taps, damping, penalty)
+
+    # Compiled, so that a caller that does not compile the whole step does not trace the transposed pull again each time.
+    @functools.partial(jax.jit, static_argnums=0)
+    def _step(static, arrays, updates, state, params, taps, damping, l2):
+        extra = static(arrays)
+        strength = layerwise.value(own_damping if damping is None else damping, state.count)
+        strength = strength if l2 is None else strength + l2
         gradient = regularized(updates, params, l2)
         vectors = [state.previous] if momentum else []
         tangents = [taps.tangent(vector) for vector in vectors]
@@ -132,8 +157,10 @@ def scale_by_quadratic_model(
         if search_period is not None:
             due = (state.count > 0) & layerwise.due(state.count, search_period)
             factor = SEARCH_FACTOR ** (2 * search_period)
-            found = _searched(due, propose, best, inner_state, inner_damping, factor)
-            best, inner_state, inner_damping = found
+            others = [jnp.clip(inner_damping * f, search_floor, search_ceiling) for f in (factor, 1 / factor)]
+            best, inner_state, inner_damping = _searched(
+                due, propose, best, inner_state, inner_damping, others
+            )
         finite = jnp.isfinite(best.coefficients).all() & jnp.isfinite(best.change)
         coefficients = jnp.where(finite, best.coefficients, 0)
         direction = jax.tree.map(lambda d: jnp.where(finite, d, 0), best.direction)
@@ -152,30 +179,45 @@ def scale_by_quadratic_model(
 
 
 def _searched(
-    due: jax.Array, propose: Any, best: Proposal, inner_state: Any, inner_damping: jax.Array, factor: float
+    due: jax.Array,
+    propose: Any,
+    first: Proposal,
+    inner_state: Any,
+    inner_damping: jax.Array,
+    others: list[jax.Array],
 ) -> tuple[Proposal, Any, jax.Array]:
     """The best proposal of three inner dampings, the preconditioner's state and the damping that belong to it."""
     leaves, structure = jax.tree.flatten(inner_state)
+
+    def retried(damping):
+        proposal, state = propose(inner_state, damping, retry=first.direction)
+        return proposal, jax.tree.leaves(state)
+
     # What another damping does not change (factors, counts) stays outside the branch, which would copy it on every step.
-    retried = jax.make_jaxpr(lambda s: jax.tree.leaves(propose(s, inner_damping, retry=True)[1]))(inner_state)
-    inputs, results = retried.jaxpr.invars, retried.jaxpr.outvars
-    changed = [i for i, (a, b) in enumerate(zip(inputs, results, strict=True)) if a is not b]
+    changed = _changed(lambda state: propose(state, inner_damping, retry=first.direction)[1], inner_state)
+
+    def start():
+        return first, [leaves[i] for i in changed], inner_damping
 
     def search():
-        found = (best, [leaves[i] for i in changed], inner_damping)
-        for scale in (factor, 1 / factor):
-            proposal, state = propose(inner_state, inner_damping * scale, retry=True)
-            other = (proposal, [jax.tree.leaves(state)[i] for i in changed], inner_damping * scale)
-            better = (proposal.change < found[0].change) | ~jnp.isfinite(found[0].change)
-            found = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), other, found)
-        return found
+        best = start()
+        for damping in others:
+            proposal, new = retried(damping)
+            better = jnp.isfinite(proposal.change) & ~(proposal.change >= best[0].change)
+            other = (proposal, [new[i] for i in changed], damping.astype(inner_damping.dtype))
+            best = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), other, best)
+        return best
 
-    best, new, inner_damping = jax.lax.cond(
-        due, search, lambda: (best, [leaves[i] for i in changed], inner_damping)
-    )
+    best, new, inner_damping = jax.lax.cond(due, search, start)
     for i, leaf in zip(changed, new, strict=True):
         leaves[i] = leaf
     return best, jax.tree.unflatten(structure, leaves), inner_damping
+
+
+def _changed(function: Any, tree: Any) -> list[int]:
+    """Which leaves of a tree a function to a like tree does not hand on as they are."""
+    jaxpr = jax.make_jaxpr(lambda t: jax.tree.leaves(function(t)))(tree).jaxpr
+    return [i for i, (a, b) in enumerate(zip(jaxpr.invars, jaxpr.outvars, strict=True)) if a is not b]
 
 
 def _minimum(
@@ -204,12 +246,26 @@ def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def regularized(gradient: Any, params: Any, l2: Any) -> Any:
-    """∇ + ηθ."""
-    if not isinstance(l2, jax.Array) and not l2:
+    """∇ + ηθ, with None for η = 0."""
+    if l2 is None:
         return gradient
     if params is None:
         raise ValueError("l2 needs the parameters: call tx.update(grads, opt_state, params, taps=taps).")
     return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
+
+
+def check_numbers(**given: Any) -> None:
+    """Raises for a damping that is not positive, or an l2 that is negative; arrays and schedules are taken as they are."""
+    for name, number in given.items():
+        if isinstance(number, float | int) and (number < 0 or (name != "l2" and number == 0)):
+            raise ValueError(f"{name} must be {'zero or ' if name == 'l2' else ''}positive, not {number!r}.")
+
+
+def check_range(lower_name: str, lower: Any, upper_name: str, upper: Any) -> None:
+    """Raises unless 0 < lower ≤ upper."""
+    known = isinstance(lower, float | int) and isinstance(upper, float | int)
+    if known and not 0 < lower <= upper:
+        raise ValueError(f"{lower_name} must be positive and at most {upper_name}: {lower!r}, {upper!r}.")
 
 
 def checked_taps(taps: Any) -> Taps:

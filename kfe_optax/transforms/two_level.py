@@ -212,7 +212,7 @@ def _added(
         new, fine_state = result
         leaves, fine_leaves = leaves_by_path(updates), leaves_by_path(new)
         present = level.present(leaves)
-        retry = extra.get("retry", False)
+        retry = extra.get("retry") is not None
         added, coarse = _step(
             retry,
             state.coarse,
