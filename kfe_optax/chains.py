@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from kfe_optax.flow import BEFORE, LAST, SAME, Source
+from kfe_optax.flow import BEFORE, LAST, SAME, End, Source
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
 
@@ -29,6 +29,7 @@ class Element(NamedTuple):
 
 
 Chain = tuple[Element, ...]
+Graph = dict[Element | End, frozenset[Element | End]]
 
 
 class Plan(NamedTuple):
@@ -58,8 +59,10 @@ def find_chains(layers: Layers, chains: Chains, max_dim: int) -> Plan:
     Args:
       layers: the layers.
       chains: "whole": all of them are one chain. "split": a layer that one layer alone feeds, and that one nothing else,
-        continues its chain, where their statistics can be paired. Or the names of the layers of each chain, in order;
-        layers that are not named are chains of one, and stacked layers of one scan take turns.
+        continues its chain, where their statistics can be paired. The data count as a layer before the others, but for masks
+        and what is the same for all examples (see `kfe_optax.origins`), and the loss as one behind them. Or the names of the
+        layers of each chain, in order, whatever feeds them; layers that are not named are chains of one, and stacked layers
+        of one scan take turns.
       max_dim: a side larger than this is a diagonal, which cannot be paired.
 
     Raises:
@@ -70,11 +73,12 @@ def find_chains(layers: Layers, chains: Chains, max_dim: int) -> Plan:
             raise ValueError(f"chains must be 'whole', 'split' or lists of layer names, not {chains!r}.")
         elements = [e for loop in _by_loop(layers.values()) for e in _unrolled(loop)]
         before = _predecessors(layers)
+        fed = _successors(elements, before)
         if chains == "whole":
-            _check_whole(elements, before)
+            _check_whole(elements, before, fed)
             found = [tuple(elements)]
         else:
-            found = _split(layers, elements, before, max_dim)
+            found = _split(layers, elements, before, fed, max_dim)
     else:
         found = _listed(layers, chains)
     for chain in found:
@@ -107,10 +111,12 @@ def _elements(layer: Layer) -> list[Element]:
     return _unrolled([layer])
 
 
-def _predecessors(layers: Layers) -> dict[Element, frozenset[Element]]:
-    """The elements that feed each element directly."""
+def _predecessors(layers: Layers) -> Graph:
+    """What feeds each element, and the loss, directly."""
 
-    def at(source: Source, index: int | None) -> list[Element]:
+    def at(source: Source, index: int | None) -> Sequence[Element | End]:
+        if source.layer is End.DATA:
+            return [End.DATA]
         layer = layers.get(source.layer)
         if layer is None or not layer.flow.loop:
             return [Element(source.layer)]
@@ -121,8 +127,9 @@ def _predecessors(layers: Layers) -> dict[Element, frozenset[Element]]:
             return elements
         return [elements[index - (source.when == BEFORE)]]
 
-    found = {}
+    found: Graph = {}
     for layer in layers.values():
+        found[End.LOSS] = frozenset(e for s in layer.flow.loss for e in at(s, None))
         for element in _elements(layer):
             sources = {0: layer.flow.first, None: (*layer.flow.first, *layer.flow.later)}.get(
                 element.index, layer.flow.later
@@ -131,29 +138,46 @@ def _predecessors(layers: Layers) -> dict[Element, frozenset[Element]]:
     return found
 
 
-def _check_whole(elements: list[Element], before: Mapping[Element, frozenset[Element]]) -> None:
-    for element, expected in zip(elements, [None, *elements], strict=False):
-        found = before[element]
-        if found == (frozenset() if expected is None else {expected}):
+def _successors(elements: list[Element], before: Graph) -> Graph:
+    """What each element feeds directly."""
+    readers = [*elements, End.LOSS]
+    return {
+        element: frozenset(reader for reader in readers if element in before[reader]) for element in elements
+    }
+
+
+def _check_whole(elements: list[Element], before: Graph, fed: Graph) -> None:
+    for element, expected in zip(elements, [End.DATA, *elements], strict=False):
+        first = expected is End.DATA
+        # The input of a first layer may be a constant.
+        if before[element] == {expected} or (first and not before[element]):
             continue
-        names = " and ".join(sorted(map(str, found))) or "the data"
-        where = "as the first layer" if expected is None else f"after layer {str(expected)!r}"
-        raise ValueError(
-            f"The network is not a chain of layers: layer {str(element)!r} stands {where} and is fed by {names}. With "
-            "chains='whole' each layer must feed the next one and that one alone (no residual connections, no branches). "
-            "Choose chains='split' for the chains that the network contains, or name them: chains=[['first', 'second'], ...]."
-        )
+        where = "as the first layer" if first else f"after layer {str(expected)!r}"
+        _refuse(f"layer {str(element)!r} stands {where} and is fed by {_names(before[element])}")
+    for element in elements[:-1]:
+        if End.LOSS in fed[element]:
+            _refuse(f"layer {str(element)!r} feeds {_names(fed[element])}")
 
 
-def _split(
-    layers: Layers, elements: list[Element], before: Mapping[Element, frozenset[Element]], max_dim: int
-) -> list[Chain]:
-    fed = {element: [e for e in elements if element in before[e]] for element in elements}
+def _names(found: Iterable[Element | End]) -> str:
+    """Layers in the order of their names, the data and the loss last."""
+    return " and ".join(map(str, sorted(found, key=lambda e: (isinstance(e, End), str(e))))) or "no layer"
+
+
+def _refuse(reason: str) -> None:
+    raise ValueError(
+        f"The network is not a chain of layers: {reason}. With chains='whole' the data must feed the first layer alone, each "
+        "layer the next one alone, and the last one the loss (no residual connections, no branches). Choose chains='split' for "
+        "the chains that the network contains, or name them: chains=[['first', 'second'], ...]."
+    )
+
+
+def _split(layers: Layers, elements: list[Element], before: Graph, fed: Graph, max_dim: int) -> list[Chain]:
     chains: list[list[Element]] = []
     ends: dict[Element, list[Element]] = {}
     for element in elements:
         previous = next(iter(before[element])) if len(before[element]) == 1 else None
-        joined = previous in ends and fed[previous] == [element]
+        joined = isinstance(previous, Element) and previous in ends and fed[previous] == {element}
         if joined and not _trouble(layers[previous.layer], layers[element.layer], max_dim):
             chain = ends.pop(previous)
         else:

@@ -1,7 +1,8 @@
-"""Which layers feed a layer directly, with no other layer between, iteration by iteration where they are stacked in a scan."""
+"""What feeds a layer with no other layer between: the data, or layers, iteration by iteration where a scan stacks them."""
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,11 +11,21 @@ from typing import Any, NamedTuple
 SAME, BEFORE, LAST, ANY = "same", "before", "last", "any"
 
 
+class End(enum.Enum):
+    """Where a network begins and where it ends."""
+
+    DATA = "the data"
+    LOSS = "the loss"
+
+    def __str__(self) -> str:
+        return self.value
+
+
 class Source(NamedTuple):
-    """A layer that feeds another one.
+    """A layer that feeds another one, or the data (but for masks, see `kfe_optax.origins`).
 
     Attributes:
-      layer: its name.
+      layer: its name, or `End.DATA`.
       when: which of its iterations, if it is stacked: `SAME`, `BEFORE`, `LAST` or `ANY`.
     """
 
@@ -29,21 +40,26 @@ class Flow(NamedTuple):
       first: in the first iteration of the scan that stacks the layer; of another layer, in its only call.
       later: in the iterations after that; of another layer, the same as `first`.
       loop: the scan that stacks the layer, by number; 0 for a layer that no scan stacks, or several, or one backwards.
+      loss: what feeds the loss, the same in all flows of a network.
     """
 
     first: tuple[Source, ...] = ()
     later: tuple[Source, ...] = ()
     loop: int = 0
+    loss: tuple[Source, ...] = ()
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The names of the layers that feed it directly."""
-        return tuple(dict.fromkeys(source.layer for source in (*self.first, *self.later)))
+        names = dict.fromkeys(source.layer for source in (*self.first, *self.later))
+        return tuple(name for name in names if name is not End.DATA)
 
     def bypassing(self, gone: Mapping[Any, Flow]) -> Flow:
         """The flow when the layers in `gone`, with their own flows, are operations like any other."""
         return self._replace(
-            first=_through(self.first, gone, first=True), later=_through(self.later, gone, first=False)
+            first=_through(self.first, gone, first=True),
+            later=_through(self.later, gone, first=False),
+            loss=_through(self.loss, gone, first=False),
         )
 
 

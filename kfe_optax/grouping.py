@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from kfe_optax import jaxprs, marks
-from kfe_optax.flow import Flow, Source
+from kfe_optax.flow import SAME, End, Flow, Source
 from kfe_optax.layer import Layer, Path, path_name
+from kfe_optax.origins import Origins
 
 
 def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, ...], dict[Path, str]]:
@@ -48,28 +49,33 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
             names[path] = name
             layer = _layer(name, paths, group, len(layers), shapes[path])
             layers.append(dataclasses.replace(layer, size=size, per_example=layer.per_example and single))
-    flows = _flows(uses, names)
+    flows = _flows(walk, names)
     return tuple(dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers), reasons
 
 
-def _flows(uses: list[jaxprs.Use], names: dict[Path, str]) -> dict[str, Flow]:
+def _flows(walk: jaxprs.Walk, names: dict[Path, str]) -> dict[str, Flow]:
     """{layer: what feeds it}; a tagged use that forms no layer is an operation like any other."""
+    uses = walk.uses
 
     def key(i: int) -> Any:
         trail = uses[i].trail
         return i if trail is None else names.get(trail.path, i)
 
+    def sources(origins: Origins) -> list[Source]:
+        return [Source(End.DATA, SAME) if o.use < 0 else Source(key(o.use), o.when) for o in sorted(origins)]
+
+    loss = tuple(source for source in sources(walk.loss) if source.layer is not End.DATA)
     flows: dict[Any, Flow] = {}
     for i, use in enumerate(uses):
         if use.info["mark"] is not marks.layer_mark:
             continue
         before = flows.get(key(i), Flow())
         first, later = (
-            tuple(dict.fromkeys([*known, *(Source(key(o.use), o.when) for o in sorted(origins))]))
+            tuple(dict.fromkeys([*known, *sources(origins)]))
             for known, origins in ((before.first, use.first), (before.later, use.later))
         )
         single = len(_stack(use)) == 1 == len(use.trail.stack) if use.trail else False
-        flows[key(i)] = Flow(first, later, use.loop if single else 0)
+        flows[key(i)] = Flow(first, later, use.loop if single else 0, loss)
     gone = {name: flow for name, flow in flows.items() if not isinstance(name, str)}
     return {name: flow.bypassing(gone) for name, flow in flows.items() if isinstance(name, str)}
 

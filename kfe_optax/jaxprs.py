@@ -17,8 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
+from kfe_optax import origins
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
 from kfe_optax.marks import layer_mark, output_mark, unsupported_mark
+from kfe_optax.origins import NOWHERE, Origin, Origins
 
 _CARRIED = frozenset(
     {"convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast", "reshard"}
@@ -46,22 +48,6 @@ class Trail:
     lost: str | None = None
 
 
-class Origin(NamedTuple):
-    """A use whose output reaches a variable with no other layer between.
-
-    Attributes:
-      use: its place among the uses.
-      when: in which iteration of its loop (see `kfe_optax.flow`).
-    """
-
-    use: int
-    when: str
-
-
-_Origins = frozenset[Origin]
-_NOWHERE: _Origins = frozenset()
-
-
 @dataclasses.dataclass(frozen=True)
 class Use:
     """One tag reached.
@@ -72,7 +58,7 @@ class Use:
       info: what the mark holds.
       loops: how many loops it is in.
       constant: whether the layer's input depends on neither data nor parameters.
-      first: the uses that its input comes from, in the first iteration of its loop.
+      first: the uses, and the data, that its input comes from, in the first iteration of its loop.
       later: the same in the iterations after that.
       loop: the scan that it is directly in, by number; 0 outside loops, in a `while` and in a scan that runs backwards.
     """
@@ -82,8 +68,8 @@ class Use:
     info: dict[str, Any]
     loops: int
     constant: bool = False
-    first: _Origins = _NOWHERE
-    later: _Origins = _NOWHERE
+    first: Origins = NOWHERE
+    later: Origins = NOWHERE
     loop: int = 0
 
 
@@ -93,10 +79,17 @@ _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})
 
 @dataclasses.dataclass
 class Walk:
-    """What was met on the way: the marks in order of execution, and the products of each parameter with data."""
+    """What was met on the way.
+
+    Attributes:
+      uses: the marks, in order of execution.
+      products: how often each parameter is multiplied with data.
+      loss: what the program's output comes from directly.
+    """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    loss: Origins = NOWHERE
 
 
 # What a variable depends on at most.
@@ -104,29 +97,33 @@ NOTHING, PARAMETERS, DATA = 0, 1, 2
 
 
 class _Fact(NamedTuple):
-    """Of a variable: its trail, what it depends on, and the uses that it comes from directly."""
+    """Of a variable: its trail, what it depends on, and what it comes from directly."""
 
     trail: Trail | None
     level: int
-    origins: _Origins = _NOWHERE
+    origins: Origins = NOWHERE
+
+
+_DATA = _Fact(None, DATA, origins.DATA)
 
 
 def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> Walk:
     """Walks a closed jaxpr for the trails of its inputs; those without one are data, and so are arrays that it closes over."""
     walk = Walk()
-    facts = [_Fact(trail, DATA if trail is None else PARAMETERS) for trail in trails]
-    _walk(jaxpr.jaxpr, facts, walk, loops=0)
+    facts = [_DATA if trail is None else _Fact(trail, PARAMETERS) for trail in trails]
+    results = _walk(jaxpr.jaxpr, facts, walk, loops=0)
+    walk.loss = _union(results)
     return walk
 
 
 def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_Fact]:
     known = dict(zip(jaxpr.invars, facts, strict=True))
-    known.update(dict.fromkeys(jaxpr.constvars, _Fact(None, DATA)))
+    known.update(dict.fromkeys(jaxpr.constvars, _DATA))
 
     def read(variable) -> _Fact:
         if isinstance(variable, Literal):
             # An array that the loss closes over may stand in the program itself; it is data, where a number is not.
-            return _Fact(None, DATA if np.ndim(variable.val) else NOTHING)
+            return _DATA if np.ndim(variable.val) else _Fact(None, NOTHING)
         return known.get(variable, _Fact(None, NOTHING))
 
     for equation in jaxpr.eqns:
@@ -142,7 +139,8 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             walk.products.update(trail.path for trail in trails if trail is not None and not trail.lost)
         outputs = _inner(equation, name, inputs, walk, loops)
         if outputs is None:
-            outputs = [_Fact(_step(equation, name, trails), source, _origins(inputs))] * len(equation.outvars)
+            behind = origins.behind(equation, [fact.origins for fact in inputs])
+            outputs = [_Fact(_step(equation, name, trails), source, behind)] * len(equation.outvars)
         known.update(zip(equation.outvars, outputs, strict=False))
     return [read(v) for v in jaxpr.outvars]
 
@@ -160,9 +158,8 @@ def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int
     return _Fact(None, inputs[0].level, frozenset({Origin(len(walk.uses) - 1, SAME)}))
 
 
-def _origins(facts: Sequence[_Fact]) -> _Origins:
-    """The uses that a function of all these comes from."""
-    return _NOWHERE.union(*(fact.origins for fact in facts))
+def _union(facts: Sequence[_Fact]) -> Origins:
+    return NOWHERE.union(*(fact.origins for fact in facts))
 
 
 def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | None:
@@ -195,7 +192,7 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
         joined = []
         for same in zip(*results, strict=True):
             trail = same[0].trail if all(fact.trail == same[0].trail for fact in same) else None
-            joined.append(_Fact(trail, source, _origins([inputs[0], *same])))
+            joined.append(_Fact(trail, source, origins.chosen(inputs[0].origins, _union(same))))
         return joined
     for value in params.values():
         inner_jaxpr = getattr(value, "jaxpr", value)
@@ -212,7 +209,8 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
         # What a carry becomes may depend on all that goes in.
         level = source if constants <= i < constants + carries else fact.level
         trail = _into_scan(fact.trail, i, (constants, carries), length)
-        inner.append(_Fact(trail, level, fact.origins))
+        whole = i < constants + carries
+        inner.append(_Fact(trail, level, fact.origins if whole else origins.moved(fact.origins)))
     start = len(walk.uses)
     results = _iterate(body, inner, (constants, carries if length > 1 else 0), walk, loops)
     if not equation.params["reverse"]:
@@ -223,7 +221,10 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
     outputs = []
     for i, fact in enumerate(results):
         # The carry comes from the last iteration, what is stacked from all of them.
-        outputs.append(_Fact(None, source, _later(fact.origins, start, LAST if i < carries else ANY)))
+        if i < carries:
+            outputs.append(_Fact(None, source, _later(fact.origins, start, LAST)))
+        else:
+            outputs.append(_Fact(None, source, origins.moved(_later(fact.origins, start, ANY))))
     return outputs
 
 
@@ -235,8 +236,8 @@ def _while(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: i
     constants = len(inner) - len(body.outvars)
     results = _iterate(body, inner, (constants, len(body.outvars)), walk, loops)
     # Without an iteration the carry is what went in.
-    origins = _later(_origins([*inputs, *results]), start, ANY)
-    return [_Fact(None, source, origins)] * len(equation.outvars)
+    behind = _later(_union([*inputs, *results]), start, ANY)
+    return [_Fact(None, source, behind)] * len(equation.outvars)
 
 
 def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk, loops: int) -> list[_Fact]:
@@ -259,8 +260,8 @@ def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk
         del walk.uses[start:]
         walk.products = products.copy()
         inside = list(facts)
-        for i, origins in enumerate(around, constants):
-            inside[i] = facts[i]._replace(origins=origins)
+        for i, carry in enumerate(around, constants):
+            inside[i] = facts[i]._replace(origins=carry)
         results = _walk(body, inside, walk, loops + 1)
     walk.uses[start:] = [_joined(a, b, loops + 1) for a, b in zip(first, walk.uses[start:], strict=True)]
     return results
@@ -273,13 +274,13 @@ def _joined(first: Use, later: Use, loops: int) -> Use:
     return dataclasses.replace(later, first=first.first | later.first, later=first.later | later.later)
 
 
-def _later(origins: _Origins, start: int, when: str) -> _Origins:
+def _later(found: Origins, start: int, when: str) -> Origins:
     """Origins as seen an iteration later, or after the loop: those made in the loop (from use `start` on) have become older."""
-    if all(origin.use < start for origin in origins):
-        return origins
+    if all(origin.use < start for origin in found):
+        return found
     return frozenset(
         origin if origin.use < start else Origin(origin.use, when if origin.when == SAME else ANY)
-        for origin in origins
+        for origin in found
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import kfe_optax as kfe
 from kfe_optax.chains import find_chains
-from kfe_optax.flow import BEFORE, LAST, SAME, Source
+from kfe_optax.flow import BEFORE, LAST, SAME, End, Source
 
 from . import problems
 from .models import cross_entropy, parameter_shapes
@@ -221,6 +221,144 @@ def test_residual_connections_and_branches():
     assert names(layers, "split") == ([["a", "b"]], ("c", "d"))
     with pytest.raises(ValueError, match="'b' stands after layer 'a' and is fed by the data"):
         names(layers_of(lambda p, x: call(p, "a", x) + call(p, "b", x), plain("a", "b")))
+
+
+def scanned_from_data(params, x):
+    """Residual blocks from the data on."""
+
+    def body(h, kernel):
+        return h + jnp.tanh(kfe.tag_dense(h, h @ kernel["kernel"], kernel)), None
+
+    return jax.lax.scan(body, x, params["a"])[0]
+
+
+def onto_loss(p, x):
+    h = call(p, "a", x)
+    return h + call(p, "c", call(p, "b", h))
+
+
+def beside(join):
+    """a → b, with the data beside b's input."""
+    return lambda p, x: call(p, "b", join(call(p, "a", x), x))
+
+
+def tiled(h, x):
+    repeated = jnp.broadcast_to(x[None], (2, *x.shape)).reshape(-1, D)
+    return (jnp.tile(h, (2, 1)) + repeated)[:N]
+
+
+B_AND_DATA = "layer 'b' stands after layer 'a' and is fed by a and the data"
+# The network, which layers a split network joins, what the message says.
+AROUND = {
+    "to the loss": (onto_loss, [["b", "c"]], "layer 'a' feeds b and the loss"),
+    "from the data": (beside(lambda h, x: x + h), [], B_AND_DATA),
+    "beside": (beside(lambda h, x: jnp.concatenate([h, x], 1)[:, :D]), [], B_AND_DATA),
+    "a gate": (beside(lambda h, x: h * jax.nn.sigmoid(x)), [], B_AND_DATA),
+    "one-hot": (beside(lambda h, x: jnp.concatenate([h, x > 0], 1)[:, :D]), [], B_AND_DATA),
+    "a shift of rows": (beside(lambda h, x: h + x.sum(1, keepdims=True)), [], B_AND_DATA),
+    "chosen": (beside(lambda h, x: jnp.where(h > 0, h, x)), [], B_AND_DATA),
+    "mixed features": (
+        beside(lambda h, x: jnp.einsum("nd,nde->ne", h, x[..., None] * x[:, None])),
+        [],
+        B_AND_DATA,
+    ),
+    "tiled": (beside(tiled), [], B_AND_DATA),
+    "a cond": (beside(lambda h, x: jax.lax.cond(x[0, 0] > 0, lambda: h, lambda: x)), [], B_AND_DATA),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_data_and_loss_are_ends_of_the_chain(name):
+    function, joined, message = AROUND[name]
+    used = "abc" if name == "to the loss" else "ab"
+    layers = layers_of(function, plain(*used))
+    with pytest.raises(ValueError, match=f"{message}. With chains='whole'.*chains='split'"):
+        names(layers)
+    alone = tuple(n for n in used if not any(n in chain for chain in joined))
+    assert names(layers, "split") == (joined, alone)
+    # Whoever names a chain knows it better.
+    assert names(layers, [["a", "b"]])[0] == [["a", "b"]]
+
+
+def test_residual_blocks_from_the_data_on():
+    params = {"a": {"kernel": jnp.ones((3, D, D))}}
+    layers = layers_of(scanned_from_data, params)
+    with pytest.raises(
+        ValueError, match=r"layer 'a\[1\]' stands after layer 'a\[0\]' and is fed by a\[0\].* and the data"
+    ):
+        names(layers)
+    assert names(layers, "split") == ([], ("a",))
+
+
+T = 5
+DRAW = lambda key, shape: jax.random.bernoulli(key, 0.5, shape)
+# Of h (N, T, D), a mask of its rows as numbers, and per-feature numbers: what leaves a and b a chain.
+HARMLESS = {
+    "dropout": lambda h, x, rows, each, key: jnp.where(DRAW(key, h.shape), h / 0.5, 0),
+    "multiplied dropout": lambda h, x, rows, each, key: h * DRAW(key, h.shape),
+    "noise": lambda h, x, rows, each, key: h + jax.random.normal(key, h.shape),
+    "rows": lambda h, x, rows, each, key: h * rows[..., None],
+    "where": lambda h, x, rows, each, key: jnp.where(rows[..., None] > 0, h, 0.0),
+    "padding": lambda h, x, rows, each, key: h * (x != 0),
+    "mean": lambda h, x, rows, each, key: (h * rows[..., None]).sum(1) / rows.sum(1, keepdims=True),
+    "mean where": lambda h, x, rows, each, key: h.mean(1, where=(rows > 0)[..., None]),
+    "weighted mean": lambda h, x, rows, each, key: jnp.einsum("nt,ntd->nd", rows, h),
+    "last": lambda h, x, rows, each, key: h[jnp.arange(N), rows.sum(1).astype(int) - 1],
+    "running statistics": lambda h, x, rows, each, key: (h - each) / jnp.broadcast_to(each, h.shape),
+    "temperature": lambda h, x, rows, each, key: h / each[0] + each[1],
+    "table": lambda h, x, rows, each, key: h + jnp.ones((T, 1)) * each,
+    "beside a constant": lambda h, x, rows, each, key: jnp.concatenate(
+        [h, jnp.broadcast_to(each, h.shape)], -1
+    )[..., :D],
+    "rotated": lambda h, x, rows, each, key: h @ jnp.outer(each, each),
+    "printed": lambda h, x, rows, each, key: (h, jax.debug.print("{} {}", h, x, ordered=True))[0],
+    "switched": lambda h, x, rows, each, key: jax.lax.cond(each[0] > 0, lambda: h, lambda: 2 * h),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_masks_and_constants_are_no_data(name):
+    """Under a vmap over the examples as well."""
+    key, x, rows, each = jax.random.key(0), jnp.ones((N, T, D)), jnp.ones((N, T)), jnp.ones(D)
+
+    def forward(params, x, rows, each, key):
+        return call(params, "b", HARMLESS[name](call(params, "a", x), x, rows, each, key))
+
+    def loss_fn(params, *args):
+        return kfe.losses.l2_loss(forward(params, *args)).mean()
+
+    params = plain("a", "b")
+    layers = kfe.find_layers(loss_fn, params, x, rows, each, key)
+    assert feeds(layers) == {"a": set(), "b": {"a"}}
+    assert layers["a"].flow.first == (Source(End.DATA, SAME),)
+    assert layers["b"].flow.first == (Source("a", SAME),) == layers["b"].flow.later
+    assert layers["a"].flow.loss == (Source("b", SAME),)
+    if x.size == layers["b"].examples * layers["b"].positions * D:  # not where positions are averaged
+        assert names(layers)[0] == [["a", "b"]]
+
+    def each_example(params, x, rows, each, key):
+        one = lambda x, rows, key: forward(params, x[None], rows[None], each, key)[0]
+        return kfe.losses.l2_loss(jax.vmap(one)(x, rows, jax.random.split(key, N))).mean()
+
+    if name not in ("last", "printed"):  # of the whole batch
+        layers = kfe.find_layers(each_example, params, x, rows, each, key)
+        assert layers["b"].flow.first == (Source("a", SAME),)
+
+
+def test_an_autoencoder_of_its_data():
+    def loss_fn(params, x):
+        z = call(params, "b", call(params, "a", x))
+        return kfe.losses.l2_loss(z - 0.1 * x, x).mean()
+
+    assert names(kfe.find_layers(loss_fn, plain("a", "b"), jnp.ones((N, D))))[0] == [["a", "b"]]
+
+
+def test_ends_move_when_layers_are_left_out():
+    layers = layers_of(lambda p, x: call(p, "c", call(p, "b", call(p, "a", x))), plain(*"abc"))
+    assert layers["a"].flow.loss == (Source("c", SAME),)
+    assert names(layers.without("c"))[0] == [["a", "b"]]
+    assert layers.without("c")["a"].flow.loss == (Source("b", SAME),)
+    assert layers.without("a")["b"].flow.first == (Source(End.DATA, SAME),)
 
 
 def test_layers_that_are_none_are_operations():

@@ -194,21 +194,32 @@ def square():
     return problem, layers, grads, taps
 
 
-def test_chains_of_one_are_kfac(x64):
+def moved(tx):
+    """The update of the square network's matrices."""
     problem, layers, grads, taps = square()
+    updates, _ = jax.jit(tx.update)(grads, tx.init(problem.params), problem.params, taps=taps)
+    return [layer.to_matrix(updates) for layer in layers.values()]
 
-    def updated(tx):
-        updates, _ = jax.jit(tx.update)(grads, tx.init(problem.params), problem.params, taps=taps)
-        return [layer.to_matrix(updates) for layer in layers.values()]
 
-    expected = updated(kfe.scale_by_kfac(layers, 0.1))
-    found = updated(kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[["dense_0", "dense_1"]]))
+@functools.cache
+def by_kfac():
+    return moved(kfe.scale_by_kfac(square()[1], 0.1))
+
+
+def test_chains_of_one_are_kfac(x64):
+    layers, expected = square()[1], by_kfac()
+    found = moved(kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[["dense_0", "dense_1"]]))
     assert_close(found[2], expected[2], 1e-14)
     assert min(dense.relative_error(found[i], expected[i]) for i in (0, 1)) > 1e-3
-    assert_close(updated(kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[])), expected, 1e-14)
+
+
+@slow
+def test_no_chain_at_all_is_kfac(x64):
+    layers, expected = square()[1], by_kfac()
+    assert_close(moved(kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[])), expected, 1e-14)
     # Without the layer between, the others are chains of one.
     mask = {name: name != "dense_1" for name in layers}
-    masked = updated(optax.masked(kfe.scale_by_block_tridiagonal(layers, 0.1), mask))
+    masked = moved(optax.masked(kfe.scale_by_block_tridiagonal(layers, 0.1), mask))
     assert_close([masked[0], masked[2]], [expected[0], expected[2]], 1e-14)
 
 
@@ -226,7 +237,7 @@ def batch_factors(layers, chains, grads, taps):
     return factors, plan.alone
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=slow)])
 def test_factors_of_one_draw(fisher, x64):
     """G_i,i+1 is formed within a sample or a column, not between two of them."""
     problem, layers, grads, taps = square()
@@ -304,9 +315,10 @@ def test_convolutions_of_one_resolution(x64, monkeypatch):
 
 
 class Stack(nn.Module):
-    """Dense and two blocks of two dense layers, in a scan or one after the other, Dense."""
+    """Dense and two blocks of two dense layers, in a scan or one after the other, Dense; or single layers and none before."""
 
     scanned: bool
+    single: bool
 
     @nn.compact
     def __call__(self, x):
@@ -314,9 +326,10 @@ class Stack(nn.Module):
             @nn.compact
             def __call__(self, x, _):
                 h = nn.tanh(nn.Dense(3, name="first")(x))
-                return nn.tanh(nn.Dense(3, name="second")(h)), None
+                return h if single else nn.tanh(nn.Dense(3, name="second")(h)), None
 
-        x = nn.tanh(nn.Dense(3, name="before")(x))
+        single = self.single
+        x = x if single else nn.tanh(nn.Dense(3, name="before")(x))
         if self.scanned:
             body = nn.scan(Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
             x, _ = body(name="stack")(x, None)
@@ -326,10 +339,11 @@ class Stack(nn.Module):
         return nn.Dense(3, name="after")(x)
 
 
-def test_stacked_layers_are_those_of_the_unrolled_network(x64):
+@pytest.mark.parametrize("single", [True, pytest.param(False, marks=slow)])
+def test_stacked_layers_are_those_of_the_unrolled_network(single, x64):
     generator = np.random.default_rng(0)
     x, labels = jnp.asarray(generator.normal(size=(8, 3))), jnp.asarray(generator.integers(0, 3, 8))
-    shapes = Stack(True).init(jax.random.key(0), x)["params"]
+    shapes = Stack(True, single).init(jax.random.key(0), x)["params"]
     stacked = jax.tree.map(lambda v: jnp.asarray(generator.normal(size=v.shape)), shapes)
 
     def unrolled(tree):
@@ -339,7 +353,7 @@ def test_stacked_layers_are_those_of_the_unrolled_network(x64):
 
     found = []
     for scanned, params in ((True, stacked), (False, unrolled(stacked))):
-        model = Stack(scanned)
+        model = Stack(scanned, single)
         loss_fn = lambda params, x, labels, model=model: cross_entropy(
             model.apply({"params": params}, x), labels
         )
@@ -348,6 +362,33 @@ def test_stacked_layers_are_those_of_the_unrolled_network(x64):
         _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers)(params, x, labels, key=jax.random.key(0))
         found.append(jax.jit(tx.update)(grads, tx.init(params), params, taps=taps)[0])
     assert_close(unrolled(found[0]), found[1])
+
+
+def test_two_devices_equal_one(x64):
+    """pmap over the halves of a batch: both sides of all pairs are averaged over the devices."""
+    problem = problems.make("plain", sizes=(2, 2, 2), examples=4)
+    layers = problem.layers()
+    tx = kfe.scale_by_block_tridiagonal(layers, 0.1)
+
+    def step(params, x, y, key, axis_name=None):
+        differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, axis_name=axis_name)
+        _, grads, taps = differentiate(params, x, y, key=key)
+        grads = grads if axis_name is None else jax.lax.pmean(grads, axis_name)
+        updates, state = tx.update(grads, tx.init(params), params, taps=taps)
+        return updates, state.method.factors
+
+    key = jax.random.key(0)
+    expected = jax.jit(step)(problem.params, *problem.args, key)
+    halves = [v.reshape(2, -1, *v.shape[1:]) for v in problem.args]
+    mapped = jax.pmap(
+        functools.partial(step, axis_name="devices"),
+        "devices",
+        in_axes=(None, 0, 0, None),
+        devices=jax.devices()[:2],
+    )
+    found = mapped(problem.params, *halves, key)
+    for device in range(2):
+        assert_close(jax.tree.map(lambda v, device=device: np.asarray(v)[device], found), expected, 1e-10)
 
 
 def test_a_failed_factorization_keeps_the_whole_chain():

@@ -55,6 +55,3 @@ class Full(NamedTuple):
     def gradients(self, statistics: Statistics) -> jax.Array:
         """As `RankOne.gradients`."""
         return statistics.inner(self.matrix)[..., None]
-
-
-Vectors = dict[str, RankOne] | dict[str, Full]

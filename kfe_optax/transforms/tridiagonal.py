@@ -82,9 +82,11 @@ def scale_by_block_tridiagonal(
     Args:
       layers: what `kfe.find_layers` returned.
       damping: λ > 0, in units of the loss's curvature; a scalar or a schedule of the step.
-      chains: "whole": the network is one chain, in which each layer feeds the next one alone. "split": the chains that it
-        contains; what cannot be in one is a chain of one. Or the names of the layers of each chain, in order, such as
-        [["encoder_0", "encoder_1"], ["decoder_0", "decoder_1"]]. Layers that `nn.scan` stacks are taken apart, layer by layer.
+      chains: "whole": the network is one chain: the data feed the first layer alone, each layer the next one alone, the last
+        one the loss. "split": the chains that it contains; what cannot be in one is a chain of one. Or the names of the layers
+        of each chain, in order and whatever feeds them, such as [["encoder_0", "encoder_1"], ["decoder_0", "decoder_1"]].
+        Layers that `nn.scan` stacks are taken apart, layer by layer. Data that only mask a layer's output (random bits,
+        comparisons, indices), scale all features of a row alike, or are the same for all examples do not feed a layer.
       decay: ρ of the factors' running averages; the k-th update uses min(1 − 1/k, ρ).
       factor_update_period: steps between updates of the factors, each one more backward pass.
       inverse_update_period: steps between refreshes of the inverses.
