@@ -34,5 +34,12 @@ def get_config() -> ConfigDict:
         max_kl=1.0,
         initial_refreshes=5,
     )
-    config.kfac_adaptive = settings.kfac_adaptive(initial_damping=5.0, damping_floor=0.1)
+    config.kfac_adaptive = settings.kfac_adaptive(
+        initial_damping=3.0,
+        damping_floor=0.1,
+        factor_update_period=1,
+        inverse_update_period=5,
+        search_period=None,
+        averaging=0.9,
+    )
     return settings.with_relatives(config)
