@@ -33,7 +33,7 @@ def get_config() -> ConfigDict:
     config.compare.examples = 2048
 
     schedule = settings.schedule
-    config.adam = settings.adam(schedule(2e-3, "linear", end=2e-4))
+    config.adam = settings.adam(schedule(1e-3, "linear", end=1e-4))
     config.sgd = settings.sgd(schedule(0.03, "linear", warmup=10))
     # Without a norm the curvature changes fast at first: a warm-up, a narrow clip, and a scale that forgets.
     rate = schedule(0.07, "linear", end=1.4e-3, warmup=10, steps=100)

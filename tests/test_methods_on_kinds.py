@@ -20,6 +20,9 @@ from .kind_cases import CONVOLUTIONS, EMBEDDINGS, LINEAR_MAPS
 from .kind_cases_more import case, norm
 from .kind_networks import Network
 
+# Two large networks are compiled in float64 for all of these tests together.
+pytestmark = pytest.mark.slow
+
 _CONVOLUTIONS = (
     "conv1",
     "feature_groups",

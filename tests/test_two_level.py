@@ -307,9 +307,10 @@ def test_a_failed_refresh_keeps_vectors_and_basis_together(monkeypatch):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
 
 
-def test_the_same_step_once_more():
+def test_the_same_step_once_more(x64):
     """`damping=` and `retry=` go to the fine level; the correction of the step stays."""
-    problem, layers = plain()
+    problem = problems.make("plain")
+    layers = problem.layers()
     fine = kfe.scale_by_kfac(layers, 0.1)
     tx = two_level(fine, layers)
     grads, taps = taps_of(problem, layers)
@@ -318,15 +319,16 @@ def test_the_same_step_once_more():
     def corrections(grads, state, fine_state, taps):
         first, state = tx.update(grads, state, problem.params, taps=taps, damping=0.2)
         alone, fine_state = fine.update(grads, fine_state, problem.params, taps=taps, damping=0.2)
-        again, after = tx.update(grads, state, problem.params, taps=taps, damping=0.5, retry=True)
-        other, _ = fine.update(grads, fine_state, problem.params, taps=taps, damping=0.5, retry=True)
+        again, after = tx.update(grads, state, problem.params, taps=taps, damping=0.5, retry=first)
+        other, _ = fine.update(grads, fine_state, problem.params, taps=taps, damping=0.5, retry=alone)
         subtract = functools.partial(jax.tree.map, jnp.subtract)
         return subtract(first, alone), subtract(again, other), state, after
 
     added, once_more, state, after = corrections(
         grads, tx.init(problem.params), fine.init(problem.params), taps
     )
-    assert_close(once_more, added, 1e-5)
+    # The last layer's correction is rounding: over a softmax's outputs the sum of g is zero.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-12), once_more, added)
     jax.tree.map(np.testing.assert_array_equal, after.coarse, state.coarse)
     assert int(after.count) == int(state.count) == 1
 
