@@ -12,6 +12,13 @@ from kfe_optax.transforms.layerwise import LayerwiseState
 from kfe_optax.transforms.quadratic_model import QuadraticModelState
 from kfe_optax.transforms.two_level import TwoLevelState
 
+# What the states around a preconditioner's tell.
+_WRAPPERS: dict[type, tuple[str, ...]] = {
+    KlClipState: ("kl_factor",),
+    QuadraticModelState: ("step_size", "momentum", "inner_damping"),
+    AdaptiveDampingState: ("damping", "reduction_ratio", "rejected"),
+}
+
 
 class Info(NamedTuple):
     """The state of the curvature; a field is None when no transformation of the state has it.
@@ -57,7 +64,7 @@ def info(opt_state: Any) -> Info:
       >>> kfe.info(optax.adam(1e-3).init({})).damping is None
       True
     """
-    wanted = (LayerwiseState, TwoLevelState, KlClipState, QuadraticModelState, AdaptiveDampingState)
+    wanted = (LayerwiseState, TwoLevelState, *_WRAPPERS)
     found = Info()
     pending = [opt_state]
     while pending:
@@ -73,22 +80,10 @@ def info(opt_state: Any) -> Info:
         elif isinstance(node, TwoLevelState):
             found = found._replace(failures=_add(found.failures, node.coarse.failures))
             pending.append(node.fine)
-        elif isinstance(node, KlClipState):
-            found = found._replace(kl_factor=_first(found.kl_factor, node.kl_factor))
-            pending.append(node.inner)
-        elif isinstance(node, QuadraticModelState):
-            found = found._replace(
-                step_size=_first(found.step_size, node.step_size),
-                momentum=_first(found.momentum, node.momentum),
-                inner_damping=_first(found.inner_damping, node.inner_damping),
-            )
-            pending.append(node.inner)
-        elif isinstance(node, AdaptiveDampingState):
-            found = found._replace(
-                damping=_first(found.damping, node.damping),
-                reduction_ratio=_first(found.reduction_ratio, node.reduction_ratio),
-                rejected=_add(found.rejected, node.rejected),
-            )
+        elif type(node) in _WRAPPERS:
+            for name in _WRAPPERS[type(node)]:
+                combine = _add if name == "rejected" else _first
+                found = found._replace(**{name: combine(getattr(found, name), getattr(node, name))})
             pending.append(node.inner)
         else:
             leaves = jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, wanted))
