@@ -129,9 +129,11 @@ def leaf(tree, path):
 
 
 def make(name, layers, **options):
-    """The method, TKFAC's with the pairing that layers without rows have."""
+    """The method, TKFAC's with the pairing and the two-level one's with the form that layers without rows have."""
     if name in ("tkfac", "tekfac"):
         options["pairing"] = "example"
+    if name == "two_level_kfac":
+        options["form"] = "exact"
     return CASES[name].having(**options).make(layers)
 
 
