@@ -29,6 +29,8 @@ from kfe_optax.optimizers import lanczos as lanczos
 from kfe_optax.optimizers import tekfac as tekfac
 from kfe_optax.optimizers import tkfac as tkfac
 from kfe_optax.optimizers import two_level_kfac as two_level_kfac
+from kfe_optax.sharded_state import shard_state as shard_state
+from kfe_optax.sharded_state import state_bytes_per_device as state_bytes_per_device
 from kfe_optax.tags import plain as plain
 from kfe_optax.tags import tag_dense as tag_dense
 from kfe_optax.taps import Taps as Taps

@@ -8,7 +8,6 @@ the batch shape, stacked axes, and whether the parameters are used more than onc
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +15,21 @@ from typing import Any
 import jax
 import numpy as np
 
-from kfe_optax import adapters, grouping, jaxprs, marks, masks, tags
+from kfe_optax import adapters, grouping, jaxprs, marks, masks, static_values, tags, varying
 from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.layer import Path, leaves_by_path
 from kfe_optax.layers import Layers
 from kfe_optax.outputs import Output
+from kfe_optax.static_values import Static
 
 
 def find_layers(
-    loss_fn: Callable[..., Any], params: Any, *args: Any, has_aux: bool = False, **kwargs: Any
+    loss_fn: Callable[..., Any],
+    params: Any,
+    *args: Any,
+    has_aux: bool = False,
+    axis_name: Any = None,
+    **kwargs: Any,
 ) -> Layers:
     """Finds the layers of a loss function, in one abstract evaluation; nothing is computed.
 
@@ -34,6 +39,8 @@ def find_layers(
         tuples when `loss_fn` is plain JAX with `kfe.tag_dense`.
       *args: as given to `loss_fn`; `jax.ShapeDtypeStruct`s will do. Python scalars, strings and None stay as they are.
       has_aux: as in `jax.value_and_grad`.
+      axis_name: the axis, or a tuple of axes, that the loss itself names in a `psum`, a batch norm with `axis_name` and the like;
+        outside `jax.pmap` and `jax.shard_map` it stands for a single device.
       **kwargs: as given to `loss_fn`.
 
     Returns:
@@ -57,9 +64,10 @@ def find_layers(
       [('layers_0', (6, 4)), ('layers_2', (5, 3))]
     """
     parameters, other, rebuild = adapters.partition(params)
-    arrays, static = split_static((other, args, kwargs))
+    arrays, static = static_values.split_static((other, args, kwargs))
     classes = nnx_adapter.class_names(params) if nnx_adapter.is_module(params) else {}
-    return discover(loss_fn, has_aux, parameters, arrays, rebuild, static, classes)
+    axes = tuple((name, 1) for name in varying.names(axis_name))
+    return discover(loss_fn, has_aux, parameters, arrays, rebuild, static, classes, axes)
 
 
 def discover(
@@ -70,8 +78,9 @@ def discover(
     rebuild: Callable[..., Any],
     static: Static,
     classes: dict[Path, str],
+    axes: tuple[tuple[Any, int], ...] = (),
 ) -> Layers:
-    """`find_layers` on partitioned arguments (see `adapters.partition` and `split_static`)."""
+    """`find_layers` on partitioned arguments (see `adapters.partition` and `static_values.split_static`)."""
     shapes = leaves_by_path(parameters)
     names = [
         (parent, name)
@@ -96,7 +105,8 @@ def discover(
     def trace(kept):
         listener = _Discovery()
         with tags.listening(listener), adapters.intercepting():
-            jaxpr = jax.make_jaxpr(functools.partial(traced, kept=kept))(parameters, arrays, probes)
+            function = functools.partial(traced, kept=kept)
+            jaxpr = jax.make_jaxpr(function, axis_env=axes)(parameters, arrays, probes)
         return listener, jaxpr
 
     kept = {parent for parent, _ in names}
@@ -187,30 +197,6 @@ class _Discovery:
             nested = bool(mapped) or looped or times[serial] > 1
             found[serial] = Output(serial, spec, shape, mapped, nested, looped)
         return tuple(found[serial] for serial in sorted(found))
-
-
-@dataclasses.dataclass(frozen=True)
-class Static:
-    """The Python values among a function's arguments, hashable; called with the arrays it gives the arguments back."""
-
-    structure: Any
-    values: tuple[Any, ...]
-
-    def __call__(self, arrays: list[Any]) -> Any:
-        source = iter(arrays)
-        leaves = [next(source) if value is _ARRAY else value for value in self.values]
-        return jax.tree.unflatten(self.structure, leaves)
-
-
-_ARRAY = object()
-
-
-def split_static(tree: Any) -> tuple[list[Any], Static]:
-    """Separates the arrays of a tree from everything that must stay a Python value (flags, names, counts)."""
-    leaves, structure = jax.tree.flatten(tree)
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
-    values = tuple(_ARRAY if a else leaf for a, leaf in zip(is_array, leaves, strict=True))
-    return [leaf for a, leaf in zip(is_array, leaves, strict=True) if a], Static(structure, values)
 
 
 def _unused(jaxpr: Any, paths: list[Path]) -> frozenset[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,65 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import adapters, discovery, masks, outputs, tags
+from kfe_optax import accumulation, adapters, discovery, masks, static_values, varying
+from kfe_optax import microbatches as microbatches_lib
 from kfe_optax.adapters import nnx as nnx_adapter
+from kfe_optax.forward import Forward
 from kfe_optax.layers import Layers, same_layers
-from kfe_optax.taps import Evaluate, Fisher, Plan, Taps, Trial
-
-# The name of a part of a layer's rider in its slot, which the layers of one module share.
-_RIDER = re.compile(r"rider(\d+)_(\w+)")
-
-
-class _Collection:
-    """Puts the tags on (see `tags.Listener`)."""
-
-    def __init__(
-        self,
-        layers: Layers,
-        registered: dict[int, outputs.Output],
-        controls: dict[int, Any],
-        axis_name: Any,
-    ):
-        self._layers = list(layers.values())
-        self._registered = registered
-        self._controls = controls
-        self._axis_name = axis_name
-        self._serial = 0
-
-    def tag(self, kind, roles, x, y, parameters, box, label):
-        del parameters
-        rider, order = {}, None
-        for name, value in box.items():
-            own = _RIDER.fullmatch(name)
-            if own and self._layers[int(own[1])].paths[0][1][-1] == roles[0][1]:
-                rider[own[2]], order = value, int(own[1])
-        if order is None:
-            return y
-        layer = self._layers[order]
-        kind = layer.kind  # with its approximation
-        free = kind.free(x.shape, y.shape)
-        live = None
-        if not kind.per_example:
-            live = masks.live(layer, free)
-        # The leading axis is the batch's, also when it is flattened with others.
-        examples = layer.examples if layer.per_example else free[0]
-        use = tags.Use(kind, layer.kernel_shape, layer.bias, label, examples, layer.row_bytes)
-        add = tags.row_tag if layer.has_rows else tags.additive_tag
-        return add(use, x, y, live, rider)
-
-    def unsupported(self, reason, box):
-        del reason, box
-
-    def output(self, spec, z, args):
-        serial, self._serial = self._serial, self._serial + 1
-        output = self._registered.get(serial)
-        if output is None:
-            return z if spec.loss is None else spec.loss(z, *args)
-        control = self._controls[serial]
-        if spec.loss is None:
-            return outputs.tagged_output(output, self._axis_name, z, args[0], control)
-        return outputs.tagged_loss(output, self._axis_name, z, args, control)
-
+from kfe_optax.microbatches import BatchArguments
+from kfe_optax.outputs import Place
+from kfe_optax.taps import Fisher, Given, Plan, Taps
 
 _compiled: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 
@@ -83,6 +31,8 @@ def value_grad_and_taps(
     has_aux: bool = False,
     axis_name: Any = None,
     quadratic_model: bool = False,
+    microbatches: int = 1,
+    batch_arguments: BatchArguments = None,
 ) -> Callable[..., Any]:
     """`jax.value_and_grad` that also returns the taps from which curvature is estimated.
 
@@ -94,10 +44,20 @@ def value_grad_and_taps(
         gradient's own targets, needs no registered loss.
       num_samples: how many draws "sampled" averages over.
       has_aux: as in `jax.value_and_grad`.
-      axis_name: the mapped axis inside `jax.pmap`: statistics are averaged over it, and sampled targets follow the global
-        example. The gradients stay local, as those of `jax.value_and_grad`: average them yourself.
+      axis_name: the axis, or a tuple of axes, over which the batch is divided inside `jax.pmap` or `jax.shard_map`: statistics
+        are averaged over it, and sampled targets follow the global example. Loss and gradients stay local under both, also
+        with `check_vma=True` and where the loss averages over the axis itself: the mean over the devices,
+        `jax.lax.pmean((loss, grads), axis_name)`, is yours to take. With `check_vma=True` parameters are typed as varying over
+        the axis, and so must be what a loop or a branch inside the loss carries beside them (`jax.lax.pcast`).
       quadratic_model: the taps also know the loss at other parameters (`taps.loss_at`) and products with the whole Fisher
         (`taps.tangent`), as `kfe.kfac_adaptive`, `kfe.scale_by_quadratic_model` and `kfe.adaptive_damping` need them.
+      microbatches: k > 1 takes the batch in k parts one after the other, for gradients that do not fit into memory at once: loss
+        and gradients are the means over the parts (those of the whole batch, for a loss that is a mean over examples), and
+        so are the statistics, for which a refresh runs each part forward and backward once more. `aux` comes with a
+        leading axis of k; the state of an `nnx.Module` moves from part to part. A key among the arguments is the same for
+        all parts: give dropout a key an example, or an NNX module its `rngs`.
+      batch_arguments: which arguments of the loss hold examples along their first axis: positions (the parameters are 0) or
+        names of keywords. All behind the parameters by default; scalars are never split.
 
     Returns:
       `f(params, *args, key=None, row_mask=None, **kwargs) -> (loss, grads, taps)`, `((loss, aux), grads, taps)` with `has_aux`.
@@ -109,7 +69,8 @@ def value_grad_and_taps(
 
     Raises:
       ValueError: the loss registers no output, `key` is missing, the loss's layers or parameters are not those of `layers`, a
-        layer's leading axis is not the batch, or "exact" meets a loss inside a loop.
+        layer's leading axis is not the batch, "exact" meets a loss inside a loop, the batch does not split into microbatches, or
+        it differs between the devices of an axis of `jax.shard_map` that `axis_name` does not name.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, kfe_optax as kfe
@@ -131,7 +92,9 @@ def value_grad_and_taps(
         raise TypeError(f"layers must be what kfe.find_layers returns, not a {type(layers).__name__}.")
     if num_samples < 1 or (num_samples > 1 and fisher != "sampled"):
         raise ValueError("num_samples counts the draws of fisher='sampled'; leave it at 1 otherwise.")
-    options = (layers, fisher, num_samples, has_aux, axis_name, quadratic_model)
+    microbatches = microbatches_lib.check(microbatches)
+    place = Place(tuple(axis_name) if isinstance(axis_name, list) else axis_name, microbatches)
+    options = (layers, fisher, num_samples, has_aux, place, quadratic_model)
     # The compiled function belongs to the loss function: a caller that builds this wrapper anew each step does not recompile.
     per_loss = _compiled.setdefault(loss_fn, {})
     reference, compiled = per_loss.get(options, (lambda: None, None))
@@ -149,10 +112,11 @@ def value_grad_and_taps(
                 "or choose fisher='empirical' or 'exact'."
             )
         parameters, other, rebuild = adapters.partition(params)
-        arrays, static = discovery.split_static((other, args, kwargs))
+        stacked = microbatches_lib.flags(microbatches, batch_arguments, other, args, kwargs, row_mask)
+        arrays, static = static_values.split_static((other, args, kwargs))
         seed = jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32)
         assert keep is not None  # the compiled function holds it weakly
-        value, grads, taps, state = compiled(rebuild, static, parameters, arrays, seed, row_mask)
+        value, grads, taps, state = compiled(rebuild, static, stacked, parameters, arrays, seed, row_mask)
         if nnx_adapter.is_module(params):
             nnx_adapter.update(params, state)
         return value, grads, taps
@@ -166,72 +130,60 @@ def _compile(
     fisher: Fisher,
     num_samples: int,
     has_aux: bool,
-    axis_name: Any,
+    place: Place,
     quadratic_model: bool,
 ):
-    def step(rebuild, static, parameters, arrays, seed, row_mask):
-        loss_fn = loss_reference()
-        with masks.row_mask(row_mask):
-            found = discovery.discover(loss_fn, has_aux, parameters, arrays, rebuild, static, {})
+    def step(rebuild, static, stacked, parameters, arrays, seed, row_mask):
+        _check_axes(parameters, arrays, place.axis_name)
+        k, here = place.microbatches, place
+        if k > 1:
+            arrays = [microbatches_lib.split(a, k) if s else a for a, s in zip(arrays, stacked, strict=True)]
+            row_mask = None if row_mask is None else microbatches_lib.split(jnp.asarray(row_mask), k)
+        parts, whole = microbatches_lib.separate(stacked, arrays)
+        first = jax.tree.map(lambda v: v[0], (parts, row_mask)) if k > 1 else (parts, row_mask)
+        sample = microbatches_lib.merge(stacked, first[0], whole)
+        with masks.row_mask(first[1]):
+            found = discovery.discover(loss_reference(), has_aux, parameters, sample, rebuild, static, {})
         found = _check(layers, found, fisher)
-        registered = {output.serial: output for output in found.outputs}
         if quadratic_model:
             _check_tangents(found)
-        zeros = outputs.control_zeros(found.outputs, quadratic_model)
-        controls = dict(zip(registered, zeros, strict=True))
-        riders = {
-            "layers": [
-                {name: jnp.zeros(s.shape, s.dtype) for name, s in layer.rider_shapes().items()}
-                for layer in found.values()
-            ],
-            "outputs": [control.rider for control in controls.values()],
-        }
-
-        def run(parameters, riders):
-            boxes: dict[Any, dict[str, Any]] = {}
-            for layer, rider in zip(found.values(), riders["layers"], strict=True):
-                slot = boxes.setdefault(layer.paths[0][1][:-1], {})
-                slot.update({f"rider{layer.order}_{part}": value for part, value in rider.items()})
-            live = {
-                serial: controls[serial]._replace(rider=rider)
-                for serial, rider in zip(controls, riders["outputs"], strict=True)
-            }
-            other, args, kwargs = static(arrays)
-            model = rebuild(parameters, other, boxes)
-            collection = _Collection(found, registered, live, axis_name)
-            with tags.listening(collection), adapters.intercepting(), masks.row_mask(row_mask):
-                loss = loss_fn(model, *args, **kwargs)
-            loss, aux = loss if has_aux else (loss, None)
-            state = nnx_adapter.other_state(model) if nnx_adapter.is_module(model) else None
-            if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-                raise ValueError(
-                    f"The loss must be a real scalar, but has shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}; "
-                    "reduce it, for instance with .mean()."
-                )
-            return loss, (aux, state)
-
-        loss, pull, (aux, state) = jax.vjp(run, parameters, riders, has_aux=True)
-        leaves, structure = jax.tree.flatten(pull)
-        cotangent = jnp.ones_like(loss)
-        grads, cotangents = pull(cotangent)
-        modes, seeds = (
-            tuple(_find(leaves, control, field) for control in controls.values())
-            for field in ("mode", "seed")
-        )
-        trial, evaluate, tangents = None, None, ()
-        if quadratic_model:
-            trial = Trial(loss, parameters, arrays)
-            evaluate = Evaluate(loss_reference, rebuild, static, has_aux)
-            tangents = tuple(_find(leaves, control, "cotangent") for control in controls.values())
+        if k > 1:
+            here = place._replace(examples=parts[0].shape[1])
+        forward = Forward(loss_reference, rebuild, static, has_aux, found, here, quadratic_model)
+        if k == 1:
+            passed = forward(parameters, arrays, row_mask)
+            grads, cotangents = passed.pull()
+            loss, aux, state = passed.loss, passed.aux, passed.state
+            weights, residuals, swaps = (
+                accumulation.weights_of(cotangents),
+                (passed.leaves, passed.cotangent),
+                passed.swaps,
+            )
+        else:
+            num_state = len(static_values.split_static(static(arrays)[0])[0])
+            stacked = (*(True for _ in range(num_state)), *stacked[num_state:])
+            scanned = accumulation.accumulated(forward, parameters, arrays, row_mask, stacked, num_state)
+            (loss, aux), grads, state, weights, arrays = scanned
+            residuals = swaps = None
         container = jax.tree.structure(parameters)
-        plan = Plan(
-            structure, modes, seeds, tangents, found, fisher, num_samples, axis_name, evaluate, container
-        )
-        weights = sum(cotangents["outputs"]) if controls else None
-        taps = Taps(leaves, cotangent, seed, weights, trial, plan)
+        plan = Plan(forward, swaps, fisher, num_samples, stacked, container)
+        given = Given(parameters, arrays, row_mask) if quadratic_model or k > 1 else None
+        taps = Taps(residuals, given, seed, weights, loss if quadratic_model else None, plan)
         return ((loss, aux) if has_aux else loss), grads, taps, state
 
-    return jax.jit(step, static_argnums=(0, 1))
+    return jax.jit(step, static_argnums=(0, 1, 2))
+
+
+def _check_axes(parameters: Any, arrays: Any, axis_name: Any) -> None:
+    """Raises where types say that the batch, but not the parameters, differs along an axis that `axis_name` leaves out."""
+    known = frozenset(varying.names(axis_name)) | varying.axes_of(parameters)
+    unnamed = varying.axes_of(arrays) - known
+    if unnamed:
+        axis = min(map(str, unnamed))
+        raise ValueError(
+            f"The arguments of the loss differ between the devices of axis {axis!r}, over which the statistics must be averaged: "
+            f"pass kfe.value_grad_and_taps(..., axis_name={axis!r})."
+        )
 
 
 def _check_tangents(layers: Layers) -> None:
@@ -247,18 +199,6 @@ def _check_tangents(layers: Layers) -> None:
             f"quadratic_model=True meets {nested[0].spec.name} inside a vmap or a loop (or more than once), where its outputs "
             "cannot be told apart: collect the model's outputs and compute the loss on the whole batch."
         )
-
-
-def _find(leaves: list[Any], control: outputs.Control, field: str) -> tuple[int, ...]:
-    """Where a control's leaf stands among the pull's residuals."""
-    wanted = getattr(control, field)
-    found = tuple(i for i, leaf in enumerate(leaves) if leaf is wanted)
-    if not found:
-        raise ValueError(
-            "The registered loss could not be reached from the gradient: its residuals hold no mode. Does the loss pass through "
-            "a custom_vjp of its own, or is its value unused? Register its outputs outside, or use fisher='empirical'."
-        )
-    return found
 
 
 def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:

@@ -6,11 +6,14 @@ A factor is a symmetric positive semi-definite matrix (..., d, d), or its diagon
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from kfe_optax.devices import ALONE, Devices, shared, whole
 
 Key = Any
 
@@ -25,32 +28,68 @@ class Eigenbasis(NamedTuple):
     vectors: jax.Array | None
 
 
-def by_shape(function: Callable[..., Any], arguments: Mapping[Key, Any]) -> dict[Key, Any]:
+def by_shape(
+    function: Callable[..., Any], arguments: Mapping[Key, Any], devices: Devices = ALONE
+) -> dict[Key, Any]:
     """Applies a batched function (b, d, d), ... → pytree of (b, ...) once for each shape and dtype, to all arguments stacked.
 
     Args:
-      function: takes as many stacks as there are matrices in an argument.
-      arguments: {key: matrix (*stack, d, d), or a tuple of them with one `stack`; what is smaller than a matrix, such as
-        eigenvalues (*stack, d), has the rank of `stack` plus its own}.
+      function: takes as many stacks as there are entries in an argument.
+      arguments: {key: matrix (*stack, d, d), or a tuple of arrays with one `stack`, a matrix first; what is smaller than a
+        matrix, such as eigenvalues (*stack, d), has the rank of `stack` plus its own}.
+      devices: who computes; several have their share each, and all of them the results.
     """
-    groups: dict[Any, list[Key]] = {}
     tuples = {key: value if isinstance(value, tuple) else (value,) for key, value in arguments.items()}
-    leads = {key: len(values[0].shape) - 2 for key, values in tuples.items()}
-    for key, values in tuples.items():
-        form = tuple((v.shape[leads[key] :], v.dtype) for v in values)
+    return _by_form(function, tuples, {key: value[0].ndim - 2 for key, value in tuples.items()}, devices)
+
+
+def each(
+    function: Callable[..., Any], arguments: Mapping[Key, tuple[Any, ...]], devices: Devices
+) -> dict[Key, Any]:
+    """{key: function(*argument)} for what is not worth stacking, such as products: by shape only where devices share the work.
+
+    Args:
+      function: of arrays with any `stack` in front, to arrays with the same.
+      arguments: {key: (matrix (*stack, m, n), further pytrees of arrays (*stack, ...))}; a layer whose blocks share a factor,
+        which has ones in its `stack`, is not taken apart.
+      devices: who computes; several have their share each, and all of them the results.
+    """
+    if devices.count == 1:
+        return {key: function(*argument) for key, argument in arguments.items()}
+    leads = {}
+    for key, argument in arguments.items():
+        lead = argument[0].shape[:-2]
+        apart = all(leaf.shape[: len(lead)] == lead for leaf in jax.tree.leaves(argument))
+        leads[key] = len(lead) if apart else 0
+    return _by_form(function, arguments, leads, devices)
+
+
+def _by_form(
+    function: Callable[..., Any],
+    arguments: Mapping[Key, tuple[Any, ...]],
+    leads: Mapping[Key, int],
+    devices: Devices,
+) -> dict[Key, Any]:
+    """Stacks arguments of one form along one axis in place of their first axes, as many as `leads` says."""
+    groups: dict[Any, list[Key]] = {}
+    flat = {key: jax.tree.flatten(whole(argument)) for key, argument in arguments.items()}
+    for key, (leaves, structure) in flat.items():
+        form = (structure, tuple((v.shape[leads[key] :], v.dtype) for v in leaves))
         groups.setdefault(form, []).append(key)
+    stacks = []
+    for (structure, shapes), keys in groups.items():
+        parts = [[flat[key][0][i].reshape(-1, *s) for key in keys] for i, (s, _) in enumerate(shapes)]
+        stacks.append(structure.unflatten([p[0] if len(p) == 1 else jnp.concatenate(p) for p in parts]))
     results: dict[Key, Any] = {}
-    for form, keys in groups.items():
-        stacks = [[tuples[key][i].reshape(-1, *shape) for key in keys] for i, (shape, _) in enumerate(form)]
-        whole = function(*(parts[0] if len(parts) == 1 else jnp.concatenate(parts) for parts in stacks))
+    for keys, result in zip(groups.values(), shared(devices, function, stacks), strict=True):
         start = 0
-        for key, part in zip(keys, stacks[0], strict=True):
-            lead, size = tuples[key][0].shape[: leads[key]], part.shape[0]
-            here = slice(start, start + size)
+        for key in keys:
+            lead = flat[key][0][0].shape[: leads[key]]
+            here = slice(start, start + math.prod(lead))
             results[key] = jax.tree.map(
-                lambda v, here=here, lead=lead: v[here].reshape(*lead, *v.shape[1:]), whole
+                lambda v, here=here, lead=lead: v[here].reshape(*lead, *v.shape[1:]), result
             )
-            start += size
+            start = here.stop
     return results
 
 

@@ -245,6 +245,14 @@ class Layer:
             for name, shape in self._rider_parts().items()
         }
 
+    def examples_axis(self, part: str) -> int | None:
+        """Which axis of a part of the rider runs over the examples, the first of what they are flattened with; None: none."""
+        if not self.has_rows and part != "examples":
+            return None
+        rank = len(self.rider_shapes()[part].shape) - len(self.stacked)
+        marked = self.stacked_shape((-1, *(0,) * (rank - 1)))
+        return marked.index(-1)
+
     def _rider_parts(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the rider's parts as the kind has them, of one layer."""
         x, y, *_ = self.uses[0]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfe_optax import explicit, varying
 from kfe_optax.distributions import Distribution
 
 GRADIENT, SAMPLED, EXACT, SILENT, TANGENT = range(5)
@@ -86,26 +87,53 @@ class Output:
 class Control(NamedTuple):
     """The residuals that are swapped, and the rider that reads the loss's weights."""
 
-    mode: jax.Array | None  # int32 (2,): the mode and the column; None in a cotangent
+    mode: (
+        jax.Array | None
+    )  # int32 (2,): the mode, and the column (EXACT) or the microbatch (SAMPLED); None in a cotangent
     seed: jax.Array | None  # uint32 (2,)
     rider: jax.Array | None  # (2,), receives Σc and Σc²
     cotangent: jax.Array | None  # u, of the shape of z, where the quadratic model is asked for
 
 
+class Place(NamedTuple):
+    """Where in the global batch a pass stands, and how its arrays are typed.
+
+    Attributes:
+      axis_name: the axis along which the batch is divided over devices.
+      microbatches: k; the pass sees every k-th example.
+      examples: how many it sees, where k > 1.
+      axes: the axes over which riders vary by their type.
+    """
+
+    axis_name: Any
+    microbatches: int
+    examples: int = 0
+    axes: varying.Axes = frozenset()
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def tagged_loss(output: Output, axis_name: Any, z: jax.Array, args: Any, control: Control) -> jax.Array:
+def tagged_loss(output: Output, place: Place, z: jax.Array, args: Any, control: Control) -> jax.Array:
     """`output.spec.loss(z, *args)`, with the backward rule of this module's docstring."""
-    del axis_name, control
+    del place, control
     return output.spec.loss(z, *args)  # ty: ignore
 
 
-def _loss_forward(output, axis_name, z, args, control):
-    del axis_name
+def _loss_forward(output, place, z, args, control):
+    del place
     return output.spec.loss(z, *args), (z, args, control._replace(rider=None))
 
 
-def _loss_backward(output, axis_name, residuals, c):
-    z, args, control = residuals
+def _loss_backward(output, place, residuals, c):
+    _, args, control = residuals
+    floats, rebuild = _float_args(args)
+    backward = functools.partial(_loss_cotangents, output, place)
+    dz, dfloats, weights = explicit.automatic(backward, (residuals[0], floats, explicit.WHOLE), *residuals, c)
+    arguments = jax.tree.map(lambda a: None, args) if not floats else rebuild(dfloats, missing=None)
+    return dz, arguments, _cotangents(control, varying.over(place.axes, weights))
+
+
+def _loss_cotangents(output, place, z, args, control, c):
+    """The cotangents of z and of the arguments that are numbers, and the weights."""
     floats, rebuild = _float_args(args)
 
     def gradient():
@@ -118,28 +146,35 @@ def _loss_backward(output, axis_name, residuals, c):
         return dz.astype(z.dtype), jax.tree.map(jnp.zeros_like, floats)
 
     outputs = z if output.spec.outputs is None else output.spec.outputs(z, *args)
-    dz, dfloats = _by_mode(output, axis_name, outputs, control, gradient, fisher)
-    arguments = jax.tree.map(lambda a: None, args) if not floats else rebuild(dfloats, missing=None)
-    return dz, arguments, _cotangents(control, c)
+    dz, dfloats = _by_mode(output, place, outputs, control, gradient, fisher)
+    return dz, dfloats, _weights(c)
 
 
 tagged_loss.defvjp(_loss_forward, _loss_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def tagged_output(output: Output, axis_name: Any, z: jax.Array, weights: Any, control: Control) -> jax.Array:
+def tagged_output(output: Output, place: Place, z: jax.Array, weights: Any, control: Control) -> jax.Array:
     """The identity on z for `register_output`: c is `weights`, not the cotangent that arrives."""
-    del output, axis_name, weights, control
+    del output, place, weights, control
     return z
 
 
-def _output_forward(output, axis_name, z, weights, control):
-    del output, axis_name
+def _output_forward(output, place, z, weights, control):
+    del output, place
     return z, (z, weights, control._replace(rider=None))
 
 
-def _output_backward(output, axis_name, residuals, g):
+def _output_backward(output, place, residuals, g):
     z, weights, control = residuals
+    backward = functools.partial(_output_cotangents, output, place)
+    dz, sums = explicit.automatic(backward, (z, explicit.WHOLE), *residuals, g)
+    no_weights = None if weights is None else jnp.zeros_like(weights)
+    return dz, no_weights, _cotangents(control, varying.over(place.axes, sums))
+
+
+def _output_cotangents(output, place, z, weights, control, g):
+    """The cotangent of z, and the weights."""
     free = z.shape[: z.ndim - output.spec.distribution.event_ndim]
     if weights is None:
         c = jnp.full(free, 1 / output.examples, z.dtype)
@@ -149,36 +184,37 @@ def _output_backward(output, axis_name, residuals, g):
     def fisher(root):
         return root(jnp.sqrt(jnp.maximum(c, 0))).astype(z.dtype)
 
-    dz = _by_mode(output, axis_name, z, control, lambda: g, fisher)
-    no_weights = None if weights is None else jnp.zeros_like(weights)
-    return dz, no_weights, _cotangents(control, c)
+    return _by_mode(output, place, z, control, lambda: g, fisher), _weights(c)
 
 
 tagged_output.defvjp(_output_forward, _output_backward)
 
 
-def _cotangents(control: Control, c: jax.Array) -> Control:
-    """The cotangents of a control: the rider's is (Σc, Σc²), of the rider's dtype whatever the loss's."""
+def _weights(c: jax.Array) -> jax.Array:
+    """(Σc, Σc²), of the rider's dtype whatever the loss's."""
     wide = c.astype(jnp.result_type(float))
-    weights = jnp.stack([wide.sum(), jnp.square(wide).sum()])
+    return jnp.stack([wide.sum(), jnp.square(wide).sum()])
+
+
+def _cotangents(control: Control, weights: jax.Array) -> Control:
     nothing = None if control.cotangent is None else jnp.zeros_like(control.cotangent)
     return Control(None, None, weights, nothing)
 
 
-def _by_mode(output, axis_name, z, control, gradient, fisher):
+def _by_mode(output, place, z, control, gradient, fisher):
     # The distribution's arithmetic is done in float32 at least: a softmax in bfloat16 loses its small probabilities.
     distribution = output.spec.distribution
     wide = z.astype(jnp.promote_types(z.dtype, jnp.float32))
     expand = (..., *(None,) * distribution.event_ndim)
 
     def sampled():
-        return fisher(lambda root: root[expand] * _sample(output, axis_name, wide, control.seed))
+        return fisher(lambda root: root[expand] * _sample(output, place, wide, control))
 
     def exact():
         return fisher(lambda root: root[expand] * _column(output, wide, control.mode[1]))
 
     def silent():
-        return jax.tree.map(jnp.zeros_like, jax.eval_shape(sampled))
+        return jax.tree.map(varying.zeros, jax.eval_shape(sampled))
 
     def tangent():
         return fisher(lambda root: root[expand] * distribution.root_transpose(wide, control.cotangent))
@@ -189,8 +225,10 @@ def _by_mode(output, axis_name, z, control, gradient, fisher):
     return jax.lax.switch(control.mode[0], branches)
 
 
-def _sample(output: Output, axis_name: Any, z: jax.Array, seed: jax.Array) -> jax.Array:
-    key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+def _sample(output: Output, place: Place, z: jax.Array, control: Control) -> jax.Array:
+    assert control.seed is not None
+    assert control.mode is not None
+    key = jax.random.wrap_key_data(control.seed, impl="threefry2x32")
     distribution = output.spec.distribution
     if output.nested:
         # Inside vmap and scan one seed serves every iteration: independent draws need something that tells them apart.
@@ -198,11 +236,16 @@ def _sample(output: Output, axis_name: Any, z: jax.Array, seed: jax.Array) -> ja
         mixed = (bits ^ (bits >> 15)) * jnp.arange(1, 2 * bits.size, 2, dtype=jnp.uint32)
         return distribution.sample(jax.random.fold_in(key, mixed.sum(dtype=jnp.uint32)), z)
     if not output.batched:
-        return distribution.sample(key, z)
+        return distribution.sample(jax.random.fold_in(key, control.mode[1]), z)
+    # The global example, so that the draws depend neither on the number of devices nor on that of microbatches.
     index = jnp.arange(z.shape[0])
-    if axis_name is not None:
-        # The global example, so that the draws do not depend on the number of devices.
-        index = index + jax.lax.axis_index(axis_name) * z.shape[0]
+    if place.axis_name is not None:
+        index = index + jax.lax.axis_index(place.axis_name) * z.shape[0]
+    if place.microbatches > 1:
+        # An example is several events where they are flattened, (n t, d).
+        events = max(z.shape[0] // place.examples, 1)
+        example, event = jnp.divmod(index, events)
+        index = (example * place.microbatches + control.mode[1]) * events + event
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(index)
     return jax.vmap(distribution.sample)(keys, z)
 

@@ -19,10 +19,18 @@ from kfe_optax.kinds.embedding import ATTEND
 
 
 def of_use(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None, spec: Any) -> dict[str, jax.Array]:
-    """The sums of one use, those that are wanted (by name, in `spec`); see `tags.Use`."""
-    wanted = {name: dtype for name, _, dtype in spec}
+    """The sums of one use, those that are wanted (by name, in `spec`); see `tags.Use`.
+
+    The functions below take the live rows, or 1 where all are.
+    """
+    wanted = {name: kind.dtype for name, kind in spec}
     dtype = wanted["count"]
     x, g = x.astype(dtype), g.astype(dtype)
+    # Under a vmap over examples JAX adds up those cotangents that are mapped, and takes any other for the sum: an input or a
+    # number of rows that does not depend on g would count once.
+    one = jnp.where(jnp.isnan(g.ravel()[0]), 1, 1).astype(dtype)
+    x = x * one
+    live = one if live is None else live.astype(dtype) * one
     if use.label == ATTEND:
         values = _of_attend(use, x, g, live)
     elif use.kind.statistics == "tokens":
@@ -32,14 +40,14 @@ def of_use(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None, spec: A
     return {name: value() for name, value in values.items() if name in wanted}
 
 
-def _of_rows(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> dict[str, Any]:
+def _of_rows(use: Any, x: jax.Array, g: jax.Array, live: jax.Array) -> dict[str, Any]:
     n = use.examples
     parts = {
         name: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for name, v in use.kind.row_values(x, g).items()
     }
     positions = math.prod(use.kind.free(x.shape, g.shape)) // n
-    if live is not None:
-        parts["live"] = live.reshape(n, positions).astype(g.dtype)
+    if live.ndim:
+        parts["live"] = live.reshape(n, positions)
     chunk = chunks.size(n, use.row_bytes)
 
     def a(parts):
@@ -52,7 +60,7 @@ def _of_rows(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> di
         return use.kind.input_moments(parts, parts.get("live"), use.kernel, use.bias, False)
 
     def counts():
-        return jnp.full(n, positions, g.dtype) if live is None else parts["live"].sum(-1)
+        return parts["live"].sum(-1) if live.ndim else jnp.full(n, positions, g.dtype) * live
 
     def example_first(function):
         # (n, *blocks, ...): examples first, as pieces are put together along them.
@@ -81,11 +89,15 @@ def _blocks_first(values: jax.Array) -> jax.Array:
     return jnp.moveaxis(values, 0, -2)
 
 
-def _of_lookup(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> dict[str, Any]:
+def _weights(live: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return live.reshape(shape) if live.ndim else jnp.broadcast_to(live, shape)
+
+
+def _of_lookup(use: Any, x: jax.Array, g: jax.Array, live: jax.Array) -> dict[str, Any]:
     n, vocabulary = use.examples, use.kernel[0]
     tokens = x.reshape(n, -1).astype(jnp.int32)
     rows = g.reshape(*tokens.shape, g.shape[-1])
-    weights = jnp.ones(tokens.shape, g.dtype) if live is None else live.reshape(tokens.shape).astype(g.dtype)
+    weights = _weights(live, tokens.shape)
     rows = rows * weights[..., None]
 
     def by_token(tokens, values):
@@ -105,10 +117,10 @@ def _of_lookup(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> 
     }
 
 
-def _of_attend(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None) -> dict[str, Any]:
+def _of_attend(use: Any, x: jax.Array, g: jax.Array, live: jax.Array) -> dict[str, Any]:
     n = use.examples
     x, g = (v.reshape(n, -1, v.shape[-1]) for v in (x, g))
-    weights = jnp.ones(x.shape[:2], g.dtype) if live is None else live.reshape(x.shape[:2]).astype(g.dtype)
+    weights = _weights(live, x.shape[:2])
     x, g = x * weights[..., None], g * weights[..., None]
     return {
         "attend_inputs": lambda: gram(g, True),

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import sums, traces
+from kfe_optax import explicit, sums, traces, varying
 from kfe_optax.kinds import Dense, Kind
 
 SLOT = "kfe_tag"
@@ -162,7 +162,7 @@ def plain(params: Any) -> Any:
 
 
 Rider = dict[str, jax.Array]
-_Spec = tuple[tuple[str, tuple[int, ...], Any], ...]
+_Spec = tuple[tuple[str, Any], ...]
 
 
 class Use(NamedTuple):
@@ -177,15 +177,17 @@ class Use(NamedTuple):
 
 
 def _spec(rider: Rider) -> _Spec:
-    # Shapes and dtypes are static: the zeros themselves need not wait among the residuals for the backward pass.
-    return tuple((name, zeros.shape, zeros.dtype) for name, zeros in sorted(rider.items()))
+    # Types are static: the zeros themselves need not wait among the residuals for the backward pass.
+    return tuple((name, jax.typeof(zeros)) for name, zeros in sorted(rider.items()))
 
 
 def _fit(values: dict[str, jax.Array], spec: _Spec) -> Rider:
     """The rider's cotangent: the values in the rider's shapes (see `Layer.rider_shapes`), zeros for what this use has not."""
     return {
-        name: values[name].reshape(shape).astype(dtype) if name in values else jnp.zeros(shape, dtype)
-        for name, shape, dtype in spec
+        name: values[name].reshape(kind.shape).astype(kind.dtype)
+        if name in values
+        else jnp.zeros(kind.shape, kind.dtype)
+        for name, kind in spec
     }
 
 
@@ -218,8 +220,13 @@ def _forward(static, x, y, live, rider):
 
 def _backward(static, residuals, g):
     values, use, spec = static
-    x, live = residuals
-    return None, g, None, _fit(values(use, x, g, live, spec), spec)
+
+    def fitted(x, live, g):
+        return _fit(values(use, x, g, live, spec), spec)
+
+    kinds = dict(spec)
+    riders = explicit.automatic(fitted, kinds, *residuals, g)
+    return None, g, None, {name: varying.like(rider, kinds[name]) for name, rider in riders.items()}
 
 
 _tag.defvjp(_forward, _backward)

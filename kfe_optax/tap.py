@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+
+from kfe_optax import explicit
 
 if TYPE_CHECKING:
     from kfe_optax.taps import Taps
@@ -60,7 +63,17 @@ class Tap:
         return _example_gradients(self)
 
 
-@jax.jit
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled; on a mesh with Explicit axes the compiler divides what happens inside, and the results are whole."""
+
+    @jax.jit
+    def compiled(*arguments):
+        return explicit.automatic(function, explicit.WHOLE, *arguments)
+
+    return compiled
+
+
+@_compiled
 def _rows(tap: Tap) -> tuple[jax.Array, jax.Array]:
     plan = tap.taps._plan
     if plan.draws == 1:
@@ -69,30 +82,26 @@ def _rows(tap: Tap) -> tuple[jax.Array, jax.Array]:
     return a, jax.lax.map(lambda i: tap.taps.draw(i)[tap.name].rows()[1], jnp.arange(plan.draws))
 
 
-@jax.jit
+@_compiled
 def _covariances(tap: Tap) -> tuple[jax.Array, jax.Array]:
-    pulled = tap.taps.pulled()
-    return (
-        pulled.inputs(lambda s: s[tap.name].input_factor()),
-        pulled.reduce(lambda s: s[tap.name].output_factor()),
-    )
+    return tap.taps.pulled().both(lambda s: s[tap.name].input_factor(), lambda s: s[tap.name].output_factor())
 
 
-@jax.jit
+@_compiled
 def _second_moment(tap: Tap, basis_in: Any, basis_out: Any) -> jax.Array | None:
     return tap.taps.pulled().reduce(lambda s: s[tap.name].second_moment_in(basis_in, basis_out))
 
 
-@jax.jit
+@_compiled
 def _contract_output(tap: Tap, v: jax.Array) -> jax.Array:
     return tap.taps.pulled().reduce(lambda s: s[tap.name].contract_output(v))
 
 
-@jax.jit
+@_compiled
 def _contract_input(tap: Tap, u: jax.Array) -> jax.Array:
     return tap.taps.pulled().reduce(lambda s: s[tap.name].contract_input(u))
 
 
-@jax.jit
+@_compiled
 def _example_gradients(tap: Tap) -> jax.Array:
     return tap.taps.draw(0)[tap.name].example_gradients()

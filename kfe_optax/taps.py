@@ -1,7 +1,8 @@
 """Taps: every layer's curvature statistics of one step, in a lazy form.
 
 They carry the pull (the residuals of the step's `jax.vjp`); whoever reads a statistic runs the pull again with the loss's mode
-swapped, inside its own `lax.cond`, so that a step that refreshes nothing costs a plain gradient.
+swapped, inside its own `lax.cond`, so that a step that refreshes nothing costs a plain gradient. With microbatches they carry
+what the step was given instead, and the forward pass runs again too.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import outputs
+from kfe_optax import explicit, microbatches, outputs, varying
+from kfe_optax.forward import Forward, Swaps
 from kfe_optax.layer import leaves_by_path
 from kfe_optax.layers import Layers
+from kfe_optax.pulled import Pulled
 from kfe_optax.statistics import Statistics, make_statistics
 from kfe_optax.tap import Tap
 
@@ -23,49 +26,55 @@ Fisher = Literal["sampled", "empirical", "exact"]
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluate:
-    """What is static about the loss of a step: the function (held weakly) and what of its arguments is no array."""
+class Passage(NamedTuple):
+    """One forward pass, of the whole batch or of a microbatch."""
 
-    reference: Any
-    rebuild: Callable[..., Any]
-    static: Any
-    has_aux: bool
+    leaves: list[Any]
+    cotangent: jax.Array
+    swaps: Swaps
+    microbatch: Any
 
-    def __call__(self, parameters: Any, arrays: Any) -> jax.Array:
-        """The loss at these parameters; mutable state moves on in a copy."""
-        loss_fn = self.reference()
-        if loss_fn is None:
-            raise ReferenceError(
-                "The loss function of these taps is gone: keep a reference to it as long as to the taps."
-            )
-        other, args, kwargs = self.static(arrays)
-        loss = loss_fn(self.rebuild(parameters, other, {}), *args, **kwargs)
-        return loss[0] if self.has_aux else loss
+    def pull(self, swapped: list[Any]) -> tuple[Any, Any]:
+        """The cotangents of parameters and riders, from leaves of which some are swapped."""
+        structure, known = self.swaps.structure, self.swaps.shardings
+
+        def run(cotangent, *leaves):
+            return jax.tree.unflatten(structure, leaves)(cotangent)
+
+        shardings = None if known is None else (known[-1], *known[:-1])
+        return explicit.as_typed(run, shardings, self.cotangent, *swapped)
 
 
-class Trial(NamedTuple):
-    """What the quadratic model needs besides the pull: the loss, and the step's parameters and other arrays."""
+class Given(NamedTuple):
+    """What the step was given, for what runs the forward pass again."""
 
-    loss: jax.Array
     parameters: Any
-    arrays: Any
+    arrays: list[Any]  # those that `Plan.stacked` names with a leading axis of microbatches
+    row_mask: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is static about taps: how to run the pull, and for which layers."""
 
-    structure: Any  # the pull's tree structure
-    modes: tuple[tuple[int, ...], ...]  # for each registered loss, which of the pull's leaves are its mode
-    seeds: tuple[tuple[int, ...], ...]
-    tangents: tuple[tuple[int, ...], ...]  # likewise, the cotangents that are swapped for products with J
-    layers: Layers
+    forward: Forward
+    swaps: Swaps | None  # None: the forward pass runs again, microbatch by microbatch
     fisher: Fisher
     num_samples: int
-    axis_name: Any
-    evaluate: Evaluate | None
+    stacked: tuple[bool, ...]
     parameters: Any  # the tree structure of the parameters
+
+    @property
+    def layers(self) -> Layers:
+        return self.forward.layers
+
+    @property
+    def axis_name(self) -> Any:
+        return self.forward.place.axis_name
+
+    @property
+    def microbatches(self) -> int:
+        return self.forward.place.microbatches
 
     @property
     def draws(self) -> int:
@@ -83,16 +92,16 @@ class Taps:
     Optax wrapper as an extra argument. It lives as long as the step.
     """
 
-    def __init__(self, leaves: list[Any], cotangent: Any, seed: Any, weights: Any, trial: Any, plan: Plan):
-        self._leaves = leaves
-        self._cotangent = cotangent
+    def __init__(self, residuals: Any, given: Given | None, seed: Any, weights: Any, loss: Any, plan: Plan):
+        self._residuals = residuals  # (leaves, cotangent) of the one pass, None with microbatches
+        self._given = given
         self._seed = seed
         self._weights = weights
-        self._trial = trial
+        self._loss = loss
         self._plan = plan
 
     def tree_flatten(self):
-        return (self._leaves, self._cotangent, self._seed, self._weights, self._trial), self._plan
+        return (self._residuals, self._given, self._seed, self._weights, self._loss), self._plan
 
     @classmethod
     def tree_unflatten(cls, plan, children):
@@ -117,28 +126,63 @@ class Taps:
     def __repr__(self) -> str:
         return f"Taps({', '.join(self.layers)}; fisher={self._plan.fisher!r})"
 
-    def draw(self, index: Any) -> dict[str, Statistics]:
+    def _passage(self) -> Passage:
+        """The step's one forward pass."""
+        plan = self._plan
+        if plan.swaps is None:
+            raise ValueError(
+                f"These taps run in {plan.microbatches} microbatches, and no single example's statistics are kept: leave "
+                "microbatches at 1 for rows, example gradients and diagnostics."
+            )
+        return Passage(*self._residuals, plan.swaps, 0)
+
+    def mean_over_microbatches(self, function: Callable[[Passage], T]) -> T:
+        """The mean of `function` over the forward passes: the one that was, or one of each microbatch that runs again."""
+        plan = self._plan
+        if plan.swaps is not None:
+            return function(self._passage())
+        sums = microbatches.total(lambda part: function(self._again(part)), self._parts())
+        return jax.tree.map(lambda v: v / plan.microbatches, sums)
+
+    def _parts(self) -> Any:
+        assert self._given is not None
+        parts, _ = microbatches.separate(self._plan.stacked, self._given.arrays)
+        return parts, self._given.row_mask, jnp.arange(self._plan.microbatches)
+
+    def _arrays(self, parts: list[Any]) -> list[Any]:
+        assert self._given is not None
+        _, whole = microbatches.separate(self._plan.stacked, self._given.arrays)
+        return microbatches.merge(self._plan.stacked, parts, whole)
+
+    def _again(self, part: Any) -> Passage:
+        assert self._given is not None
+        arrays, row_mask, index = part
+        passed = self._plan.forward(self._given.parameters, self._arrays(arrays), row_mask)
+        return Passage(passed.leaves, passed.cotangent, passed.swaps, index)
+
+    def draw(self, index: Any, passage: Passage | None = None) -> dict[str, Statistics]:
         """One Fisher draw (a sample of the targets, or a column) for every layer, undivided by the number of samples."""
         plan = self._plan
-        leaves = list(self._leaves)
+        passage = self._passage() if passage is None else passage
+        leaves = list(passage.leaves)
         if plan.fisher != "empirical":
             key = jax.random.wrap_key_data(self._seed, impl="threefry2x32")
             first = 0
-            for output, modes, seeds in zip(plan.layers.outputs, plan.modes, plan.seeds, strict=True):
+            swaps = passage.swaps
+            for output, modes, seeds in zip(plan.layers.outputs, swaps.modes, swaps.seeds, strict=True):
                 if plan.fisher == "exact":
                     column = index - first
                     inside = (column >= 0) & (column < output.columns)
                     mode = jnp.stack([jnp.where(inside, outputs.EXACT, outputs.SILENT), column])
                     first += output.columns
                 else:
-                    mode = jnp.array([outputs.SAMPLED, 0])
+                    mode = jnp.stack([jnp.asarray(outputs.SAMPLED), jnp.asarray(passage.microbatch)])
                 folded = jax.random.fold_in(jax.random.fold_in(key, output.serial), index)
                 for leaf in modes:
-                    leaves[leaf] = mode.astype(jnp.int32)
+                    leaves[leaf] = varying.like(mode.astype(jnp.int32), leaves[leaf])
                 for leaf in seeds:
-                    leaves[leaf] = jax.random.key_data(folded)
-        pull = jax.tree.unflatten(plan.structure, leaves)
-        _, riders = pull(self._cotangent)
+                    leaves[leaf] = varying.like(jax.random.key_data(folded), leaves[leaf])
+        _, riders = passage.pull(leaves)
         empirical = plan.fisher == "empirical"
         return {
             layer.name: make_statistics(layer, rider, empirical)
@@ -148,17 +192,20 @@ class Taps:
     @property
     def loss(self) -> jax.Array:
         """The loss at the step's parameters, averaged over devices."""
-        self.check_quadratic_model()
-        return self.mean_over_devices(self._trial.loss)
+        self._checked()
+        return self.mean_over_devices(self._loss)
 
     def loss_at(self, parameters: Any) -> jax.Array:
         """The loss of the step's batch at other parameters, averaged over devices.
 
         They are a tree like the gradient; what is not in it (as under `optax.masked`) stays as it was.
         """
-        self.check_quadratic_model()
-        there = self._like_parameters(parameters, self._trial.parameters)
-        return self.mean_over_devices(self._plan.evaluate(there, self._trial.arrays))  # ty: ignore
+        given, plan = self._checked(), self._plan
+        there = self._like_parameters(parameters, given.parameters)
+        if plan.swaps is not None:
+            return self.mean_over_devices(plan.forward.loss(there, given.arrays))
+        losses = jax.lax.map(lambda part: plan.forward.loss(there, self._arrays(part[0])), self._parts())
+        return self.mean_over_devices(losses.mean())
 
     def _like_parameters(self, tree: Any, default: Any) -> Any:
         """A tree in the container of the parameters: Optax's wrappers and NNX's optimizer hand on others."""
@@ -171,23 +218,17 @@ class Taps:
     def tangent(self, vector: Any) -> list[jax.Array]:
         """√c B J v at each registered output, BᵀB its Fisher and c its weight in the loss, for a tree v like the gradient.
 
-        J v is the transpose of the pull, so that the forward pass is shared (Martens & Grosse 2015, section 6.4 and appendix C).
+        J v is the transpose of the pull, so that the forward pass is shared (Martens & Grosse 2015, section 6.4 and appendix C);
+        with microbatches it runs again, and each output has a leading axis of them.
         """
-        self.check_quadratic_model()
-        plan = self._plan
-
-        def pull(cotangents):
-            leaves = list(self._leaves)
-            for new, modes, places in zip(cotangents, plan.modes, plan.tangents, strict=True):
-                for leaf in modes:
-                    leaves[leaf] = jnp.array([outputs.TANGENT, 0], jnp.int32)
-                for leaf in places:
-                    leaves[leaf] = new
-            return jax.tree.unflatten(plan.structure, leaves)(self._cotangent)[0]
-
-        zeros = [self._leaves[places[0]] for places in plan.tangents]
-        nothing = jax.tree.map(jnp.zeros_like, self._trial.parameters)
-        return jax.linear_transpose(pull, zeros)(self._like_parameters(vector, nothing))[0]
+        given, plan = self._checked(), self._plan
+        nothing = jax.tree.map(jnp.zeros_like, given.parameters)
+        vector = self._like_parameters(vector, nothing)
+        if plan.swaps is not None:
+            return _tangent(self._passage(), vector)
+        root = plan.microbatches**-0.5
+        scaled = jax.tree.map(lambda v: v * jnp.asarray(root, v.dtype), vector)
+        return jax.lax.map(lambda part: _tangent(self._again(part), scaled), self._parts())
 
     def fisher_products(self, *tangents: list[jax.Array]) -> jax.Array:
         """vᵢᵀF vⱼ, (k, k), from the vectors' tangents; F is the exact Fisher over all parameters, averaged over devices."""
@@ -199,11 +240,15 @@ class Taps:
 
     def check_quadratic_model(self) -> None:
         """Raises ValueError for taps that were not asked for the quadratic model."""
-        if self._trial is None:
+        self._checked()
+
+    def _checked(self) -> Given:
+        if self._loss is None or self._given is None:
             raise ValueError(
                 "These taps know neither the loss at other parameters nor products with the Fisher: ask for them with "
                 "kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)."
             )
+        return self._given
 
     def mean_over_devices(self, value: jax.Array) -> jax.Array:
         """The mean over the mapped axis that the taps were made for; the value itself where there is none."""
@@ -212,7 +257,8 @@ class Taps:
 
     def pulled(self) -> Pulled:
         """The taps with the pull run, when a single draw makes the estimate, so that several reductions share it."""
-        return Pulled(self, self.draw(0) if self._plan.draws == 1 else None)
+        single = self._plan.draws == 1 and self._plan.swaps is not None
+        return Pulled(self, self.draw(0) if single else None)
 
     @property
     def gradient_weight(self) -> Any:
@@ -231,57 +277,26 @@ class Taps:
         return devices * total / jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
 
 
+def _tangent(passage: Passage, vector: Any) -> list[jax.Array]:
+    """√c B J v by transposing the pull."""
+    swaps = passage.swaps
+
+    def pull(cotangents):
+        leaves = list(passage.leaves)
+        for new, modes, places in zip(cotangents, swaps.modes, swaps.cotangents, strict=True):
+            for leaf in modes:
+                leaves[leaf] = varying.like(jnp.array([outputs.TANGENT, 0], jnp.int32), leaves[leaf])
+            for leaf in places:
+                leaves[leaf] = new
+        return passage.pull(leaves)[0]
+
+    zeros = [passage.leaves[places[0]] for places in swaps.cotangents]
+    vector = varying.like(vector, zeros)
+    return jax.linear_transpose(pull, zeros)(vector)[0]
+
+
 def symmetric(product: Callable[[Any, Any], jax.Array], vectors: Sequence[Any]) -> jax.Array:
     """The matrix of all products of k vectors, (k, k), each pair taken once."""
     pairs = {(i, j): product(v, vectors[j]) for i, v in enumerate(vectors) for j in range(i + 1)}
     size = range(len(vectors))
     return jnp.stack([jnp.stack([pairs[max(i, j), min(i, j)] for j in size]) for i in size])
-
-
-class Pulled:
-    """Taps inside one refresh (see `Taps.pulled`)."""
-
-    def __init__(self, taps: Taps, statistics: dict[str, Statistics] | None):
-        self._taps = taps
-        self._statistics = statistics
-
-    def inputs(self, function: Callable[[dict[str, Statistics]], T]) -> T:
-        """`function(statistics by layer)` averaged over devices, for what depends on the inputs ā alone."""
-        plan = self._taps._plan
-        value = function(self._taps.draw(0) if self._statistics is None else self._statistics)
-        return value if plan.axis_name is None else jax.lax.pmean(value, plan.axis_name)
-
-    def reduce(self, function: Callable[[dict[str, Statistics]], T]) -> T:
-        """Σ over exact columns, or the mean over samples, of `function(statistics by layer)`, averaged over devices.
-
-        `function` maps the statistics of one draw to a pytree of arrays that are quadratic in g.
-        """
-        plan = self._taps._plan
-        total = self._loop(function) if self._statistics is None else function(self._statistics)
-        if plan.axis_name is not None:
-            total = jax.lax.pmean(total, plan.axis_name)
-        return total
-
-    def rows(self, name: str) -> tuple[jax.Array, jax.Array] | None:
-        """ā (*stack, n, d_in) and g (*stack, n, d_out) of a layer with one position an example, F = (1/n) Σ (ā⊗g)(ā⊗g)ᵀ.
-
-        None where they are not the whole of F: several draws, several devices, shared positions, statistics that are sums.
-        """
-        if self._statistics is None or self._taps._plan.axis_name is not None:
-            return None
-        layer = self._taps.layers[name]
-        if not layer.has_rows or layer.positions > 1 or layer.kind.statistics != "rows":
-            return None
-        a, g = self._statistics[name].rows()
-        return (a[..., 0, :], g[..., 0, :]) if a.shape[-2] == 1 else None
-
-    def _loop(self, function: Callable[[dict[str, Statistics]], Any]) -> Any:
-        plan = self._taps._plan
-        shapes = jax.eval_shape(lambda: function(self._taps.draw(0)))
-
-        def add(total, index):
-            return jax.tree.map(jnp.add, total, function(self._taps.draw(index))), None
-
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, jnp.arange(plan.draws))
-        return total if plan.fisher == "exact" else jax.tree.map(lambda v: v / plan.draws, total)

@@ -208,7 +208,8 @@ class Batch:
     def reduce(self, function):
         return function(self.own)
 
-    inputs = reduce
+    def both(self, inputs, outputs):
+        return inputs(self.own), outputs(self.own)
 
     def rows(self, name):
         a, g = self.own[name].rows()

@@ -131,8 +131,10 @@ def test_pieces_add_up(chunk):
 
 
 def test_pieces_fit_the_budget(monkeypatch):
+    """Of whole batches, or of a power of two, which the devices that share a batch divide."""
     monkeypatch.setattr(chunks, "BUDGET", 1000)
-    assert chunks.size(50, 100) == 10
+    assert chunks.size(50, 100) == 8
+    assert chunks.size(10, 100) == 10
     assert chunks.size(5, 100) == 5
     assert chunks.size(5, 10**6) == 1
     assert chunks.size(5, 0) == 5

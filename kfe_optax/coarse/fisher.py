@@ -102,7 +102,7 @@ class Factored(NamedTuple):
                 dtype,
             )
 
-        return pulled.inputs(inputs), pulled.reduce(outputs)
+        return pulled.both(inputs, outputs)
 
     def _gram(self, projections: Any, statistics: Any, layers: Present, dtype: Any) -> jax.Array:
         """Σ over examples and common positions of the outer products of all rows."""

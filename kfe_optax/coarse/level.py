@@ -140,7 +140,17 @@ class Level(NamedTuple):
         assert step.taps is not None
         layers = self._of(step)
         pulled = step.taps.pulled()
-        given = spaces.Given(layers, self.layers, pulled, step.gradients, fine, strength, step.count, refresh)
+        given = spaces.Given(
+            layers,
+            self.layers,
+            pulled,
+            step.gradients,
+            fine,
+            strength,
+            step.count,
+            refresh,
+            step.devices.inverses,
+        )
         space, failures = self.space.update(state.space, given)
         vectors = self.space.vectors(space, list(layers.values()))
         new = self.form.measure(pulled, vectors, layers, _dtype(layers))

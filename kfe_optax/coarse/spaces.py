@@ -11,6 +11,7 @@ import numpy as np
 
 from kfe_optax import kronecker
 from kfe_optax.coarse.vectors import Full, RankOne
+from kfe_optax.devices import Devices
 from kfe_optax.factors.base import Source
 from kfe_optax.factors.kfac import Kfac
 from kfe_optax.kronecker import Eigenbasis
@@ -32,6 +33,7 @@ class Given(NamedTuple):
       damping: λ of the coarse level.
       count: int32, the step.
       refresh: whether new vectors are wanted in this step, or only statistics.
+      devices: who shares factorizations.
     """
 
     layers: Mapping[str, Layer]
@@ -42,6 +44,7 @@ class Given(NamedTuple):
     damping: jax.Array
     count: jax.Array
     refresh: jax.Array
+    devices: Devices
 
 
 class Space(Protocol):
@@ -211,7 +214,7 @@ class Eigenvectors(NamedTuple):
         stacked = {name: len(layer.stack_shape) for name, layer in given.layers.items()}
         full = {k: v for k, v in sides.items() if not kronecker.is_diagonal(v, stacked[k[0]])}
         with jax.default_matmul_precision("highest"):
-            bases = kronecker.by_shape(kronecker.eigh, full)
+            bases = kronecker.by_shape(kronecker.eigh, full, given.devices)
         found, failures = {}, jnp.zeros((), jnp.int32)
         for name, layer in given.layers.items():
             pair, finite = [], jnp.ones((), bool)

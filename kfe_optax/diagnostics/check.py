@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfe_optax import adapters, discovery, table
+from kfe_optax import adapters, static_values, table
 from kfe_optax.gradients import value_grad_and_taps
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
@@ -143,7 +143,7 @@ def _error(found: np.ndarray, reference: np.ndarray) -> float:
 def _alone(pure: Any, parameters: Any, args: Any, layers: Layers, value: Any) -> tuple[Any, str]:
     """Gradients of the loss of each example alone, stacked; or None and why."""
     batches = {layer.examples for layer in layers.values() if layer.has_rows}
-    arrays, static = discovery.split_static(args)
+    arrays, static = static_values.split_static(args)
     n = max(batches, default=0)
     if len(batches) != 1 or not any(a.ndim and a.shape[0] == n for a in arrays):
         return None, "no argument of the loss has the batch as its first axis"

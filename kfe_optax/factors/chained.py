@@ -14,7 +14,7 @@ from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import estimate as kfac_estimate
 from kfe_optax.layer import Layer
-from kfe_optax.statistics import Statistics, pairs
+from kfe_optax.statistics import pairs
 from kfe_optax.taps import Pulled
 
 
@@ -114,7 +114,7 @@ def _at(term: Term, index: int) -> Term:
 
 
 class _Along(Pulled):
-    """`Pulled` whose two reductions form the pairs of a plan's chains along with what is asked of them, in the same draws."""
+    """`Pulled` whose reduction forms the pairs of a plan's chains along with what is asked of them, in the same draws."""
 
     def __init__(self, pulled: Pulled, chains: tuple[Chain, ...]):
         self._pulled = pulled
@@ -122,17 +122,12 @@ class _Along(Pulled):
         self.input_pairs: Any = None
         self.output_pairs: Any = None
 
-    def inputs(self, function: Callable[[dict[str, Statistics]], Any]) -> Any:
-        result, self.input_pairs = self._pulled.inputs(
-            lambda s: (function(s), self._of(s, pairs.cross_input))
+    def both(self, inputs: Callable[[Any], Any], outputs: Callable[[Any], Any]) -> tuple[Any, Any]:
+        (of_inputs, self.input_pairs), (of_outputs, self.output_pairs) = self._pulled.both(
+            lambda s: (inputs(s), self._of(s, pairs.cross_input)),
+            lambda s: (outputs(s), self._of(s, pairs.cross_output)),
         )
-        return result
-
-    def reduce(self, function: Callable[[dict[str, Statistics]], Any]) -> Any:
-        result, self.output_pairs = self._pulled.reduce(
-            lambda s: (function(s), self._of(s, pairs.cross_output))
-        )
-        return result
+        return of_inputs, of_outputs
 
     def _of(self, statistics: dict[str, Any], pair: Callable[..., jax.Array]) -> list[tuple[jax.Array, ...]]:
         def member(element: Element):

@@ -58,12 +58,12 @@ def estimate(source: Source, diagonal: dict[str, tuple[bool, bool]]) -> dict[str
     plain = {name: d for name, d in diagonal.items() if not source.layers[name].mixed}
     # An embedding that is an output layer as well: A and G of its two uses, each with the other side's traces as weights.
     mixed = {name: d for name, d in diagonal.items() if name not in plain}
-    inputs = pulled.inputs(lambda s: {n: s[n].input_factor(d[0]) for n, d in plain.items()})
-    outputs, traced = pulled.reduce(
+    inputs, (outputs, traced) = pulled.both(
+        lambda s: {n: s[n].input_factor(d[0]) for n, d in plain.items()},
         lambda s: (
             {n: s[n].output_factor(d[1]) for n, d in plain.items()},
             {n: s[n].traced_factors("use", d) for n, d in mixed.items()},
-        )
+        ),
     )
     terms = {name: Term(inputs[name], outputs[name]) for name in plain}
     for name, (sigma, first, second) in traced.items():

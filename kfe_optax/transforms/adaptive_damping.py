@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import explicit
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.quadratic_model import (
     QuadraticModelState,
@@ -196,7 +197,7 @@ def adaptive_damping(
     def _compiled(updates, result, state, params, taps, before):
         return _taken(updates, result, state, params, taps, before, taps.loss_at)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
 
 def _has_model(state: Any) -> bool:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfe_optax import kronecker
+from kfe_optax.devices import Devices
 from kfe_optax.factors.base import Term
 from kfe_optax.kronecker import Eigenbasis
 from kfe_optax.layers import Layers
@@ -17,6 +18,7 @@ from kfe_optax.transforms import roots
 Refresh = Literal["eigh", "qr"]
 Basis = dict[str, tuple[Eigenbasis, Eigenbasis]]
 Terms = Mapping[str, tuple[Term, ...]]
+Matrices = dict[str, jax.Array]
 
 
 def init(layers: Layers, terms: Terms) -> Basis:
@@ -38,8 +40,32 @@ def check(refresh: Any, tolerance: Any) -> None:
         )
 
 
+def into(matrices: Matrices, basis: Basis, devices: Devices) -> Matrices:
+    """{layer: U_Aᵀ V U_G}, the products shared by these devices."""
+    return kronecker.each(
+        lambda v, own: kronecker.to_basis(v, own, v.ndim - 2),
+        {name: (v, basis[name]) for name, v in matrices.items()},
+        devices,
+    )
+
+
+def out_of(matrices: Matrices, basis: Basis, devices: Devices) -> Matrices:
+    """{layer: U_A V U_Gᵀ}, the products shared by these devices."""
+    return kronecker.each(
+        lambda v, own: kronecker.from_basis(v, own, v.ndim - 2),
+        {name: (v, basis[name]) for name, v in matrices.items()},
+        devices,
+    )
+
+
 def refreshed(
-    layers: Layers, terms: Terms, old: Basis, first: jax.Array, refresh: Refresh, tolerance: Any
+    layers: Layers,
+    terms: Terms,
+    old: Basis,
+    first: jax.Array,
+    refresh: Refresh,
+    tolerance: Any,
+    devices: Devices,
 ) -> tuple[Basis, jax.Array]:
     """Eigenbases of every layer's leading term.
 
@@ -51,6 +77,7 @@ def refreshed(
       refresh: "eigh", or "qr": one power step and a QR, U ← qr(A U) with the columns of U sorted by their Rayleigh quotients, the
         largest first (Vyas et al. 2024, section 4).
       tolerance: a basis with ‖offdiag(UᵀAU)‖_F ≤ tolerance ‖A‖_F stays, with new eigenvalues; None: all are refreshed.
+      devices: who shares the factorizations.
 
     Returns:
       The bases, and the number of failures.
@@ -77,7 +104,7 @@ def refreshed(
             factor = terms[name][0][i]
             sides[name, i] = factor if basis.vectors is None else (factor, *basis)
     new, failures = roots.refresh_sides(
-        layers, sides, old, dense, lambda d: Eigenbasis(jnp.maximum(d, 0), None)
+        layers, sides, old, dense, lambda d: Eigenbasis(jnp.maximum(d, 0), None), devices
     )
     return new, failures
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kfe_optax import damping as damping_lib
 from kfe_optax import kronecker
+from kfe_optax.devices import ALONE, Devices
 from kfe_optax.factors.chained import ChainFactors
 from kfe_optax.kronecker import Eigenbasis
 
@@ -51,9 +52,14 @@ def unit(factors: ChainFactors) -> ChainRoots:
 
 
 def refresh(
-    factors: Mapping[str, ChainFactors], old: Mapping[str, ChainRoots], strength: jax.Array
+    factors: Mapping[str, ChainFactors],
+    old: Mapping[str, ChainRoots],
+    strength: jax.Array,
+    devices: Devices = ALONE,
 ) -> tuple[dict[str, ChainRoots], jax.Array]:
     """The roots of all chains, and how many chains kept all of their old ones because a factorization failed.
+
+    The devices share inverses and pencils, not the products between them.
 
     The diagonal blocks have factored damping wherever they stand, the others none: the joint factors of neighbors then stay
     positive definite, and Σ_i with them.
@@ -69,10 +75,11 @@ def refresh(
             following.update({(name, side, i): block for i, block in enumerate(blocks)})
     # The first of a chain that has a second is divided by nothing.
     needed = {(n, s, i): block for (n, s, i), block in damped.items() if i or (n, s, 0) not in following}
-    inverses = kronecker.by_shape(kronecker.inverse, needed)
+    inverses = kronecker.by_shape(kronecker.inverse, needed, devices)
     maps = {(n, s, i): block @ inverses[n, s, i + 1][0] for (n, s, i), block in following.items()}
     explained = {key: _symmetric(maps[key] @ block.mT) for key, block in following.items()}
-    pencils = kronecker.by_shape(kronecker.pencil, {key: (damped[key], explained[key]) for key in following})
+    pairs = {key: (damped[key], explained[key]) for key in following}
+    pencils = kronecker.by_shape(kronecker.pencil, pairs, devices)
     new, failures = {}, jnp.zeros((), jnp.int32)
     for name, chain in factors.items():
         last = len(chain.input) - 1
@@ -94,22 +101,42 @@ def refresh(
 
 
 def apply(roots: ChainRoots, matrices: list[jax.Array], floor: Any) -> list[jax.Array]:
-    """F̂⁻¹ V of the chain's V_i (d_in, d_out); of Σ_i at least `floor` times A_ii⊗G_ii is inverted."""
-    maps = list(zip(roots.input, roots.output, strict=True))
-    first = [
-        v - psi_in @ following @ psi_out.mT
-        for v, following, (psi_in, psi_out) in zip(matrices[:-1], matrices[1:], maps, strict=True)
-    ]
-    second = [
-        kronecker.from_basis(kronecker.to_basis(v, pencil, 0) / _denominators(pencil, floor), pencil, 0)
-        for v, pencil in zip(first, roots.pencils, strict=True)
-    ]
-    second.append(roots.last[0] @ matrices[-1] @ roots.last[1])
-    third = [
-        v - psi_in.mT @ previous @ psi_out
-        for v, previous, (psi_in, psi_out) in zip(second[1:], second[:-1], maps, strict=True)
-    ]
-    return [second[0], *third]
+    """F̂⁻¹ V of the V_i (d_in, d_out) of one chain; of Σ_i at least `floor` times A_ii⊗G_ii is inverted."""
+    return apply_all({"": roots}, {"": matrices}, floor, ALONE)[""]
+
+
+def apply_all(
+    roots: Mapping[str, ChainRoots], matrices: Mapping[str, list[jax.Array]], floor: Any, devices: Devices
+) -> dict[str, list[jax.Array]]:
+    """The same of all chains, {chain: its V_i}.
+
+    The devices share the products of the members, once for the first two factors of Ξᵀ Λ Ξ and once for the third.
+    """
+    inner, last = {}, {}
+    for name, own in matrices.items():
+        root = roots[name]
+        for i, v in enumerate(own[:-1]):
+            inner[name, i] = (v, own[i + 1], root.input[i], root.output[i], root.pencils[i])
+        last[name, len(own) - 1] = (own[-1], *root.last)
+
+    def forward(v, following, psi_in, psi_out, pencil):
+        rest = v - psi_in @ following @ psi_out.mT
+        stacked = v.ndim - 2
+        scaled = kronecker.to_basis(rest, pencil, stacked) / _denominators(pencil, floor)
+        return kronecker.from_basis(scaled, pencil, stacked)
+
+    solved = kronecker.each(forward, inner, devices)
+    solved |= kronecker.each(lambda v, a, g: a @ v @ g, last, devices)
+
+    def backward(v, previous, psi_in, psi_out):
+        return v - psi_in.mT @ previous @ psi_out
+
+    pairs = {
+        (name, i + 1): (solved[name, i + 1], solved[name, i], roots[name].input[i], roots[name].output[i])
+        for name, i in inner
+    }
+    solved |= kronecker.each(backward, pairs, devices)
+    return {name: [solved[name, i] for i in range(len(own))] for name, own in matrices.items()}
 
 
 def _denominators(pencil: tuple[Eigenbasis, Eigenbasis], floor: Any) -> jax.Array:

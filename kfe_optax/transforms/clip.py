@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import explicit
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
 
@@ -65,4 +66,4 @@ def clip_by_kl(
         new = jax.tree.map(lambda d: jnp.where(factor > 0, d * factor, 0).astype(d.dtype), new)
         return new, KlClipState(inner_state, state.count + 1, factor)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))

@@ -11,6 +11,7 @@ import optax
 from kfe_optax import damping as damping_lib
 from kfe_optax import factors as factors_lib
 from kfe_optax import kronecker
+from kfe_optax.devices import Distribute
 from kfe_optax.factors.base import Factors, Source
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
@@ -62,6 +63,7 @@ def scale_by_ekfac(
     refresh_tolerance: float | None = None,
     null_threshold: float = 1e-5,
     max_dim: int = 8192,
+    distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient V as U_A[(U_Aᵀ V U_G) ⊘ (S + λ)]U_Gᵀ (George et al. 2018, sections 3 and 4).
@@ -92,6 +94,9 @@ def scale_by_ekfac(
       null_threshold: directions whose eigenvalue is below this fraction of the largest share one mean scale, since eigh's
         basis of a null space is arbitrary; 0 turns it off.
       max_dim: a side larger than this keeps the identity as its basis.
+      distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
+        results; "inverses_and_apply": likewise each device takes its share of the gradients into the basis and
+        back in every step. See `scale_by_kronecker`.
       rest: the transformation of the parameters outside the layers; `optax.scale_by_adam()` by default.
 
     Returns:
@@ -151,7 +156,7 @@ def scale_by_ekfac(
         null_threshold=null_threshold,
         max_dim=max_dim,
     )
-    return layerwise.layerwise(layers, method, rest)
+    return layerwise.layerwise(layers, method, rest, distribute)
 
 
 class _Ekfac(NamedTuple):
@@ -210,33 +215,25 @@ class _Ekfac(NamedTuple):
         return self._applied(state, step, rotated, strength)
 
     def _rotated(self, state: EkfacState, step: Step) -> Matrices:
-        return {
-            name: kronecker.to_basis(
-                v.astype(state.scale[name].dtype), state.basis[name], self._stacked(name)
-            )
-            for name, v in step.gradients.items()
-        }
+        wide = {name: v.astype(state.scale[name].dtype) for name, v in step.gradients.items()}
+        return basis_lib.into(wide, state.basis, step.devices.products)
 
     def _applied(
         self, state: EkfacState, step: Step, rotated: Matrices, strength: jax.Array
     ) -> tuple[Matrices, EkfacState]:
         terms = self.factors.terms(state.factors, self.layers)
         denominators = self._denominators(state, strength)
+        scaled = {name: v / denominators[name] for name, v in rotated.items()}
         new = {}
-        for name, v in rotated.items():
-            stacked = self._stacked(name)
-            result = kronecker.from_basis(v / denominators[name], state.basis[name], stacked)
+        for name, result in basis_lib.out_of(scaled, state.basis, step.devices.products).items():
             new[name] = where_alive(
                 terms[name][0],
-                stacked,
+                len(self.layers[name].stack_shape),
                 result,
                 step.gradients[name].astype(result.dtype),
                 state.last_refresh >= 0,
             )
         return new, state._replace(damping=strength)
-
-    def _stacked(self, name: str) -> int:
-        return len(self.layers[name].stack_shape)
 
     def _denominators(self, state: EkfacState, strength: jax.Array) -> Matrices:
         scales = {
@@ -271,7 +268,7 @@ class _Ekfac(NamedTuple):
         basis, scale, failures, last_refresh = layerwise.refreshed(
             new_basis,
             step.finite,
-            lambda: self._new_basis(state, step.count),
+            lambda: self._new_basis(state, step),
             (state.basis, state.scale, state.failures, state.last_refresh),
         )
         state = state._replace(basis=basis, scale=scale, failures=failures, last_refresh=last_refresh)
@@ -285,11 +282,17 @@ class _Ekfac(NamedTuple):
             state = state._replace(scale=scale, failures=failures)
         return state
 
-    def _new_basis(self, state: EkfacState, count: jax.Array) -> tuple[Any, Matrices, jax.Array, jax.Array]:
+    def _new_basis(self, state: EkfacState, step: Step) -> tuple[Any, Matrices, jax.Array, jax.Array]:
         first = state.last_refresh < 0
         terms = self.factors.terms(state.factors, self.layers)
         basis, failures = basis_lib.refreshed(
-            self.layers, terms, state.basis, first, self.refresh, self.refresh_tolerance
+            self.layers,
+            terms,
+            state.basis,
+            first,
+            self.refresh,
+            self.refresh_tolerance,
+            step.devices.inverses,
         )
         scale = {}
         for name, old in state.scale.items():
@@ -300,7 +303,7 @@ class _Ekfac(NamedTuple):
                 carried = kronecker.carry_second_moment(old, state.basis[name], basis[name])
                 restarted = jnp.where(first, restarted, carried)
             scale[name] = restarted
-        return basis, scale, state.failures + failures, count
+        return basis, scale, state.failures + failures, step.count
 
     def _batch_scale(self, state: EkfacState, count: jax.Array, pulled: Any, first: jax.Array) -> Scales:
         def moments(statistics):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import optax
 
 from kfe_optax import factors as factors_lib
+from kfe_optax.devices import Distribute
 from kfe_optax.layers import Layers
 from kfe_optax.transforms.kronecker import scale_by_kronecker
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
@@ -21,6 +22,7 @@ def scale_by_kfac(
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
     max_dim: int = 8192,
+    distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient V with K-FAC's inverse (Martens & Grosse 2015, sections 4 and 6.3).
@@ -38,6 +40,8 @@ def scale_by_kfac(
       inverse_update_period: steps between refreshes of the inverses (or eigenbases).
       initial_refreshes: the first steps, in each of which everything is refreshed.
       max_dim: a side larger than this is treated as diagonal.
+      distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
+        results; "inverses_and_apply": likewise each device preconditions its share in every step. See `scale_by_kronecker`.
       rest: the transformation of the parameters outside the layers; `optax.scale_by_adam()` by default.
 
     Returns:
@@ -71,5 +75,6 @@ def scale_by_kfac(
         inverse_update_period=inverse_update_period,
         initial_refreshes=initial_refreshes,
         max_dim=max_dim,
+        distribute=distribute,
         rest=rest,
     )

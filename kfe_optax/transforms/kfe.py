@@ -11,6 +11,7 @@ import optax
 
 from kfe_optax import factors as factors_lib
 from kfe_optax import kronecker
+from kfe_optax.devices import Devices, Distribute
 from kfe_optax.factors.base import Factors
 from kfe_optax.kronecker import Eigenbasis
 from kfe_optax.layer import Layer
@@ -82,6 +83,7 @@ def in_kfe(
     refresh: Refresh = "eigh",
     refresh_tolerance: float | None = None,
     max_dim: int = 8192,
+    distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs any Optax transformation in the Kronecker-factored eigenbasis: U_A · inner(U_Aᵀ V U_B) · U_Bᵀ.
@@ -109,6 +111,10 @@ def in_kfe(
       refresh: "eigh", or "qr": after the first eigh, one power step and a QR with sorted columns, U ← qr(A U).
       refresh_tolerance: a side of the basis with ‖offdiag(UᵀAU)‖_F ≤ tolerance ‖A‖_F is not refreshed; None: all are.
       max_dim: a side larger than this keeps the identity as its basis.
+      distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
+        results; "inverses_and_apply": likewise each device takes its share of the gradients into the basis and
+        back in every step. See `scale_by_kronecker`. The devices of a `pmap` or `shard_map` are known from the taps: pass them
+        with `kfe.factors.gradient()` too.
       rest: the transformation of the parameters outside the layers; `inner`, without a basis and without `kfe`, by default.
 
     Returns:
@@ -156,7 +162,7 @@ def in_kfe(
         refresh_tolerance,
         max_dim,
     )
-    return layerwise.layerwise(layers, method, inner if rest is None else rest)
+    return layerwise.layerwise(layers, method, inner if rest is None else rest, distribute)
 
 
 class _InKfe(NamedTuple):
@@ -194,12 +200,12 @@ class _InKfe(NamedTuple):
         basis, inner, failures = layerwise.refreshed(
             due,
             step.finite,
-            lambda: self._new_basis(factors, state, first),
+            lambda: self._new_basis(factors, state, first, step.devices.inverses),
             (state.basis, state.inner, jnp.zeros((), jnp.int32)),
         )
         refresh = due & step.finite
-        gradients = self._rotated(step.gradients, basis)
-        parameters = None if step.parameters is None else self._rotated(step.parameters, basis)
+        gradients = self._rotated(step.gradients, basis, step)
+        parameters = None if step.parameters is None else self._rotated(step.parameters, basis, step)
         weight = step.taps.gradient_weight if step.taps is not None else None
         eigenvalues = {
             name: jnp.broadcast_to(kronecker.outer(a.values, b.values), self.layers[name].shape)
@@ -210,10 +216,8 @@ class _InKfe(NamedTuple):
         updates, new_inner = result
         # A gradient that is not finite must not reach the moments.
         new_inner = jax.tree.map(lambda new, old: jnp.where(step.finite, new, old), new_inner, inner)
-        new = {
-            name: kronecker.from_basis(v.astype(gradients[name].dtype), basis[name], self._stacked(name))
-            for name, v in updates.items()
-        }
+        wide = {name: v.astype(gradients[name].dtype) for name, v in updates.items()}
+        new = basis_lib.out_of(wide, basis, step.devices.products)
         state = KfeState(
             factors,
             basis,
@@ -223,22 +227,17 @@ class _InKfe(NamedTuple):
         )
         return new, state
 
-    def _stacked(self, name: str) -> int:
-        return len(self.layers[name].stack_shape)
+    def _rotated(self, matrices: Matrices, basis: dict[str, Pair], step: Step) -> Matrices:
+        wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in matrices.items()}
+        return basis_lib.into(wide, basis, step.devices.products)
 
-    def _rotated(self, matrices: Matrices, basis: dict[str, Pair]) -> Matrices:
-        return {
-            name: kronecker.to_basis(
-                v.astype(self.layers[name].factor_dtype), basis[name], self._stacked(name)
-            )
-            for name, v in matrices.items()
-        }
-
-    def _new_basis(self, factors: Any, state: KfeState, first: jax.Array) -> tuple[Any, Any, jax.Array]:
+    def _new_basis(
+        self, factors: Any, state: KfeState, first: jax.Array, devices: Devices
+    ) -> tuple[Any, Any, jax.Array]:
         terms = self.factors.terms(factors, self.layers)
         with jax.default_matmul_precision("highest"):
             basis, failures = basis_lib.refreshed(
-                self.layers, terms, state.basis, first, self.refresh, self.refresh_tolerance
+                self.layers, terms, state.basis, first, self.refresh, self.refresh_tolerance, devices
             )
             return basis, self._carried(state.inner, state.basis, basis), failures
 

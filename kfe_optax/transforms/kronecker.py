@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax import factors as factors_lib
+from kfe_optax import kronecker
+from kfe_optax.devices import Distribute
 from kfe_optax.factors.base import Factors, Source
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
@@ -48,6 +50,7 @@ def scale_by_kronecker(
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
     max_dim: int = 8192,
+    distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient with the damped inverse of its Kronecker factors, of rank 1 or 2.
@@ -73,6 +76,12 @@ def scale_by_kronecker(
       inverse_update_period: steps between refreshes of the inverses.
       initial_refreshes: the first steps, in each of which everything is refreshed.
       max_dim: a side larger than this is treated as diagonal.
+      distribute: how devices that take the same step share its linear algebra. "none": each does all of it. "inverses": each has
+        1/n of the factorizations of a refresh, and the results are gathered in the refresh. "inverses_and_apply": each also
+        preconditions its share of the layers, and the updates are gathered in every step. The devices are those of the taps'
+        `axis_name` in `pmap` and `shard_map`, and under a plain `jit` those of the mesh in context (`jax.set_mesh`); one alone
+        does everything in any case. Power iterations (`kfe.factors.kpsvd` and its like) are not divided: there each device
+        multiplies with its own examples as it is.
       rest: the transformation of the parameters outside the layers; `optax.scale_by_adam()` by default.
 
     Returns:
@@ -114,7 +123,7 @@ def scale_by_kronecker(
         initial_refreshes,
         max_dim,
     )
-    return layerwise.layerwise(layers, method, rest)
+    return layerwise.layerwise(layers, method, rest, distribute)
 
 
 def _form(factors: Factors, damping_type: Any, denominators: Any, floor: Any) -> roots.Form:
@@ -174,7 +183,7 @@ class _Kronecker(NamedTuple):
             # The terms are formed inside: where that takes arithmetic, a step without a refresh does not pay for it.
             terms = self.factors.terms(factors, self.layers)
             with jax.default_matmul_precision("highest"):
-                return self.form.refresh(self.layers, terms, state.roots, strength)
+                return self.form.refresh(self.layers, terms, state.roots, strength, step.devices.inverses)
 
         new_roots, failures = layerwise.refreshed(
             due, step.finite, refresh, (state.roots, jnp.zeros((), jnp.int32))
@@ -182,12 +191,16 @@ class _Kronecker(NamedTuple):
         terms = self.factors.terms(factors, self.layers)
         last_refresh = jnp.where(due & step.finite, step.count, state.last_refresh)
         ready = last_refresh >= 0
-        new = {}
-        for name, v in step.gradients.items():
-            stacked = len(self.layers[name].stack_shape)
-            wide = v.astype(self.layers[name].factor_dtype)
-            result = self.form.apply(wide, new_roots[name], strength, stacked)
-            new[name] = where_alive(terms[name][0], stacked, result, wide, ready)
+        wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in step.gradients.items()}
+        results = kronecker.each(
+            lambda v, root: self.form.apply(v, root, strength, v.ndim - 2),
+            {name: (v, new_roots[name]) for name, v in wide.items()},
+            step.devices.products,
+        )
+        new = {
+            name: where_alive(terms[name][0], len(self.layers[name].stack_shape), result, wide[name], ready)
+            for name, result in results.items()
+        }
         state = KroneckerState(
             factors,
             new_roots,

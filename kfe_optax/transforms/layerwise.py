@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import discovery
+from kfe_optax import devices as devices_lib
+from kfe_optax import explicit, static_values, varying
+from kfe_optax.devices import Distribute, Division
 from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
 from kfe_optax.layers import Layers, same_layers
 from kfe_optax.taps import Taps
@@ -40,6 +42,7 @@ class Step(NamedTuple):
       damping: λ of this step where the caller adapts it, in place of the method's own; see `strength`.
       retry: this step once more with another damping: what the damping enters is formed anew, out of statistics that
         stay as they are.
+      devices: who shares the linear algebra of this step.
     """
 
     count: jax.Array
@@ -50,6 +53,7 @@ class Step(NamedTuple):
     extra: dict[str, Any]
     damping: jax.Array | None
     retry: bool
+    devices: Division
 
     def strength(self, damping: ScalarOrSchedule) -> jax.Array:
         """λ of this step: what `update` was given as `damping=`, or the method's own scalar or schedule."""
@@ -115,6 +119,7 @@ def refreshed(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -
     The branch is taken on the count alone: under a vmap over seeds, where the count is one and `finite` is one a seed, it
     stays a branch.
     """
+    old = varying.like(old, finite)
 
     def branch() -> T:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new(), old)
@@ -137,7 +142,10 @@ def can_retry(state: Any) -> bool:
 
 
 def layerwise(
-    layers: Layers, method: Method, rest: optax.GradientTransformation | None
+    layers: Layers,
+    method: Method,
+    rest: optax.GradientTransformation | None,
+    distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
     """The Optax transformation of a method.
 
@@ -148,6 +156,7 @@ def layerwise(
         raise TypeError(
             f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
         )
+    devices_lib.check_distribute(distribute)
     outside = optax.with_extra_args_support(rest or optax.scale_by_adam())
 
     def init(params):
@@ -183,12 +192,18 @@ def layerwise(
                 # Where only the damping differs, the rest has had its step.
                 rest_updates = _outside(layers, leaves_by_path(retry))
         finite = all_finite(leaves.values())
-        arrays, static = discovery.split_static(extra if method.reads_parameters else {})
+        arrays, static = static_values.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
         again = retry is not None
         count = state.count - again
         new_matrices, method_state = _step(
-            static, again, arrays, state.method, (count, matrices, finite, used, parameters), damping
+            static,
+            again,
+            devices_lib.division(distribute, axis_of(taps)),
+            arrays,
+            state.method,
+            (count, matrices, finite, used, parameters),
+            damping,
         )
         new = {
             path: narrowed(jnp.where(finite, leaf, 0), leaves[path].dtype)
@@ -207,11 +222,16 @@ def layerwise(
         return jax.tree.unflatten(jax.tree.structure(updates), ordered), state
 
     # Compiled, so that a caller that does not compile the whole step neither retraces nor runs it operation by operation.
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def _step(static, again, arrays, method_state, given, damping):
-        return method.update(method_state, Step(*given, static(arrays), damping, again))
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def _step(static, again, division, arrays, method_state, given, damping):
+        return method.update(method_state, Step(*given, static(arrays), damping, again, division))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+
+
+def axis_of(taps: Any) -> Any:
+    """The `axis_name` of a step's taps, which a method that reads none may have been given too."""
+    return taps._plan.axis_name if isinstance(taps, Taps) else None
 
 
 def narrowed(leaf: jax.Array, dtype: Any) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import discovery
+from kfe_optax import explicit, static_values
 from kfe_optax.taps import Taps, symmetric
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
@@ -126,7 +126,7 @@ def scale_by_quadratic_model(
 
     def update(updates, state, params=None, *, taps=None, damping=None, l2=None, **extra):
         taps = checked_taps(taps)
-        arrays, static = discovery.split_static(extra)
+        arrays, static = static_values.split_static(extra)
         penalty = own_l2 if l2 is None else l2
         penalty = None if isinstance(penalty, float | int) and not penalty else penalty
         return _step(static, arrays, updates, state, params, taps, damping, penalty)
@@ -175,7 +175,7 @@ def scale_by_quadratic_model(
         )
         return jax.tree.map(lambda d, u: d.astype(u.dtype), delta, updates), new_state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
 
 def _searched(

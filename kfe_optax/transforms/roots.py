@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kfe_optax import damping as damping_lib
 from kfe_optax import kronecker
+from kfe_optax.devices import Devices
 from kfe_optax.factors.base import Term
 from kfe_optax.kronecker import Eigenbasis
 from kfe_optax.layers import Layers
@@ -31,9 +32,9 @@ class Form(Protocol):
         """The root before the first refresh: the identity."""
 
     def refresh(
-        self, layers: Layers, terms: Terms, old: Roots, strength: jax.Array
+        self, layers: Layers, terms: Terms, old: Roots, strength: jax.Array, devices: Devices
     ) -> tuple[Roots, jax.Array]:
-        """The roots of all layers, the old one where a factorization failed, and how many did."""
+        """The roots of all layers, the old one where a factorization failed, and how many did; computed by these devices."""
 
     def apply(self, v: jax.Array, root: Any, strength: jax.Array, stacked: int) -> jax.Array:
         """The damped inverse of one layer times V."""
@@ -47,9 +48,9 @@ class Inverses(NamedTuple):
     def init(self, term, stacked):
         return tuple(kronecker.identity_like(side, stacked) for side in term)
 
-    def refresh(self, layers, terms, old, strength):
+    def refresh(self, layers, terms, old, strength, devices):
         damped = _damped_first_terms(layers, terms, strength, self.damping_type)
-        return refresh_sides(layers, damped, old, kronecker.inverse, lambda d: 1 / d)
+        return refresh_sides(layers, damped, old, kronecker.inverse, lambda d: 1 / d, devices)
 
     def apply(self, v, root, strength, stacked):
         del strength
@@ -62,10 +63,10 @@ class Eigenbases(NamedTuple):
     def init(self, term, stacked):
         return tuple(unit_basis(side, stacked) for side in term)
 
-    def refresh(self, layers, terms, old, strength):
+    def refresh(self, layers, terms, old, strength, devices):
         del strength
         sides = {(name, i): side for name, (term,) in terms.items() for i, side in enumerate(term)}
-        return refresh_sides(layers, sides, old, kronecker.eigh, _diagonal_eigenbasis)
+        return refresh_sides(layers, sides, old, kronecker.eigh, _diagonal_eigenbasis, devices)
 
     def apply(self, v, root, strength, stacked):
         scale = kronecker.outer(root[0].values, root[1].values) + strength.astype(v.dtype)
@@ -88,10 +89,10 @@ class Pencils(NamedTuple):
     def init(self, term, stacked):
         return tuple(_unit_pencil(side, stacked) for side in term)
 
-    def refresh(self, layers, terms, old, strength):
+    def refresh(self, layers, terms, old, strength, devices):
         damped = _damped_first_terms(layers, terms, strength, self.damping_type)
         pairs = {(name, i): (side, terms[name][1][i]) for (name, i), side in damped.items()}
-        return refresh_sides(layers, pairs, old, kronecker.pencil, _diagonal_pencil)
+        return refresh_sides(layers, pairs, old, kronecker.pencil, _diagonal_pencil, devices)
 
     def apply(self, v, root, strength, stacked):
         del strength
@@ -152,6 +153,7 @@ def refresh_sides(
     old: Roots,
     dense: Callable[..., Any],
     diagonal: Callable[..., Any],
+    devices: Devices,
 ) -> tuple[Roots, jax.Array]:
     """Factorizes {(layer, side): factor, or a tuple that starts with it}, the dense ones by shape.
 
@@ -161,6 +163,7 @@ def refresh_sides(
       old: {layer: (input side, output side)}, kept where the new one is not finite.
       dense: stacks → (result, which are finite).
       diagonal: the same for diagonals, without the finiteness.
+      devices: who shares the dense ones.
 
     Returns:
       The new roots, and the number of failures.
@@ -168,7 +171,7 @@ def refresh_sides(
     tuples = {key: value if isinstance(value, tuple) else (value,) for key, value in sides.items()}
     stacked = {name: len(layers[name].stack_shape) for name in old}
     full = {k: t for k, t in tuples.items() if not kronecker.is_diagonal(t[0], stacked[k[0]])}
-    results = kronecker.by_shape(dense, full)
+    results = kronecker.by_shape(dense, full, devices)
     failures = jnp.zeros((), jnp.int32)
     new: dict[str, list[Any]] = {name: [None, None] for name in old}
     for key, factors in tuples.items():

@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import kronecker
 from kfe_optax.chains import Chains, Element, Plan, find_chains
+from kfe_optax.devices import Devices, Distribute
 from kfe_optax.factors import base
 from kfe_optax.factors.base import Source, Term
 from kfe_optax.factors.chained import Chained, ChainedState
@@ -64,6 +66,7 @@ def scale_by_block_tridiagonal(
     initial_refreshes: int = 3,
     floor: Any = 1e-4,
     max_dim: int = 8192,
+    distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions with K-FAC's block-tridiagonal inverse (Martens & Grosse 2015, section 4.3), exact where layers form a chain.
@@ -94,6 +97,8 @@ def scale_by_block_tridiagonal(
       floor: in (0, 1]: of Σ_i at least floor · A_ii⊗G_ii is inverted. In deep linear networks without damping Σ_i has a null
         space: the next layer explains all of this one.
       max_dim: a side larger than this is treated as diagonal, and its layer is a chain of one.
+      distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
+        results; "inverses_and_apply": likewise each device preconditions its share in every step. See `scale_by_kronecker`.
       rest: the transformation of the parameters outside the layers; `optax.scale_by_adam()` by default.
 
     Returns:
@@ -145,7 +150,7 @@ def scale_by_block_tridiagonal(
         initial_refreshes,
         max_dim,
     )
-    return layerwise.layerwise(layers, method, rest)
+    return layerwise.layerwise(layers, method, rest, distribute)
 
 
 class _Tridiagonal(NamedTuple):
@@ -177,13 +182,13 @@ class _Tridiagonal(NamedTuple):
 
         def refresh() -> tuple[TridiagonalRoots, jax.Array]:
             with jax.default_matmul_precision("highest"):
-                return self._refresh(factors, state.roots, strength)
+                return self._refresh(factors, state.roots, strength, step.devices.inverses)
 
         roots, failures = layerwise.refreshed(
             due, step.finite, refresh, (state.roots, jnp.zeros((), jnp.int32))
         )
         last_refresh = jnp.where(due & step.finite, step.count, state.last_refresh)
-        new = self._apply(factors, roots, step.gradients, strength, last_refresh >= 0)
+        new = self._apply(factors, roots, step, strength, last_refresh >= 0)
         state = TridiagonalState(
             factors,
             roots,
@@ -207,35 +212,43 @@ class _Tridiagonal(NamedTuple):
         return layerwise.refreshed(due, step.finite, new, state)
 
     def _refresh(
-        self, factors: ChainedState, old: TridiagonalRoots, strength: jax.Array
+        self, factors: ChainedState, old: TridiagonalRoots, strength: jax.Array, devices: Devices
     ) -> tuple[TridiagonalRoots, jax.Array]:
-        chains, chain_failures = chain_roots.refresh(factors.chains, old.chains, strength)
+        chains, chain_failures = chain_roots.refresh(factors.chains, old.chains, strength, devices)
         terms = {name: (term,) for name, term in factors.alone.items()}
-        alone, failures = _ALONE.refresh(self.layers, terms, old.alone, strength)
+        alone, failures = _ALONE.refresh(self.layers, terms, old.alone, strength, devices)
         return TridiagonalRoots(chains, alone), failures + chain_failures
 
     def _apply(
         self,
         factors: ChainedState,
         roots: TridiagonalRoots,
-        gradients: Matrices,
+        step: Step,
         strength: jax.Array,
         ready: jax.Array,
     ) -> Matrices:
-        wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in gradients.items()}
+        wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in step.gradients.items()}
+        chains = {str(chain[0]): chain for chain in self.plan.among(wide).chains}
+        given = {
+            name: [wide[e.layer] if e.index is None else wide[e.layer][e.index] for e in chain]
+            for name, chain in chains.items()
+        }
+        results = chain_roots.apply_all(roots.chains, given, self.floor, step.devices.products)
         new: dict[Element, jax.Array] = {}
-        for chain in self.plan.among(wide).chains:
-            own = factors.chains[str(chain[0])]
-            given = [wide[e.layer] if e.index is None else wide[e.layer][e.index] for e in chain]
-            results = chain_roots.apply(roots.chains[str(chain[0])], given, self.floor)
+        for name, chain in chains.items():
+            own = factors.chains[name]
             for i, element in enumerate(chain):
                 term = Term(own.input[i], own.output[i])
-                new[element] = where_alive(term, 0, results[i], given[i], ready)
+                new[element] = where_alive(term, 0, results[name][i], given[name][i], ready)
         whole = _stacked(new)
-        for name, term in factors.alone.items():
+        alone = kronecker.each(
+            lambda v, root: _ALONE.apply(v, root, strength, v.ndim - 2),
+            {name: (wide[name], roots.alone[name]) for name in factors.alone},
+            step.devices.products,
+        )
+        for name, result in alone.items():
             stacked = len(self.layers[name].stack_shape)
-            result = _ALONE.apply(wide[name], roots.alone[name], strength, stacked)
-            whole[name] = where_alive(term, stacked, result, wide[name], ready)
+            whole[name] = where_alive(factors.alone[name], stacked, result, wide[name], ready)
         return whole
 
 

@@ -9,10 +9,13 @@ import jax
 import optax
 from jax import core
 
+from kfe_optax import devices as devices_lib
+from kfe_optax import explicit
 from kfe_optax import factors as factors_lib
 from kfe_optax.coarse import fisher, spaces
 from kfe_optax.coarse.grids import Choice
 from kfe_optax.coarse.level import CoarseState, Level
+from kfe_optax.devices import Distribute
 from kfe_optax.factors import base
 from kfe_optax.layer import leaves_by_path
 from kfe_optax.layers import Layers
@@ -61,6 +64,7 @@ def two_level(
     inverse_update_period: int = 100,
     initial_refreshes: int = 3,
     max_dim: int = 8192,
+    distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
     """Adds a coarse correction to a fine preconditioner: F̂⁻¹∇ + Zᵀ F_c⁻¹ Z∇, F_c = Z F Zᵀ + λI (Tselepidis et al. 2020).
 
@@ -102,6 +106,8 @@ def two_level(
       inverse_update_period: steps between eigendecompositions of F_c, and refreshes of the coarse vectors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
       max_dim: a side larger than this has unit vectors for eigenvectors, for "eigenvectors".
+      distribute: how devices share the eigendecompositions of A and G, for "eigenvectors"; see `scale_by_kronecker`. `fine` has
+        an option of its own, and F_c is one small matrix, which is not divided.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`, which hands further arguments on to `fine`. Its state is that
@@ -149,7 +155,8 @@ def two_level(
         inverse_update_period,
         initial_refreshes,
     )
-    return _added(optax.with_extra_args_support(fine), layers, level)
+    devices_lib.check_distribute(distribute)
+    return _added(optax.with_extra_args_support(fine), layers, level, distribute)
 
 
 def _space(coarse: Any, groups: Any, count: Any, decay: ScalarOrSchedule, max_dim: int) -> spaces.Space:
@@ -193,7 +200,7 @@ def _form(space: spaces.Space, coarse: str, form: Any, grid: Any) -> fisher.Form
 
 
 def _added(
-    fine: optax.GradientTransformationExtraArgs, layers: Layers, level: Level
+    fine: optax.GradientTransformationExtraArgs, layers: Layers, level: Level, distribute: Distribute
 ) -> optax.GradientTransformationExtraArgs:
     """The sum of the fine update and the coarse level's correction."""
 
@@ -215,6 +222,7 @@ def _added(
         retry = extra.get("retry") is not None
         added, coarse = _step(
             retry,
+            devices_lib.division(distribute, layerwise.axis_of(taps)),
             state.coarse,
             state.count - retry,
             layerwise.matrices_of(present, leaves),
@@ -231,12 +239,12 @@ def _added(
         return jax.tree.unflatten(jax.tree.structure(new), ordered), TwoLevelState(*fine_state, coarse)
 
     # Compiled by itself, as the step of `layerwise` is.
-    @functools.partial(jax.jit, static_argnums=0)
-    def _step(retry, state, count, gradients, fine_updates, finite, taps):
-        step = Step(count, gradients, finite, taps, None, {}, None, retry)
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def _step(retry, division, state, count, gradients, fine_updates, finite, taps):
+        step = Step(count, gradients, finite, taps, None, {}, None, retry, division)
         return level.update(state, step, fine_updates)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
 
 def scale_by_two_level_kfac(
@@ -255,6 +263,7 @@ def scale_by_two_level_kfac(
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
     max_dim: int = 8192,
+    distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Two-level K-FAC (Tselepidis et al. 2020): `two_level` around `scale_by_kfac`, both with the same periods and decay.
@@ -264,8 +273,8 @@ def scale_by_two_level_kfac(
       damping: λ of K-FAC, a scalar or a schedule of the step.
       coarse, groups, count, form, grid: see `two_level`.
       coarse_damping: λ of the coarse level.
-      damping_type, decay, factor_update_period, inverse_update_period, initial_refreshes, max_dim, rest: see `scale_by_kfac`; of
-        both levels.
+      damping_type, decay, factor_update_period, inverse_update_period, initial_refreshes, max_dim, distribute, rest: see
+        `scale_by_kfac`; of both levels.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -290,6 +299,7 @@ def scale_by_two_level_kfac(
         "inverse_update_period": inverse_update_period,
         "initial_refreshes": initial_refreshes,
         "max_dim": max_dim,
+        "distribute": distribute,
     }
     fine = scale_by_kfac(layers, damping, damping_type=damping_type, rest=rest, **shared)
     return two_level(

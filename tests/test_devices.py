@@ -1,0 +1,269 @@
+"""The same training on 1, 2, 4 and 8 devices: every method, under pmap, shard_map and jit."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfe_optax as kfe
+
+from . import methods, several_devices
+from .dense import assert_close
+from .several_devices import AXIS, DIVIDED, EVERYWHERE, MODES
+
+STEPS = 20
+QUICK = {("kfac", "shard_map", 4), ("ekfac", "pmap", 2), ("kfac", "jit", 8)}
+METHODS = [
+    pytest.param(name, mode, devices, marks=[] if (name, mode, devices) in QUICK else pytest.mark.slow)
+    for name in kfe.METHODS
+    for mode in MODES
+    for devices in ((1, 2, 4, 8) if name in ("kfac", "ekfac") else (8,))
+]
+
+
+@functools.cache
+def problem():
+    base = methods.make_problem(dtype=jnp.result_type(float))
+    return base, lambda params, x, y: base.loss_fn(params, x, y, 1.0)
+
+
+def make_step(name, axis_name):
+    base, loss_fn = problem()
+    layers = kfe.find_layers(loss_fn, base.params, base.x, base.y)
+    tx = optax.chain(methods.CASES[name].having(decay=0.95).make(layers), optax.scale_by_learning_rate(0.02))
+    return several_devices.train_step(loss_fn, layers, tx, axis_name), tx
+
+
+@functools.cache
+def alone(name):
+    """(parameters at the start, what follows) on one device without a word about devices."""
+    base, _ = problem()
+    step, tx = make_step(name, None)
+    batches = several_devices.batches_of(base.x, base.y)
+    return several_devices.run(jax.jit(step), base.params, tx.init(base.params), batches, STEPS)
+
+
+@pytest.fixture
+def fresh_problem(x64):
+    """The cached runs are of one precision."""
+    return problem()[0]
+
+
+@pytest.mark.parametrize(("name", "mode", "devices"), METHODS)
+def test_agreement(name, mode, devices, fresh_problem):
+    """One step agrees with one device to 1e-10, twenty to 1e-8, sampled targets included."""
+    base = fresh_problem
+    step = several_devices.divided(mode, devices, lambda axis_name: make_step(name, axis_name)[0])
+    state = make_step(name, None)[1].init(base.params)
+    batches = several_devices.batches_of(base.x, base.y)
+    found = several_devices.run(step, base.params, state, batches, STEPS)
+    expected = alone(name)
+    for steps, tolerance in ((1, 1e-10), (STEPS, 1e-8)):
+        (params, loss), (theirs, their_loss) = found[steps - 1], expected[steps - 1]
+        assert several_devices.difference(params, theirs, base.params) < tolerance, steps
+        assert_close(loss, their_loss, tolerance)
+
+
+# Losses that use the axis themselves.
+
+
+def normalized(params, x, y, axis_name):
+    """Two dense layers with a batch norm between them, over the whole batch."""
+    hidden = kfe.tag_dense(x, x @ params["in"]["kernel"], params["in"])
+
+    def mean(v):
+        v = v.mean(0)
+        return v if axis_name is None else jax.lax.pmean(v, axis_name)
+
+    centered = hidden - mean(hidden)
+    hidden = jnp.tanh(centered * jax.lax.rsqrt(mean(jnp.square(centered)) + 1e-3))
+    logits = kfe.tag_dense(hidden, hidden @ params["out"]["kernel"], params["out"])
+    return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def averaged(params, x, y, axis_name):
+    """A loss that is one number on all devices: averaged over them inside."""
+    loss = normalized(params, x, y, axis_name)
+    return loss if axis_name is None else jax.lax.pmean(loss, axis_name)
+
+
+def weighted(params, x, y, axis_name):
+    """Examples weighted by a softmax over the whole batch: local sums whose mean over the devices is the loss."""
+    scores = x.sum(-1)
+    hidden = jnp.tanh(kfe.tag_dense(x, x @ params["in"]["kernel"], params["in"]))
+    logits = kfe.tag_dense(hidden, hidden @ params["out"]["kernel"], params["out"])
+    losses = kfe.losses.softmax_cross_entropy_with_integer_labels(logits, y)
+    total, devices = jnp.exp(scores).sum(), 1
+    if axis_name is not None:
+        total, devices = jax.lax.psum((total, 1), axis_name)
+    return devices * (jnp.exp(scores) / total * losses).sum()
+
+
+def own_problem():
+    base, _ = problem()
+    keys = jax.random.split(jax.random.key(5))
+    params = {
+        "in": {"kernel": jax.random.normal(keys[0], (3, 4))},
+        "out": {"kernel": jax.random.normal(keys[1], (4, 2))},
+    }
+    return params, base.x, base.y
+
+
+@pytest.mark.parametrize("loss", [normalized, averaged, weighted])
+@pytest.mark.parametrize(("mode", "check_vma"), [("pmap", True), ("shard_map", True), ("shard_map", False)])
+def test_losses_that_name_the_axis(loss, mode, check_vma, fresh_problem):
+    """Found with `axis_name`; gradients and curvature are those of the same loss on one device."""
+    params, x, y = own_problem()
+
+    def make(axis_name):
+        def loss_fn(params, x, y):
+            return loss(params, x, y, axis_name)
+
+        layers = kfe.find_layers(loss_fn, params, x, y, axis_name=axis_name)
+        assert list(layers) == ["in", "out"]
+        return several_devices.train_step(loss_fn, layers, kfe.scale_by_kfac(layers, 0.1), axis_name)
+
+    layers = kfe.find_layers(functools.partial(loss, axis_name=None), params, x, y)
+    state = kfe.scale_by_kfac(layers, 0.1).init(params)
+    key = jax.random.key(0)
+    expected = jax.jit(make(None))(params, state, (x, y), key)
+    found = several_devices.divided(mode, 4, make, check_vma)(params, state, (x, y), key)
+    assert several_devices.difference(found[0], expected[0], params) < 1e-10
+    assert_close(found[2], expected[2], 1e-12)
+
+
+def of_means(params, x, y, axis_name):
+    """A loss of outputs that are the same on all devices: averages over the batch's parts."""
+    hidden = jnp.tanh(kfe.tag_dense(x, x @ params["in"]["kernel"], params["in"]))
+    logits = kfe.tag_dense(hidden, hidden @ params["out"]["kernel"], params["out"])
+    parts = logits.reshape(-1, 2, 2) if axis_name is None else logits[None]
+    mean = parts.mean(0) if axis_name is None else jax.lax.pmean(parts[0], axis_name)
+    labels = jnp.arange(2)
+    return kfe.losses.softmax_cross_entropy_with_integer_labels(mean, labels).mean()
+
+
+def test_outputs_that_are_the_same_everywhere(fresh_problem):
+    """A loss of an average over the devices has the gradient that it has on one."""
+    params, x, y = own_problem()
+    loss_fn = functools.partial(of_means, axis_name=AXIS)
+    layers = kfe.find_layers(loss_fn, params, x[:2], y[:2], axis_name=AXIS)
+
+    def gradient(params, x, y):
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, axis_name=AXIS)
+        loss, grads, taps = differentiate(params, x, y, key=jax.random.key(0))
+        return jax.lax.pmean((loss, grads), AXIS), taps["in"].covariances()
+
+    specs = (EVERYWHERE, DIVIDED, DIVIDED)
+    mapped = jax.shard_map(gradient, mesh=several_devices.mesh_of(4), in_specs=specs, out_specs=EVERYWHERE)
+    found, factors = jax.jit(mapped)(params, x, y)
+    assert_close(found, jax.value_and_grad(of_means)(params, x, y, None), 1e-12)
+    assert all(jnp.isfinite(factor).all() and jnp.trace(factor) > 0 for factor in factors)
+
+
+def test_two_axes(fresh_problem):
+    """The batch over both axes of a mesh, named together."""
+    base, loss_fn = problem()
+    layers = kfe.find_layers(loss_fn, base.params, base.x, base.y)
+    tx = kfe.scale_by_ekfac(layers, 0.1, scale="batch")
+    state, key = tx.init(base.params), jax.random.key(0)
+    expected = jax.jit(several_devices.train_step(loss_fn, layers, tx))(
+        base.params, state, (base.x, base.y), key
+    )
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("host", "chip"))
+    both = jax.sharding.PartitionSpec(("host", "chip"))
+    step = jax.shard_map(
+        several_devices.train_step(loss_fn, layers, tx, ("host", "chip")),
+        mesh=mesh,
+        in_specs=(EVERYWHERE, EVERYWHERE, both, EVERYWHERE),
+        out_specs=EVERYWHERE,
+    )
+    found = jax.jit(step)(base.params, state, (base.x, base.y), key)
+    assert several_devices.difference(found[0], expected[0], base.params) < 1e-10
+
+
+def test_an_axis_that_is_not_named(fresh_problem):
+    """Types know that the batch differs between the devices."""
+    base, loss_fn = problem()
+    layers = kfe.find_layers(loss_fn, base.params, base.x, base.y)
+
+    def gradient(params, x, y):
+        return kfe.value_grad_and_taps(loss_fn, layers)(params, x, y, key=jax.random.key(0))[1]
+
+    mapped = jax.shard_map(
+        gradient,
+        mesh=several_devices.mesh_of(2),
+        in_specs=(EVERYWHERE, DIVIDED, DIVIDED),
+        out_specs=EVERYWHERE,
+    )
+    with pytest.raises(ValueError, match=f"axis_name='{AXIS}'"):
+        jax.jit(mapped)(base.params, base.x, base.y)
+
+
+@pytest.mark.parametrize("spec", [("model", None), (None, "model"), (("data", "model"), None)])
+def test_divided_kernels(spec, fresh_problem):
+    """Kernels divided over devices, by columns, rows (tensor parallel) or among all (FSDP), keep their place and their steps."""
+    base, _ = problem()
+    keys = jax.random.split(jax.random.key(3))
+    params = {
+        "in": {"kernel": jax.random.normal(keys[0], (8, 8))},
+        "out": {"kernel": jax.random.normal(keys[1], (8, 8))},
+    }
+    x = jax.random.normal(jax.random.key(4), (8, 8))
+
+    def loss_fn(params, x, y):
+        hidden = jnp.tanh(kfe.tag_dense(x, x @ params["in"]["kernel"], params["in"]))
+        logits = kfe.tag_dense(hidden, hidden @ params["out"]["kernel"], params["out"])
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x, base.y)
+    step = several_devices.train_step(loss_fn, layers, kfe.scale_by_kfac(layers, 0.1))
+    state, key = kfe.scale_by_kfac(layers, 0.1).init(params), jax.random.key(0)
+    expected, _, _ = jax.jit(step)(params, state, (x, base.y), key)
+    mesh = jax.make_mesh((2, 4), ("data", "model"), (jax.sharding.AxisType.Auto,) * 2)
+
+    def place(names):
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*names))
+
+    divided = jax.device_put(params, place(spec))
+    batch = jax.device_put((x, base.y), place(("data",)))
+    found, _, _ = jax.jit(step, out_shardings=(place(spec), None, None))(divided, state, batch, key)
+    assert several_devices.difference(found, expected, params) < 1e-10
+    assert found["in"]["kernel"].sharding.spec == place(spec).spec
+
+
+EXPLICIT = {
+    "kfac": lambda layers, mesh: kfe.scale_by_kfac(layers, 0.1),
+    "kfac divided": lambda layers, mesh: kfe.shard_state(kfe.scale_by_kfac(layers, 0.1), mesh, min_size=1),
+    "ekfac": lambda layers, mesh: kfe.scale_by_ekfac(layers, 0.1, scale="batch"),
+    "kpsvd": lambda layers, mesh: kfe.scale_by_kpsvd(layers, 0.1),
+    "two-level": lambda layers, mesh: kfe.scale_by_two_level_kfac(layers, 0.1),
+}
+
+
+@pytest.mark.parametrize("in_context", [True, False])
+@pytest.mark.parametrize("name", methods.quick("kfac", "kfac divided", of=EXPLICIT))
+def test_explicit_axes(name, in_context, fresh_problem):
+    """A mesh whose axes are of type Explicit, where every array's type says how it is divided."""
+    base, loss_fn = problem()
+    layers = kfe.find_layers(loss_fn, base.params, base.x, base.y)
+    key, batch = jax.random.key(0), (base.x, base.y)
+    plain = EXPLICIT[name.removesuffix(" divided")](layers, None)
+    expected = jax.jit(several_devices.train_step(loss_fn, layers, plain))(
+        base.params, plain.init(base.params), batch, key
+    )
+    mesh = jax.make_mesh((4,), (AXIS,), (jax.sharding.AxisType.Explicit,))
+    tx = EXPLICIT[name](layers, mesh)
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        whole, split = (jax.sharding.NamedSharding(mesh, spec) for spec in (EVERYWHERE, DIVIDED))
+        params = jax.device_put(base.params, whole)
+        state = tx.init(params)
+        state = state if "divided" in name else jax.device_put(state, whole)
+        step = jax.jit(several_devices.train_step(loss_fn, layers, tx))
+        found = step(params, state, jax.device_put(batch, split), jax.device_put(key, whole))
+    assert several_devices.difference(found[0], expected[0], base.params) < 1e-10
