@@ -42,11 +42,14 @@ def augment_images(
     image_shape: tuple[int, ...],
     names: tuple[str, ...],
     generator: np.random.Generator,
+    *,
+    batch: tuple[int, slice] | None = None,
 ) -> np.ndarray:
     """The images (n, pixels) with each one varied on its own, as rows again.
 
     ``"crop"`` pads with 4 zeros on every side and cuts a window of the image's size out at one of
-    the 81 places; ``"flip"`` mirrors left and right with probability 1/2.
+    the 81 places; ``"flip"`` mirrors left and right with probability 1/2. Where the rows are a part of a
+    batch, ``batch`` is its size and their place in it, and they vary as they do in the whole.
 
     Example::
 
@@ -55,20 +58,20 @@ def augment_images(
     """
     height, width, channels = (*image_shape, 1)[:3]
     images = rows.reshape(-1, height, width, channels)
+    count, own = batch or (len(images), slice(None))
     if "crop" in names:
-        images = _cropped(images, generator)
+        images = _cropped(images, *generator.integers(0, 2 * _PADDING + 1, (2, count))[:, own])
     if "flip" in names:
-        mirrored = generator.random(len(images)) < 0.5
+        mirrored = generator.random(count)[own] < 0.5
         images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
     return images.reshape(rows.shape)
 
 
-def _cropped(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """A random window of every padded image (n, height, width, channels)."""
+def _cropped(images: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """The windows at ``top`` and ``left`` of the padded images (n, height, width, channels)."""
     count, height, width, channels = images.shape
     # A pixel's channels lie side by side, so that a line of a window is one piece of memory.
     lines = images.reshape(count, height, width * channels)
     padded = np.pad(lines, ((0, 0), (_PADDING, _PADDING), (_PADDING * channels, _PADDING * channels)))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width * channels), axis=(1, 2))
-    top, left = generator.integers(0, 2 * _PADDING + 1, (2, count))
     return windows[np.arange(count), top, left * channels].reshape(images.shape)

@@ -14,6 +14,7 @@ from kfe_optax.experiments.augmentation import augment_images, augmentations
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.growth import Phase, phases_of
+from kfe_optax.experiments.parallel import WHOLE, Share
 
 Batch = dict[str, np.ndarray]
 
@@ -33,6 +34,7 @@ class Batches:
       seed: of the order and the augmentation.
       augment: ``""`` or names with commas between them, see ``augmentation.augment_images``.
       image_shape: (height, width) or (height, width, channels) of a row; augmentation needs it.
+      share: which rows of every batch are drawn, where several processes share it.
 
     Example::
 
@@ -49,6 +51,7 @@ class Batches:
         *,
         augment: str = "",
         image_shape: tuple[int, ...] = (),
+        share: Share = WHOLE,
     ):
         phases = (Phase(0, batch_size),) if isinstance(batch_size, int) else tuple(batch_size)
         for phase in phases:
@@ -64,6 +67,7 @@ class Batches:
         self._seed = seed
         self._augmentations = augmentations(augment, image_shape)
         self._image_shape = image_shape
+        self._share = share
         self._order: tuple[int, np.ndarray] | None = None  # the last epoch and its permutation
 
     def batch_size(self, step: int) -> int:
@@ -98,13 +102,16 @@ class Batches:
         return self._order[1][position * size : (position + 1) * size]
 
     def __call__(self, step: int) -> Batch:
-        """The batch of ``step``: ``{"image": (batch, pixels), "label": (batch,)}``."""
-        chosen = self.indices(step)
+        """The batch of ``step``, or this process's share: ``{"image": (batch, pixels), "label": (batch,)}``."""
+        own = self._share.rows(self.batch_size(step))
+        chosen = self.indices(step)[own]
         images = self._images[chosen]
         if self._augmentations:
             # numpy takes (seed, step, 0) for (seed, step), the key of an epoch's order: hence the 1.
             generator = np.random.default_rng((self._seed, step, 1))
-            images = augment_images(images, self._image_shape, self._augmentations, generator)
+            images = augment_images(
+                images, self._image_shape, self._augmentations, generator, batch=(self.batch_size(step), own)
+            )
         return {"image": images, "label": self._labels[chosen]}
 
 
@@ -117,7 +124,9 @@ def _first_epochs(phases: Sequence[Phase], examples: int) -> list[int]:
     return first
 
 
-def make_batches(config: ConfigDict, dataset: Dataset, seed: int | None = None) -> Batches:
+def make_batches(
+    config: ConfigDict, dataset: Dataset, seed: int | None = None, *, share: Share = WHOLE
+) -> Batches:
     """The training batches that a config describes: ``batch_size``, ``batch_growth``, ``seed`` and ``data.augment``.
 
     ``seed`` stands for that of the config where it is given.
@@ -134,4 +143,5 @@ def make_batches(config: ConfigDict, dataset: Dataset, seed: int | None = None) 
         config.seed if seed is None else seed,
         augment=config.data.augment,
         image_shape=dataset.image_shape,
+        share=share,
     )

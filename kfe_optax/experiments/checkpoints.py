@@ -14,9 +14,21 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import TrainState
 from kfe_optax.experiments.optimizers import METHODS
 
-# Settings that say how long a run is, what it writes, and where its data lie (the data themselves
-# are compared); all others fix its trajectory.
-_FREE_FIELDS = ("steps", "log_every", "checkpoint_every", "compare", "sweep", "diagnose", "title", "data_dir")
+# Settings that say how long a run is, what it writes, on which devices it runs, and where its data lie
+# (the data themselves are compared); all others fix its trajectory.
+_FREE_FIELDS = (
+    "steps",
+    "log_every",
+    "checkpoint_every",
+    "compare",
+    "sweep",
+    "diagnose",
+    "title",
+    "data_dir",
+    "devices",
+    "distributed",
+    "cluster",
+)
 
 
 class Restored(NamedTuple):
@@ -31,7 +43,7 @@ class Checkpoints:
     """The checkpoints of one run, in ``<workdir>/checkpoints/<step>``; the last two are kept.
 
     Writes are synchronous and atomic: a checkpoint that is listed is whole, whatever interrupted
-    the program.
+    the program. Several processes call every method together, and write each array once.
 
     Example::
 
@@ -78,7 +90,7 @@ class Checkpoints:
         )
 
     def restore(self, like: TrainState) -> Restored:
-        """Reads the newest checkpoint into the structure of ``like``.
+        """Reads the newest checkpoint into the structure of ``like``, onto the devices on which that lies.
 
         Refuses when the data or a setting that fixes the trajectory has changed: continuing would
         give a run that no single config describes.

@@ -50,6 +50,7 @@ examples
   kfe-optax layers --config=configs/mnist_classifier.py
   kfe-optax train --config=configs/resnet20.py --config.data_dir=data/cifar-10 \\
       --config.model.batch_norm=False --config.steps=78000
+  kfe-optax train --config=configs/mnist_small.py --config.devices.mode=sharded
 """
 _COMMANDS = ("train", "compare", "layers", "sweep", "diagnose")
 _RESUMABLE = ("train", "sweep")
@@ -102,9 +103,12 @@ def run_command(arguments: list[str]) -> int:
 
 
 def _train(config: ConfigDict, workdir: str, resume: bool, console: Console) -> int:
+    from kfe_optax.experiments.processes import join_processes, writes
     from kfe_optax.experiments.report import measures_table
     from kfe_optax.experiments.train import train
 
+    join_processes(config)
+    console = console if writes() else Console(quiet=True)
     folder = Path(workdir or Path("runs") / f"{config.name}-{config.optimizer}")
     outcome = train(config, folder, resume=resume, console=console)
     if outcome.interrupted:

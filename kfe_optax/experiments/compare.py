@@ -17,16 +17,17 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.growth import refuse_growth
 from kfe_optax.experiments.job import Job, TrainState, make_job
 from kfe_optax.experiments.optimizers import find_method, optimizer_settings
+from kfe_optax.experiments.parallel import refuse_processes
 from kfe_optax.experiments.plots import plot_runs
 from kfe_optax.experiments.progress import ProgressDisplay
 from kfe_optax.experiments.report import comparison_table
 from kfe_optax.experiments.runs import Point, Run
 from kfe_optax.experiments.train import check_positive, evaluate, make_workdir
 
-# The share of a budget in seconds that is first spent on finding an optimizer's speed, and the first
-# steps, untypical because the curvature is refreshed in each of them, that do not count if there are
-# enough others.
+# The share of a budget in seconds that is first spent on finding an optimizer's speed, with so many
+# steps at least, and the first steps, which do not count: the curvature is refreshed in each of them.
 _REHEARSAL = 0.1
+_REHEARSED_STEPS = 40
 _UNTYPICAL_STEPS = 10
 
 
@@ -44,6 +45,7 @@ def compare(config: ConfigDict, workdir: str | Path, console: Console | None = N
     """
     console = console or Console()
     names = _optimizer_names(config)
+    refuse_processes(config, "compare")
     check_positive(config, "steps", "log_every")
     dataset = load(config)
     console.print(f"data       {dataset.summary()}", highlight=False, soft_wrap=True)
@@ -122,7 +124,8 @@ def _train(
     images = dataset.train_images[: config.compare.examples]
     labels = dataset.train_labels[: config.compare.examples]
 
-    def measured(state: TrainState) -> float:
+    def measured(placed: TrainState) -> float:
+        state = job.devices.local(placed)
         return job.task.evaluate(state.evaluated, images, labels, state.model_state)["loss"]
 
     state, step, seconds = job.state, 0, 0.0
@@ -138,20 +141,19 @@ def _train(
             loss = measured(state)
             curve.append(Point(step, seconds, loss))
             display.show(step, loss, step / seconds)
-    return state, curve
+    return job.devices.local(state), curve
 
 
 def _seconds_per_step(job: Job, budget: float) -> float:
-    """Runs the job for ``budget`` seconds and returns the time of a typical step."""
+    """Runs the job for ``budget`` seconds or some steps and returns the time of a typical step."""
     state, durations = job.state, []
-    while not durations or sum(durations) < budget:
+    while len(durations) < _REHEARSED_STEPS or sum(durations) < budget:
         clock = time.perf_counter()
         state, _ = job.step(state, job.batches(len(durations)))
         jax.block_until_ready(state)
         durations.append(time.perf_counter() - clock)
     typical = durations[_UNTYPICAL_STEPS:]
-    counted = typical if len(typical) > _UNTYPICAL_STEPS else durations
-    return sum(counted) / len(counted)
+    return sum(typical) / len(typical)
 
 
 def _write_curves(runs: Sequence[Run], path: Path) -> None:

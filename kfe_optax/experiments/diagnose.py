@@ -30,6 +30,7 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.growth import refuse_growth
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import Job, find_layers, make_job
+from kfe_optax.experiments.parallel import refuse_devices
 from kfe_optax.experiments.progress import ProgressDisplay
 from kfe_optax.experiments.train import check_positive, make_workdir
 
@@ -61,6 +62,7 @@ def diagnose(config: ConfigDict, workdir: str | Path, *, console: Console | None
     plan = make_plan(config)
     check_positive(config, "batch_size")
     refuse_growth(config, "diagnose")
+    refuse_devices(config, "diagnose")
     dataset = load(config)
     _say(console, "data", dataset.summary())
     folder = make_workdir(workdir)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
+from kfe_optax import varying
 from kfe_optax.experiments.batches import Batch, Batches, make_batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.optimizers import (
@@ -21,6 +22,7 @@ from kfe_optax.experiments.optimizers import (
     optimizer_settings,
     tap_options,
 )
+from kfe_optax.experiments.parallel import Devices, check_divisible, distribution, make_devices
 from kfe_optax.experiments.task import Params, State, Task, make_task
 
 
@@ -42,7 +44,8 @@ class Job(NamedTuple):
     """A compiled training step with its initial state and its batches.
 
     ``step(state, batch)`` returns the next state and the loss as it is reported. It consumes
-    ``state``: its buffers are donated, so that a factored optimizer's state exists once.
+    ``state``: its buffers are donated, so that a factored optimizer's state exists once. The state is
+    one that ``devices`` has placed; ``devices.local(state)`` and ``devices.whole(state)`` are for reading it.
     """
 
     task: Task
@@ -50,13 +53,14 @@ class Job(NamedTuple):
     state: TrainState
     step: Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
     compile_seconds: float
+    devices: Devices
 
 
 def make_job(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: int) -> Job:
     """Builds and compiles the training step of ``optimizer`` on the config's task.
 
     Everything random comes from ``config.seed``: the parameters, the order of the batches, and the
-    key of step t, which is ``fold_in(key, t)``.
+    key of step t, which is ``fold_in(key, t)``. ``config.devices`` says where the step runs.
 
     Example::
 
@@ -77,14 +81,16 @@ def make_jobs(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: i
         curves = [run(jobs(seed)) for seed in range(5)]
     """
     task = make_task(config, dataset)
-    batches = make_batches(config, dataset)
+    devices = make_devices(config)
+    batches = make_batches(config, dataset, share=devices.share)
+    check_divisible(devices, [batches.batch_size(first) for first in batches.first_steps(run_steps)])
     batch = batches(0)
     init = jax.jit(task.init)
     params, model_state = init(jax.random.key(config.seed), batch["image"])
     settings = optimizer_settings(config, optimizer)
     layers = find_layers(task, params, model_state, batch) if find_method(optimizer).curvature else None
-    transform = make_optimizer(optimizer, settings, run_steps, layers)
-    update = make_update(task, optimizer, settings, layers)
+    transform = make_optimizer(optimizer, settings, run_steps, layers, distribution(config))
+    update = make_update(task, optimizer, settings, layers, devices.axis_name)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, jax.Array]:
         params, opt_state, model_state, loss = update(
@@ -93,7 +99,7 @@ def make_jobs(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: i
             state.opt_state,
             state.model_state,
             batch,
-            jax.random.fold_in(key, state.step),
+            jax.random.fold_in(jax.random.wrap_key_data(key), state.step),
         )
         return TrainState(params, opt_state, state.step + 1, model_state), loss * task.loss_scale
 
@@ -103,37 +109,54 @@ def make_jobs(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: i
 
     # Compiled ahead of the first step, so that no clock below ever contains a compilation.
     started = time.perf_counter()
-    state = start(params, model_state)
-    lower = functools.partial(jax.jit(step, donate_argnums=0).lower, state, key=jax.random.key(0))
+    shapes = jax.eval_shape(start, params, model_state)
     # A growing batch has several sizes, and each of them its own program.
     compiled = {
-        batches.batch_size(first): lower(batch=batches(first)).compile()
+        batches.batch_size(first): devices.compile(step, shapes, batches(first), _key_data(jax.random.key(0)))
         for first in batches.first_steps(run_steps)
     }
     seconds = time.perf_counter() - started
 
     def job(seed: int) -> Job:
         init_key, step_key = jax.random.split(jax.random.key(seed))
-        state = start(*init(init_key, batch["image"]))
+        state = devices.place(start(*init(init_key, batch["image"])))
+        key = _key_data(step_key)
+        batches = make_batches(config, dataset, seed, share=devices.share)
+        programs = {devices.share.count(size): program for size, program in compiled.items()}
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-            return compiled[len(batch["label"])](state, batch=batch, key=step_key)
+            return programs[len(batch["label"])](state, batch, key)
 
-        return Job(task, make_batches(config, dataset, seed), state, step, seconds)
+        return Job(task, batches, state, step, seconds, devices)
 
     return job
 
 
-def make_update(task: Task, optimizer: str, settings: ConfigDict, layers: Any) -> Callable[..., Any]:
+def _key_data(key: jax.Array) -> np.ndarray:
+    """A key as numbers of the host, which the programs of all modes and processes take."""
+    return np.asarray(jax.random.key_data(key))
+
+
+def make_update(
+    task: Task, optimizer: str, settings: ConfigDict, layers: Any, axis_name: str | None = None
+) -> Callable[..., Any]:
     """One step of training, ``update(transform, params, opt_state, model_state, batch, key)``.
 
     It returns the new parameters, the new optimizer and model state and the loss. Without
-    ``layers`` the gradient is a plain one.
+    ``layers`` the gradient is a plain one. With ``axis_name``, of a ``pmap`` or a ``shard_map``, the batch is
+    a device's own, and loss, gradient and model state are averaged over the devices.
     """
     if layers is not None:
         collect = kfe.value_grad_and_taps(
-            task.loss_fn, layers, has_aux=task.has_state, **tap_options(optimizer, settings)
+            task.loss_fn,
+            layers,
+            has_aux=task.has_state,
+            axis_name=axis_name,
+            **tap_options(optimizer, settings),
         )
+
+    def over_devices(tree: Any) -> Any:
+        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
 
     def update(
         transform: optax.GradientTransformationExtraArgs,
@@ -143,14 +166,21 @@ def make_update(task: Task, optimizer: str, settings: ConfigDict, layers: Any) -
         batch: Any,
         key: Any,
     ) -> tuple[Params, Any, State, jax.Array]:
+        # Devices that drop the same units of all their examples would be one device.
+        own_key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if layers is None:
             differentiate = jax.value_and_grad(task.loss_fn, has_aux=task.has_state)
-            found, grads = differentiate(params, batch, model_state, key)
-            updates, opt_state = transform.update(grads, opt_state, params)
+            # As varying as the batch, so that the gradient is this device's own.
+            found, grads = differentiate(varying.like(params, batch), batch, model_state, own_key)
+            taps = {}
         else:
-            found, grads, taps = collect(params, batch, model_state, key, key=key)
-            updates, opt_state = transform.update(grads, opt_state, params, taps=taps)
+            found, grads, found_taps = collect(params, batch, model_state, own_key, key=key)
+            taps = {"taps": found_taps}
         loss, model_state = found if task.has_state else (found, model_state)
+        loss, grads = over_devices((loss, grads))
+        if task.has_state:
+            model_state = over_devices(model_state)
+        updates, opt_state = transform.update(grads, opt_state, params, **taps)
         return optax.apply_updates(params, updates), opt_state, model_state, loss
 
     return update

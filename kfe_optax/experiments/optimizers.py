@@ -95,12 +95,13 @@ def optimizer_settings(config: ConfigDict, name: str) -> ConfigDict:
 
 
 def make_optimizer(
-    name: str, settings: ConfigDict, run_steps: int, layers: Any = None
+    name: str, settings: ConfigDict, run_steps: int, layers: Any = None, distribute: str = "none"
 ) -> optax.GradientTransformationExtraArgs:
     """Builds the optimizer ``name`` from its sub-config.
 
     Schedules become functions of the step, and every other field is handed to the constructor
-    under its own name, so that a config file can set any option without a change here.
+    under its own name, so that a config file can set any option without a change here. ``distribute``
+    goes to optimizers with curvature: which linear algebra the devices divide among themselves.
 
     Raises:
       ExperimentError: there is no such optimizer, a learning rate is missing, or is given to an optimizer
@@ -117,6 +118,8 @@ def make_optimizer(
         for field, value in settings.items()
         if field not in STEP_FIELDS and field != "max_kl"
     }
+    if method.curvature and distribute != "none":
+        options["distribute"] = distribute
     if method.self_tuning:
         return method.make(layers, **options)
     learning_rate = options.pop("learning_rate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tensorboardX import SummaryWriter
 
@@ -23,6 +23,30 @@ class Record(NamedTuple):
     last_refresh: int | None = None
     failures: int | None = None
     nonfinite: int | None = None
+
+
+class Records(Protocol):
+    """What the training loop asks of a recorder."""
+
+    def write(self, record: Record) -> None: ...
+
+    def write_final(self, measures: dict[str, float], step: int) -> None: ...
+
+
+class NoRecorder:
+    """The recorder of a process that leaves writing to another."""
+
+    def __enter__(self) -> NoRecorder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def write(self, record: Record) -> None:
+        """Writes nothing."""
+
+    def write_final(self, measures: dict[str, float], step: int) -> None:
+        """Writes nothing."""
 
 
 class Recorder:

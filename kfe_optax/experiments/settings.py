@@ -242,6 +242,17 @@ def base_config(name: str) -> ConfigDict:
             # Over so many steps the batch grows to 'largest' examples (0: the whole training set); each of
             # 'sizes' sizes is a compilation. 0 steps: it does not grow.
             "batch_growth": {"steps": 0, "largest": 0, "sizes": 6},
+            # Where a step runs; see 'experiments/parallel.py'.
+            "devices": {
+                "mode": "one",  # or several that share each batch: "sharded", "pmap", "shard_map"
+                "count": 0,  # 0: all
+                # Which linear algebra they divide: "inverses" or "inverses_and_apply".
+                "distribute": "none",
+            },
+            # Several processes, each started with the same flags but for its own number. What 'cluster' leaves out
+            # comes from the cluster's environment.
+            "distributed": False,
+            "cluster": {"coordinator": "", "process_id": -1, "num_processes": 0},
             "steps": 980,
             "log_every": 10,
             "checkpoint_every": 500,

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.growth import refuse_growth
 from kfe_optax.experiments.optimizers import STEP_FIELDS, optimizer_settings
+from kfe_optax.experiments.parallel import refuse_devices
 from kfe_optax.experiments.schedules import make_schedule
 
 SWEEP_HELP = """\
@@ -101,6 +102,7 @@ def make_space(config: ConfigDict) -> Space:
     """
     _check_data(config)
     refuse_growth(config, "sweep")
+    refuse_devices(config, "sweep")
     if "sweep" not in config:
         raise ExperimentError("The config has no 'sweep'; let its file start from settings.base_config(...).")
     sweep, settings = config.sweep, optimizer_settings(config, config.optimizer)

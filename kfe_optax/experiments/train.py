@@ -17,8 +17,9 @@ from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import Job, TrainState, make_job
+from kfe_optax.experiments.processes import any_process, writes
 from kfe_optax.experiments.progress import ProgressDisplay
-from kfe_optax.experiments.records import Record, Recorder
+from kfe_optax.experiments.records import NoRecorder, Record, Recorder, Records
 from kfe_optax.experiments.task import Params, State, Task
 
 
@@ -26,7 +27,7 @@ class Outcome(NamedTuple):
     """How a run ended.
 
     ``measures`` holds ``train_loss``, ``test_loss`` and the task's other measures over the whole
-    sets, or nothing when the run was interrupted.
+    sets, or nothing when the run was interrupted. ``state`` is as one device has it.
     """
 
     state: TrainState
@@ -49,6 +50,10 @@ def train(
     With ``resume`` the run continues from the newest checkpoint, bit for bit as if it had never
     stopped; ``config.steps`` may have grown meanwhile, which stretches the schedules that span the
     run. Ctrl-C ends a run after the current step with a checkpoint.
+
+    ``config.devices`` may differ from one resumption to the next: a checkpoint fits any number of devices
+    and of processes. Several processes call this together, each with its own part of the data;
+    they stop together, after a logged step, and the first of them writes.
 
     Example::
 
@@ -74,10 +79,12 @@ def train(
         state, step, seconds = job.state, 0, 0.0
         # A job that may be restarted at any time passes --resume always, its first start included.
         if resume and checkpoints.latest_step() is not None:
-            state, step, seconds = checkpoints.restore(job.state)
+            restored, step, seconds = checkpoints.restore(job.devices.whole(job.state))
+            state = job.devices.place(restored)
             console.print(f"resumed    at step {step}", highlight=False, soft_wrap=True)
-        (workdir / "config.txt").write_text(f"{config}\n", encoding="utf-8")
-        with Recorder(workdir, resume_at=step if resume else None) as recorder:
+        if writes():
+            (workdir / "config.txt").write_text(f"{config}\n", encoding="utf-8")
+        with _recorder(workdir, step if resume else None) as recorder:
             outcome = _run(config, job, state, step, seconds, checkpoints, recorder, console)
             if not outcome.interrupted:
                 last = outcome.state
@@ -85,6 +92,10 @@ def train(
                 recorder.write_final(measures, outcome.step)
                 outcome = outcome._replace(measures=measures)
     return outcome
+
+
+def _recorder(workdir: Path, resume_at: int | None) -> Recorder | NoRecorder:
+    return Recorder(workdir, resume_at) if writes() else NoRecorder()
 
 
 def evaluate(
@@ -125,11 +136,11 @@ def _run(
     step: int,
     seconds: float,
     checkpoints: Checkpoints,
-    recorder: Recorder,
+    recorder: Records,
     console: Console,
 ) -> Outcome:
     """The training loop, from ``step`` to ``config.steps`` or to an interruption."""
-    interrupted = False
+    interrupted, devices = False, job.devices
     clock = time.perf_counter()
     logged_step, logged_seconds = step, seconds
     with (
@@ -137,7 +148,7 @@ def _run(
         ProgressDisplay(config.optimizer, config.steps, console, start=step) as display,
     ):
         try:
-            while step < config.steps and not interruption.requested:
+            while step < config.steps and not _asked_to_stop(interruption, step, config.log_every):
                 state, loss = job.step(state, job.batches(step))
                 step += 1
                 # Only here does the host wait for the device. The step of an interruption is not
@@ -148,33 +159,43 @@ def _run(
                     speed = (step - logged_step) / max(seconds - logged_seconds, 1e-9)
                     logged_step, logged_seconds = step, seconds
                     epoch = job.batches.epoch(step - 1)
-                    record = _with_info(Record(step, epoch, reported, seconds, speed), state)
+                    info = devices.local(kfe.info(state.opt_state))
+                    record = _with_info(Record(step, epoch, reported, seconds, speed), info)
                     recorder.write(record)
                     display.show(step, reported, speed, record.damping)
                     clock = time.perf_counter()
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     jax.block_until_ready(state)
                     seconds += time.perf_counter() - clock
-                    checkpoints.save(step, state, seconds)
+                    checkpoints.save(step, devices.whole(state), seconds)
                     clock = time.perf_counter()
-            interrupted = interruption.requested and step < config.steps
+            interrupted = step < config.steps
             if interrupted:
                 # Not in the loop: the signal may come after all of a step that could ask for it.
                 jax.block_until_ready(state)
                 seconds += time.perf_counter() - clock
-                checkpoints.save(step, state, seconds)
+                checkpoints.save(step, devices.whole(state), seconds)
         except KeyboardInterrupt:
             # Raised between steps (by a batch source, or outside the main thread): the state is
-            # whole. Within a step its buffers are already donated, and the last checkpoint stands.
+            # whole. Within a step its buffers are already donated, and the last checkpoint stands; so it
+            # does where other processes would have to save as well.
             interrupted = True
-            if not any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-                step = int(state.step)
-                checkpoints.save(step, state, seconds + time.perf_counter() - clock)
-    return Outcome(state, step, seconds, interrupted, {})
+            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
+                return Outcome(state, step, seconds, interrupted, {})
+            if jax.process_count() == 1:
+                step = int(devices.local(state.step))
+                checkpoints.save(step, devices.whole(state), seconds + time.perf_counter() - clock)
+    return Outcome(devices.local(state), step, seconds, interrupted, {})
 
 
-def _with_info(record: Record, state: TrainState) -> Record:
+def _asked_to_stop(interruption: Interruption, step: int, every: int) -> bool:
+    """Whether a signal asks to stop here; several processes agree on it, where they wait for each other anyway."""
+    if jax.process_count() == 1:
+        return interruption.requested
+    return step % every == 0 and any_process(interruption.requested)
+
+
+def _with_info(record: Record, info: kfe.Info) -> Record:
     """The record with what the library's optimizers tell about themselves."""
-    info = kfe.info(state.opt_state)._asdict()
-    known = {name: info[name] for name in Record._fields if info.get(name) is not None}
+    known = {name: getattr(info, name) for name in Record._fields if getattr(info, name, None) is not None}
     return record._replace(**{name: value.item() for name, value in known.items()})

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import linen as nn
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -24,34 +23,16 @@ from kfe_optax.experiments.sweep_space import make_space, with_values
 from kfe_optax.experiments.task import make_task
 from kfe_optax.experiments.train import evaluate, train
 
+from . import normed
+
 QUIET = Console(quiet=True)
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on. " * 30
-
-
-class Normed(nn.Module):
-    """A dense classifier with batch norm and dropout, which compiles in no time."""
-
-    image_shape: tuple[int, int, int]
-    classes: int = 3
-    batch_norm: bool = True
-    dropout: float = 0.0
-
-    @nn.compact
-    def __call__(self, images, train=False):
-        x = nn.Dense(6, name="first")(images)
-        if self.batch_norm:
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
-        x = nn.Dropout(self.dropout, deterministic=not train)(nn.relu(x))
-        return nn.Dense(self.classes, name="last")(x)
 
 
 @pytest.fixture
 def config(tiny_config, monkeypatch):
     """The tiny images for a model with batch norm."""
-    monkeypatch.setitem(models.KINDS, "normed", models.Kind(Normed))
-    tiny_config.model = ConfigDict({"kind": "normed", "batch_norm": True, "dropout": 0.0})
-    tiny_config.loss = "softmax_cross_entropy"
-    return tiny_config
+    return normed.use(tiny_config, monkeypatch)
 
 
 @pytest.fixture
@@ -133,7 +114,7 @@ def test_a_resumed_run_with_state_is_bit_exact(config, tmp_path, monkeypatch, op
     monkeypatch.setattr(Batches, "__call__", interrupted_at_three)
     assert train(config, tmp_path / "parts", console=QUIET).interrupted
     monkeypatch.undo()
-    monkeypatch.setitem(models.KINDS, "normed", models.Kind(Normed))
+    monkeypatch.setitem(models.KINDS, "normed", models.Kind(normed.Normed))
     resumed = train(config, tmp_path / "parts", resume=True, console=QUIET)
     jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
     assert resumed.measures == whole.measures
