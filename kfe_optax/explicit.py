@@ -51,8 +51,7 @@ def automatic(function: Callable[..., T], like: Any, *arguments: Any) -> T:
     mesh = mesh_of((arguments, like))
     if mesh is None:
         return function(*arguments)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = jax.tree.map(lambda leaf: everywhere if leaf is WHOLE else sharding_of(leaf), like)
+    shardings = jax.tree.map(lambda leaf: _on(mesh, leaf), like)
     return jax.sharding.auto_axes(function, out_sharding=shardings)(*arguments)
 
 
@@ -94,10 +93,15 @@ def shardings(tree: Any) -> Any:
     mesh = mesh_of(tree)
     if mesh is None:
         return None
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    found = map(sharding_of, jax.tree.leaves(tree))
-    # Without `jax.set_mesh`, constants that a trace makes belong to no mesh.
-    return tuple(everywhere if sharding.mesh.empty else sharding for sharding in found)
+    return tuple(_on(mesh, leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _on(mesh: Any, leaf: Any) -> Any:
+    """A leaf's sharding. Without `jax.set_mesh`, constants that a trace makes belong to no mesh."""
+    sharding = None if leaf is WHOLE else sharding_of(leaf)
+    if sharding is None or sharding.mesh.empty:
+        return NamedSharding(mesh, PartitionSpec())
+    return sharding
 
 
 def batch_axes(arrays: Any, examples: set[int]) -> Any:

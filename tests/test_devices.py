@@ -19,11 +19,12 @@ from .several_devices import AXIS, DIVIDED, EVERYWHERE, MODES
 
 STEPS = 20
 QUICK = {("kfac", "shard_map", 4), ("ekfac", "pmap", 2), ("kfac", "jit", 8)}
+# Every method in one of the modes, two of them in all; `benchmarks/agreement.py` runs the whole grid.
+CASES = [(name, MODES[i % 3], 8) for i, name in enumerate(kfe.METHODS)]
+CASES += [(name, mode, devices) for name in ("kfac", "ekfac") for mode in MODES for devices in (2, 4)]
+CASES += [("kfac", mode, devices) for mode in MODES for devices in (1, 8)]
 METHODS = [
-    pytest.param(name, mode, devices, marks=[] if (name, mode, devices) in QUICK else pytest.mark.slow)
-    for name in kfe.METHODS
-    for mode in MODES
-    for devices in ((1, 2, 4, 8) if name in ("kfac", "ekfac") else (8,))
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in dict.fromkeys(CASES)
 ]
 
 

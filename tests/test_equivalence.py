@@ -111,6 +111,7 @@ def test_stacking_axes(optimizer, x64):
         assert_close(found, [moved(u) for u in expected], 1e-9)
 
 
+@pytest.mark.slow
 def test_nnx_forms(x64):
     """nnx.remat, nnx.jit and nnx.scan around NNX layers: the update of the plain call."""
     loss_fn, model, args = CASES["nnx_mlp"].make(jnp.float64)

@@ -91,7 +91,8 @@ def test_factorizations(name, x64):
 # TEKFAC in a network with convolutions.
 
 
-@pytest.mark.parametrize("damping_type", ["trace", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("damping_type", ["trace", "plain"])
 def test_tekfac_with_convolutions(damping_type, x64):
     """λ_l of each convolution, of all its feature groups together, one of them at the floor; β in everything else."""
     network = plain()

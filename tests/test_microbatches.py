@@ -37,7 +37,9 @@ def collect(given, fisher="sampled", microbatches=1, **options):
     return differentiate(problem.params, *problem.args, key=jax.random.key(3))
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+@pytest.mark.parametrize(
+    "fisher", ["sampled", *(pytest.param(f, marks=pytest.mark.slow) for f in ("exact", "empirical"))]
+)
 def test_statistics(fisher, given):
     """Loss, gradients, A and G, S and the loss's weights are those of the whole batch, draws included."""
     _, layers = given
@@ -53,7 +55,9 @@ def test_statistics(fisher, given):
         assert_close(taps_k.gradient_weight, taps.gradient_weight, 1e-12)
 
 
-@pytest.mark.parametrize("make", [kfe.scale_by_kpsvd, kfe.scale_by_ekfac])
+@pytest.mark.parametrize(
+    "make", [pytest.param(kfe.scale_by_kpsvd, marks=pytest.mark.slow), kfe.scale_by_ekfac]
+)
 def test_steps(make, given):
     """Whole steps, the refresh inside the transformation included."""
     problem, layers = given
@@ -69,22 +73,20 @@ def test_steps(make, given):
     assert several_devices.difference(parts[-1][0], whole[-1][0], problem.params) < 1e-9
 
 
-def test_on_several_devices(given):
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("jit", marks=pytest.mark.slow)])
+def test_on_several_devices(mode, given):
     """Each device's share in parts; the draws follow the global example."""
     problem, layers = given
     tx = kfe.scale_by_kfac(layers, 0.1)
     arguments = (problem.params, tx.init(problem.params), problem.args, jax.random.key(1))
     expected = jax.jit(several_devices.train_step(problem.loss_fn, layers, tx))(*arguments)
-    for mode in ("shard_map", "jit"):
-        step = several_devices.divided(
-            mode,
-            2,
-            lambda axis_name: several_devices.train_step(
-                problem.loss_fn, layers, tx, axis_name, microbatches=2
-            ),
-        )
-        found = step(*arguments)
-        assert several_devices.difference(found[0], expected[0], problem.params) < 1e-10
+    step = several_devices.divided(
+        mode,
+        2,
+        lambda axis_name: several_devices.train_step(problem.loss_fn, layers, tx, axis_name, microbatches=2),
+    )
+    found = step(*arguments)
+    assert several_devices.difference(found[0], expected[0], problem.params) < 1e-10
 
 
 def test_quadratic_model(given):
