@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -268,3 +269,41 @@ def test_explicit_axes(name, in_context, fresh_problem):
         step = jax.jit(several_devices.train_step(loss_fn, layers, tx))
         found = step(params, state, jax.device_put(batch, split), jax.device_put(key, whole))
     assert several_devices.difference(found[0], expected[0], base.params) < 1e-10
+
+
+class Normalized(nn.Module):
+    """A model with Flax's own batch norm, over the whole batch where an axis is named."""
+
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, name="in", param_dtype=x.dtype)(x)
+        x = nn.BatchNorm(
+            use_running_average=False, axis_name=self.axis_name, name="norm", param_dtype=x.dtype
+        )(x)
+        return nn.Dense(2, name="out", param_dtype=x.dtype)(jnp.tanh(x))
+
+
+@pytest.mark.parametrize(("mode", "check_vma"), [("pmap", True), ("shard_map", True)])
+def test_batch_norm_of_flax(mode, check_vma, fresh_problem):
+    """`nn.BatchNorm(axis_name=...)`: found outside of the map, and the step of one device on the whole batch."""
+    base, _ = problem()
+    variables = Normalized(None).init(jax.random.key(0), base.x)
+
+    def make(axis_name):
+        def loss_fn(params, x, y):
+            state = {"params": params, "batch_stats": variables["batch_stats"]}
+            logits, _ = Normalized(axis_name).apply(state, x, mutable=["batch_stats"])
+            return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        layers = kfe.find_layers(loss_fn, variables["params"], base.x, base.y, axis_name=axis_name)
+        assert list(layers) == ["in", "norm", "out"]
+        return several_devices.train_step(loss_fn, layers, kfe.scale_by_kfac(layers, 0.1), axis_name), layers
+
+    whole, layers = make(None)
+    params = variables["params"]
+    arguments = (params, kfe.scale_by_kfac(layers, 0.1).init(params), (base.x, base.y), jax.random.key(0))
+    expected, _, _ = jax.jit(whole)(*arguments)
+    found, _, _ = several_devices.divided(mode, 2, lambda name: make(name)[0], check_vma)(*arguments)
+    assert several_devices.difference(found, expected, params) < 1e-6

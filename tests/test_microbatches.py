@@ -102,6 +102,27 @@ def test_quadratic_model(given):
     assert_close(parts.fisher_products(*split), taps.fisher_products(*whole), 1e-10)
 
 
+def test_memory():
+    """The activations of a part alone: what a compiled step needs besides its arguments falls."""
+    x = jnp.ones((1024, 16))
+    params = [{"kernel": jnp.ones((16, 16))} for _ in range(6)]
+
+    def loss_fn(params, x):
+        for layer in params:
+            x = jnp.tanh(kfe.tag_dense(x, x @ layer["kernel"], layer))
+        return kfe.losses.l2_loss(x).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    tx = kfe.scale_by_kfac(layers, 0.1)
+
+    def needed(k):
+        step = several_devices.train_step(loss_fn, layers, tx, microbatches=k)
+        lowered = jax.jit(step).lower(params, tx.init(params), (x,), jax.random.key(0))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert needed(8) < needed(1) / 2
+
+
 def test_half_precision():
     """Gradients in bfloat16 are added up in float32."""
     x = jnp.ones((64, 1), jnp.bfloat16)

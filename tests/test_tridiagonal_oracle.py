@@ -14,6 +14,7 @@ import pytest
 import kfe_optax as kfe
 from kfe_optax import chunks
 from kfe_optax.chains import find_chains
+from kfe_optax.devices import ALONE
 from kfe_optax.factors import base, chained
 from kfe_optax.factors.base import Source
 from kfe_optax.factors.chained import ChainFactors
@@ -28,6 +29,11 @@ SIZES = (3, 4, 3, 2)
 # One shape a side: compiling a factorization for each is what most tests take.
 SQUARE = (3, 3, 3, 3)
 PERIODS = {"factor_update_period": 1, "inverse_update_period": 1}
+
+
+def inverse_times(roots, matrices, floor):
+    """F̂⁻¹ V of one chain."""
+    return chain_roots.apply({"": roots}, {"": matrices}, floor, ALONE)[""]
 
 
 def damping(step):
@@ -84,7 +90,7 @@ def applied():
                 unit[start : start + m * n].reshape(m, n)
                 for start, (m, n) in zip(places[:-1], shapes, strict=True)
             ]
-            return jnp.concatenate([v.ravel() for v in chain_roots.apply(roots["chain"], parts, 1e-9)])
+            return jnp.concatenate([v.ravel() for v in inverse_times(roots["chain"], parts, 1e-9)])
 
         return jax.vmap(column)(jnp.eye(places[-1])).T, failures
 
@@ -179,7 +185,7 @@ def test_deep_linear_networks(x64):
     for side in roots["chain"].pencils[0]:
         assert_close(side.values, np.ones(3), 1e-8)
     v = jnp.asarray(generator.normal(size=(3, 3)))
-    new = chain_roots.apply(roots["chain"], [v, jnp.zeros_like(v)], 0.01)[0]
+    new = inverse_times(roots["chain"], [v, jnp.zeros_like(v)], 0.01)[0]
     expected = 100 * np.linalg.inv(factors.input[0]) @ v @ np.linalg.inv(factors.output[0])
     assert_close(new, expected, 1e-6)
 

@@ -100,15 +100,10 @@ def refresh(
     return new, failures
 
 
-def apply(roots: ChainRoots, matrices: list[jax.Array], floor: Any) -> list[jax.Array]:
-    """F̂⁻¹ V of the V_i (d_in, d_out) of one chain; of Σ_i at least `floor` times A_ii⊗G_ii is inverted."""
-    return apply_all({"": roots}, {"": matrices}, floor, ALONE)[""]
-
-
-def apply_all(
+def apply(
     roots: Mapping[str, ChainRoots], matrices: Mapping[str, list[jax.Array]], floor: Any, devices: Devices
 ) -> dict[str, list[jax.Array]]:
-    """The same of all chains, {chain: its V_i}.
+    """F̂⁻¹ V of all chains, {chain: its V_i (d_in, d_out)}; of Σ_i at least `floor` times A_ii⊗G_ii is inverted.
 
     The devices share the products of the members, once for the first two factors of Ξᵀ Λ Ξ and once for the third.
     """

@@ -233,7 +233,7 @@ class _Tridiagonal(NamedTuple):
             name: [wide[e.layer] if e.index is None else wide[e.layer][e.index] for e in chain]
             for name, chain in chains.items()
         }
-        results = chain_roots.apply_all(roots.chains, given, self.floor, step.devices.products)
+        results = chain_roots.apply(roots.chains, given, self.floor, step.devices.products)
         new: dict[Element, jax.Array] = {}
         for name, chain in chains.items():
             own = factors.chains[name]
