@@ -27,7 +27,9 @@ and then, in the other one:
     python benchmarks/against_kfac_jax.py curves --data curves.npz --damping 3 30 150 --steps 50
     python benchmarks/against_kfac_jax.py curves --data curves.npz --damping 3
 
-Several dampings, or floors of it, are several kfac-jax runs in turn, beside one of Adam. The printed losses are the mean over the
+Several dampings, or floors of it, are several kfac-jax runs in turn, beside one of Adam. With `--seconds 45` every run of
+kfac-jax instead takes as many steps as that time allows, one run after the other and without Adam: what
+`kfe-optax compare --config.compare.seconds=45` does with this package's optimizers. The printed losses are the mean over the
 pixels of all training images, at the parameters and at their running average, which `kfe_optax.kfac_adaptive` keeps too.
 Networks, losses, batch sizes and Adam's learning rates are those of `configs/*_autoencoder.py`.
 
@@ -226,15 +228,13 @@ def compile_steps(optimizer: Optimizer, images: np.ndarray, steps: int) -> None:
 
 def run(
     network: Network,
-    adam: Adam,
-    others: list[KfacJax],
+    optimizers: list[Optimizer],
     source: Iterator[np.ndarray],
     images: np.ndarray,
     options: argparse.Namespace,
 ) -> None:
-    """Trains all of them in turn and prints a row for each at the steps asked for."""
+    """Trains all of them, Adam first, in turn and prints a row for each at the steps asked for."""
     evaluate = evaluator(network)
-    optimizers: list[Optimizer] = [adam, *others]
     averages = [jax.tree.map(jnp.zeros_like, optimizer.params) for optimizer in optimizers]
     shown = set(options.at) | {options.steps}
     print(
@@ -251,10 +251,36 @@ def run(
         if step + 1 not in shown:
             continue
         for optimizer, average in zip(optimizers, averages, strict=True):
-            spent, ratio = f"{optimizer.seconds:.1f}", f"{optimizer.seconds / adam.seconds:.2f}"
+            spent, ratio = f"{optimizer.seconds:.1f}", f"{optimizer.seconds / optimizers[0].seconds:.2f}"
             losses = [f"{evaluate(params, images):.5f}" for params in (optimizer.params, average)]
             cells = (optimizer.name, str(step + 1), spent, ratio, *losses, optimizer.note())
             print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def run_for(
+    seconds: float,
+    network: Network,
+    optimizers: list[Optimizer],
+    images: np.ndarray,
+    options: argparse.Namespace,
+) -> None:
+    """Trains each of them for its own `seconds`, evaluation not counted, and prints a row for each."""
+    evaluate = evaluator(network)
+    print("| optimizer | steps | seconds | training loss | averaged | |\n|---|---|---|---|---|---|")
+    for optimizer in optimizers:
+        # From the batch that follows those of the burn-in.
+        source = itertools.islice(batches(images, network.batch_size, options.seed), options.burnin, None)
+        average, step = jax.tree.map(jnp.zeros_like, optimizer.params), 0
+        while optimizer.seconds < seconds:
+            start = time.perf_counter()
+            optimizer.step(step, next(source))
+            average = averaged(average, optimizer.params, step)
+            jax.block_until_ready(average)
+            optimizer.seconds += time.perf_counter() - start
+            step += 1
+        losses = [f"{evaluate(params, images):.5f}" for params in (optimizer.params, average)]
+        cells = (optimizer.name, str(step), f"{optimizer.seconds:.1f}", *losses, optimizer.note())
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def read_images(path: str, network: Network) -> np.ndarray:
@@ -278,6 +304,7 @@ def main() -> None:
     parser.add_argument("--min-damping", nargs="+", type=float, default=[0.1], help="its floor; one run each")
     parser.add_argument("--damping-decay", type=float, default=0.9, help="a step's factor on the damping")
     parser.add_argument("--steps", type=int, default=0, help="0: the config's own")
+    parser.add_argument("--seconds", type=float, default=0.0, help="of each kfac-jax run, instead of steps")
     parser.add_argument("--at", nargs="*", type=int, default=[], help="steps at which losses are printed")
     parser.add_argument("--factor-period", type=int, default=1, help="steps between updates of the factors")
     parser.add_argument("--inverse-period", type=int, default=5, help="steps between inversions")
@@ -294,19 +321,22 @@ def main() -> None:
     source = batches(images, network.batch_size, options.seed)
     # Extra batches: every optimizer trains on the same ones after them.
     burnin = list(itertools.islice(source, options.burnin))
-    adam = Adam(network, options.steps, key)
-    others = [
+    optimizers: list[Optimizer] = [] if options.seconds else [Adam(network, options.steps, key)]
+    optimizers += [
         KfacJax(network, *dampings, burnin, options, key)
         for dampings in itertools.product(options.damping, options.min_damping)
     ]
     # kfac-jax compiles a program for every combination of what a step updates; so many steps have them all.
-    for optimizer in (adam, *others):
+    for optimizer in optimizers:
         compile_steps(optimizer, images[: network.batch_size], DAMPING_PERIOD * options.factor_period)
     size = network.batch_size
     print(
         f"{options.network}: {len(images):,} images, batches of {size}, JAX {jax.__version__}\n", flush=True
     )
-    run(network, adam, others, source, images, options)
+    if options.seconds:
+        run_for(options.seconds, network, optimizers, images, options)
+    else:
+        run(network, optimizers, source, images, options)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import kfe_optax as kfe
 from benchmarks import communication
 from benchmarks.communication import PER_CUBE
+from benchmarks.programs import inner_jaxprs
 from benchmarks.traffic import Traffic, traffic
 from kfe_optax.table import align, quantity
 
@@ -203,23 +204,13 @@ def factorizations(jaxpr: Any, method: str) -> tuple[int, float]:
             *lead, d, _ = eqn.invars[0].aval.shape
             inside = [(math.prod(lead), math.prod(lead) * PER_CUBE[method] * d**3)]
         else:
-            inside = [factorizations(sub, method) for sub in jaxprs(eqn.params.values())]
+            inside = [factorizations(sub, method) for sub in inner_jaxprs(eqn.params.values())]
         if eqn.primitive.name == "cond" and inside:
             inside = [max(inside, key=lambda found: found[1])]
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         number += times * sum(found[0] for found in inside)
         flops += times * sum(found[1] for found in inside)
     return number, flops
-
-
-def jaxprs(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from jaxprs(value)
-        elif hasattr(value, "eqns"):
-            yield value
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr
 
 
 def measure(options: argparse.Namespace, devices: int, depth: int, width: int) -> list[Run]:

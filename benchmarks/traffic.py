@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from benchmarks.programs import instructions
+
 # Bytes sent by a device, from the bytes of a collective's result and the number of devices.
 RING: dict[str, Callable[[float, int], float]] = {
     "all-reduce": lambda size, n: 2 * size * (n - 1) / n,
@@ -22,11 +24,6 @@ RING: dict[str, Callable[[float, int], float]] = {
     "collective-permute": lambda size, n: size,
 }
 
-# %name (parameters) -> result {
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-# %name = result opcode(operands), attributes
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][\w\-]*)\((.*)$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _SHAPE = re.compile(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")
 
@@ -40,48 +37,28 @@ class Traffic(NamedTuple):
 
 def traffic(compiled: Any, devices: int) -> Traffic:
     """That of a compiled function (`jitted.lower(...).compile()`) on so many devices, all of them in each collective."""
-    bodies, entry = _parse(compiled.as_text())
+    computations, entry = instructions(compiled)
 
     @functools.cache
     def of(name: str) -> Traffic:
         always = branches = 0.0
-        for result, opcode, rest in bodies[name]:
+        for instruction in computations[name]:
             # Of an asynchronous pair the end counts: the start's result holds its operands as well.
-            ring = RING.get(opcode.removesuffix("-done"))
+            ring = RING.get(instruction.opcode.removesuffix("-done"))
             if ring:
-                always += ring(_bytes(result), devices)
+                always += ring(_bytes(instruction.result), devices)
                 continue
-            inner = [of(called) for called in _called(rest) if called in bodies]
-            if opcode == "conditional":
+            inner = [of(called) for called in instruction.called() if called in computations]
+            if instruction.opcode == "conditional":
                 branches += max(sum(found) for found in inner)
                 continue
-            times = int(trips[1]) if opcode == "while" and (trips := _TRIPS.search(rest)) else 1
+            trips = _TRIPS.search(instruction.attributes)
+            times = int(trips[1]) if instruction.opcode == "while" and trips else 1
             always += times * sum(found.always for found in inner)
             branches += times * sum(found.branches for found in inner)
         return Traffic(always, branches)
 
     return of(entry)
-
-
-def _parse(text: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """{computation: (result, opcode, operands and attributes) of its instructions}, and the name of the entry."""
-    bodies: dict[str, list[tuple[str, str, str]]] = {}
-    entry, body = "", None
-    for line in text.splitlines():
-        if start := _COMPUTATION.match(line):
-            body = bodies.setdefault(start[2], [])
-            entry = start[2] if start[1] else entry
-        elif line.startswith("}"):
-            body = None
-        elif body is not None and (instruction := _INSTRUCTION.match(line)):
-            body.append((instruction[1], instruction[2], instruction[3]))
-    if not entry:
-        raise ValueError("The text has no entry computation: is it that of a compiled program?")
-    return bodies, entry
-
-
-def _called(rest: str) -> list[str]:
-    return [name for names in _CALLED.findall(rest) for name in re.findall(r"[\w.\-]+", names)]
 
 
 def _bytes(result: str) -> float:

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfe_optax as kfe
+from benchmarks.programs import inner_jaxprs
 from kfe_optax import devices as devices_lib
 from kfe_optax import kronecker
 
@@ -157,20 +158,10 @@ def work(jaxpr, name, cost):
             *lead, d, _ = eqn.invars[0].aval.shape
             total += math.prod(lead) * cost(d)
         else:
-            inner = [work(sub, name, cost) for sub in _jaxprs(eqn.params.values())]
+            inner = [work(sub, name, cost) for sub in inner_jaxprs(eqn.params.values())]
             times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
             total += times * (max(inner) if eqn.primitive.name == "cond" else sum(inner))
     return total
-
-
-def _jaxprs(values):
-    for value in values:
-        if isinstance(value, tuple | list):
-            yield from _jaxprs(value)
-        elif hasattr(value, "eqns"):
-            yield value
-        elif hasattr(value, "jaxpr"):
-            yield value.jaxpr
 
 
 EVEN = {4: 8, 5: 16}
