@@ -34,6 +34,18 @@ def get_config() -> ConfigDict:
         max_kl=1.0,
         initial_refreshes=5,
     )
+    # Its scale is that of single examples in the basis of the day, where EKFAC's is that of whole batches and larger: it needs a
+    # fresher basis and shorter steps.
+    config.tekfac = settings.tekfac(
+        schedule(0.5, "linear"),
+        schedule(3.0, "exponential", end=0.1),
+        momentum=0.8,
+        nesterov=True,
+        max_kl=0.1,
+        initial_refreshes=5,
+        basis_update_period=10,
+        scale_update_period=1,
+    )
     config.kfac_adaptive = settings.kfac_adaptive(
         initial_damping=3.0,
         damping_floor=0.1,

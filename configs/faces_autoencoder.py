@@ -42,5 +42,6 @@ def get_config() -> ConfigDict:
         basis_update_period=100,
         initial_refreshes=2,
     )
+    config.soap = settings.soap(schedule(3e-3, "linear", warmup=10))
     config.kfac_adaptive = settings.kfac_adaptive(initial_damping=10.0, damping_floor=1.0, averaging=0.9)
     return settings.with_relatives(config)

@@ -8,6 +8,7 @@ from typing import Any
 import optax
 
 from kfe_optax.layers import Layers
+from kfe_optax.optimizers import METHODS
 from kfe_optax.transforms.adaptive_damping import adaptive_damping
 from kfe_optax.transforms.averaging import average_iterates
 from kfe_optax.transforms.kfac import scale_by_kfac
@@ -28,6 +29,8 @@ def kfac_adaptive(
     damping_ceiling: float = 1e8,
     damping_in_model: bool = True,
     search_period: int | None = 50,
+    search_floor: float = 1e-8,
+    search_ceiling: float = 1e8,
     averaging: ScalarOrSchedule | None = 0.99,
     rest: optax.GradientTransformation | None = None,
     **options: Any,
@@ -44,7 +47,8 @@ def kfac_adaptive(
       initial_damping: λ₀, in units of the loss's curvature: about 1 for a classifier, 150 for a sum over an image's pixels. Too
         large costs some steps at the start, in which λ falls.
       l2: η, the strength of a penalty ½η‖θ‖² that is added here, and not by the loss function.
-      preconditioner: `kfe.scale_by_kfac` (the default) or another `kfe.scale_by_...` of layers and damping.
+      preconditioner: `kfe.scale_by_kfac` (the default) or another `kfe.scale_by_...` of layers and damping; of
+        `scale_by_two_level_kfac` the fine level's damping is adapted, and the coarse one's is its own.
       momentum: whether the last update takes part.
       damping_period: T₁, steps between measurements of the loss at the new parameters.
       damping_factor: ω₁ of one step.
@@ -52,7 +56,11 @@ def kfac_adaptive(
         small batches raise it.
       damping_ceiling: the largest λ.
       damping_in_model: whether the reduction ratio's model has λ in it.
-      search_period: T₂, steps between searches for the preconditioner's damping γ²; None: it is λ + η.
+      search_period: T₂, steps between searches for the preconditioner's damping γ²; None: it is λ + η. Best a multiple of the
+        preconditioner's `inverse_update_period` (see `scale_by_quadratic_model`). The paper searches and inverts every 20 steps
+        and updates the factors on every one; here it is 50, 50 and 10, for speed.
+      search_floor: the least γ².
+      search_ceiling: the largest γ².
       averaging: the decay ξ of the averaged parameters (`kfe.averaged_parameters(opt_state, params)`); None for none. They lag
         by some 1/(1 − ξ) steps: for runs of a few hundred 0.9 is better.
       rest: the transformation of the parameters outside the layers, whose step size is α too: by default `optax.identity()`,
@@ -64,7 +72,8 @@ def kfac_adaptive(
       `kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)`; what it returns is added to the parameters as it is.
 
     Raises:
-      TypeError: a `damping` or a learning rate, which it finds itself.
+      TypeError: a `damping` or a learning rate, which it finds itself; an alias such as `kfe.kfac` for a preconditioner; a number
+        for `momentum`, a schedule for `initial_damping`.
       ValueError: numbers out of their ranges; in `update`: no taps, taps without the quadratic model, no parameters.
 
     Example:
@@ -93,13 +102,18 @@ def kfac_adaptive(
     """
     # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
     options = {**options.pop("options", {}), **options}
-    found = {"damping", "learning_rate", "max_kl"} & options.keys()
-    if found:
-        raise TypeError(
-            f"kfac_adaptive takes no {found.pop()}: it finds step sizes and damping itself; initial_damping is where it starts."
-        )
+    _check(options, preconditioner, momentum)
+    _check_initial(initial_damping, damping_floor, damping_ceiling)
     tx = (preconditioner or scale_by_kfac)(layers, initial_damping, rest=rest or optax.identity(), **options)
-    tx = scale_by_quadratic_model(tx, initial_damping, l2=l2, momentum=momentum, search_period=search_period)
+    tx = scale_by_quadratic_model(
+        tx,
+        initial_damping,
+        l2=l2,
+        momentum=momentum,
+        search_period=search_period,
+        search_floor=search_floor,
+        search_ceiling=search_ceiling,
+    )
     tx = adaptive_damping(
         tx,
         initial_damping,
@@ -110,4 +124,35 @@ def kfac_adaptive(
         l2=l2,
         damping_in_model=damping_in_model,
     )
-    return tx if averaging is None else optax.chain(tx, average_iterates(averaging))
+    return tx if averaging is None else optax.chain(average_iterates(averaging), tx)
+
+
+def _check(options: dict[str, Any], preconditioner: Any, momentum: Any) -> None:
+    found = {"damping", "learning_rate", "max_kl"} & options.keys()
+    if found:
+        raise TypeError(
+            f"kfac_adaptive takes no {found.pop()}: it finds step sizes and damping itself; initial_damping is where it starts."
+        )
+    if "weight_decay" in options:
+        raise TypeError(
+            "kfac_adaptive takes no weight_decay: give the penalty ½η‖θ‖² as l2=η, so that the model has it too."
+        )
+    if not isinstance(momentum, bool):
+        raise TypeError(
+            f"momentum says whether the last update takes part, True or False, not {momentum!r}: the model finds how much."
+        )
+    for name, method in METHODS.items():
+        if preconditioner is method.optimizer:
+            raise TypeError(
+                f"preconditioner is kfe.{name}, an optimizer with a learning rate: give kfe.METHODS['{name}'].scale_by."
+            )
+
+
+def _check_initial(damping: Any, floor: Any, ceiling: Any) -> None:
+    if callable(damping):
+        raise TypeError("initial_damping is a number: where λ starts, before it follows the reduction ratio.")
+    known = all(isinstance(number, float | int) for number in (damping, floor, ceiling))
+    if known and not floor <= damping <= ceiling:
+        raise ValueError(
+            f"initial_damping is {damping!r}; it must lie between damping_floor, {floor!r}, and damping_ceiling, {ceiling!r}."
+        )

@@ -12,6 +12,10 @@ from kfe_optax.layers import Layers
 
 Chains = Literal["whole", "split"] | Sequence[Sequence[str]]
 
+_ACCEPTED = (
+    "chains must be 'whole', 'split' or lists of layer names, one a chain, such as [['first', 'second'], ...]"
+)
+
 
 class Element(NamedTuple):
     """A member of a chain: a layer, or one of the layers of a stack.
@@ -66,11 +70,12 @@ def find_chains(layers: Layers, chains: Chains, max_dim: int) -> Plan:
       max_dim: a side larger than this is a diagonal, which cannot be paired.
 
     Raises:
+      TypeError: chains that are neither.
       ValueError: no such chain: the message names the layer that breaks it.
     """
     if isinstance(chains, str):
         if chains not in ("whole", "split"):
-            raise ValueError(f"chains must be 'whole', 'split' or lists of layer names, not {chains!r}.")
+            raise ValueError(f"{_ACCEPTED}, not {chains!r}.")
         elements = [e for loop in _by_loop(layers.values()) for e in _unrolled(loop)]
         before = _predecessors(layers)
         fed = _successors(elements, before)
@@ -79,8 +84,10 @@ def find_chains(layers: Layers, chains: Chains, max_dim: int) -> Plan:
             found = [tuple(elements)]
         else:
             found = _split(layers, elements, before, fed, max_dim)
-    else:
+    elif isinstance(chains, Iterable):
         found = _listed(layers, chains)
+    else:
+        raise TypeError(f"{_ACCEPTED}, not {chains!r}.")
     for chain in found:
         _check_pairs(layers, chain, max_dim)
     joined = {element.layer for chain in found if len(chain) > 1 for element in chain}
@@ -193,7 +200,8 @@ def _listed(layers: Layers, chains: Any) -> list[Chain]:
     seen: set[str] = set()
     found = []
     for names in chains:
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        listed = isinstance(names, Iterable) and not isinstance(names, str)
+        if not listed or not all(isinstance(name, str) for name in names):
             raise ValueError(
                 f"chains must be a list of chains, each a list of layer names: not {names!r} as one of them."
             )

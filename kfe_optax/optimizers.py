@@ -45,6 +45,9 @@ Args:
 Returns:
   A transformation with `update(grads, state, params, *, taps)`.
 
+Raises:
+  TypeError, ValueError: as `{scale_by}` does, for a damping that is not positive among others.
+
 Example:
   >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, kfe_optax as kfe
   >>> model = nn.Sequential([nn.Dense(16), nn.tanh, nn.Dense(2)])

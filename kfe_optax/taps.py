@@ -238,6 +238,11 @@ class Taps:
 
         return self.mean_over_devices(symmetric(product, tangents))
 
+    @property
+    def has_quadratic_model(self) -> bool:
+        """Whether they know the loss, also at other parameters, and products with the Fisher."""
+        return self._loss is not None
+
     def check_quadratic_model(self) -> None:
         """Raises ValueError for taps that were not asked for the quadratic model."""
         self._checked()

@@ -132,18 +132,78 @@ def test_frameworks_agree(framework, x64):
 
 def test_averaged_parameters(x64):
     """θ̄ is the mean of the iterates while 1 − 1/k is below the decay, and decays from there on."""
-    tx = optax.chain(optax.sgd(1.0), kfe.average_iterates(0.75))
-    params = {"w": jnp.zeros(3, jnp.bfloat16)}
+    tx = optax.chain(kfe.average_iterates(0.75), optax.sgd(1.0))
+    params = {"w": jnp.zeros(3)}
     state, iterates, expected = tx.init(params), [], 0.0
-    assert kfe.averaged_parameters(state, params)["w"].dtype == jnp.bfloat16
+    assert_close(kfe.averaged_parameters(state, params), params)
     for i in range(6):
-        updates, state = tx.update({"w": jnp.full(3, -float(i), jnp.bfloat16)}, state, params)
+        updates, state = tx.update({"w": jnp.full(3, -float(i))}, state, params)
         params = optax.apply_updates(params, updates)
         iterates.append(float(params["w"][0]))
         expected = np.mean(iterates[:4]) if i < 4 else 0.75 * expected + 0.25 * iterates[-1]
-        assert_close(state[1].average["w"][0], expected, 1e-6)
+        assert_close(kfe.averaged_parameters(state, params)["w"], jnp.full(3, expected), 1e-12)
     with pytest.raises(ValueError, match="averages the parameters"):
         tx.update(params, state)
+    with pytest.raises(ValueError, match="average has 'w', which the parameters have not"):
+        kfe.averaged_parameters(state, {"params": params})
+
+
+def test_the_average_is_kept_in_float32():
+    tx = kfe.average_iterates()
+    params = {"w": jnp.zeros(3, jnp.bfloat16)}
+    state = tx.init(params)
+    for i in range(4):
+        _, state = tx.update(params, state, {"w": jnp.full(3, 1 + i / 128, jnp.bfloat16)})
+    assert_close(state.average["w"], jnp.full(3, 1 + 2 / 128), 1e-6)
+    assert kfe.averaged_parameters(state, params)["w"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("wrap", ["masked", "partition"])
+def test_the_average_of_a_part(wrap, x64):
+    """What an optimizer of some of the parameters averages; the others are as they are."""
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(2), "c": jnp.zeros(2)}
+    one = lambda: optax.chain(kfe.average_iterates(), optax.sgd(1.0))
+    tx = {
+        "masked": optax.chain(optax.masked(one(), {"a": True, "b": True, "c": False})),
+        "partition": optax.partition(
+            {"first": one(), "second": one(), "plain": optax.sgd(1.0)},
+            {"a": "first", "b": "second", "c": "plain"},
+        ),
+    }[wrap]
+    state = tx.init(params)
+    for _ in range(2):
+        _, state = tx.update(jax.tree.map(lambda p: p - 1, params), state, params)
+        params = jax.tree.map(lambda p: p + 1, params)
+    averaged = kfe.averaged_parameters(state, params)
+    assert_close(averaged, {"a": jnp.full(2, 1.5), "b": jnp.full(2, 1.5), "c": jnp.full(2, 2.0)}, 1e-12)
+
+
+def test_the_average_leaves_out_what_is_taken_back(x64):
+    """A step beyond the barrier, where the loss is no number: the average is that of the other iterates."""
+    params, x = {"kernel": jnp.full((1, 1), 2.0)}, jnp.ones((4, 1))
+
+    def loss_fn(params, x):
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        return kfe.losses.l2_loss(z, jnp.full_like(z, 0.5)).mean() + 0 * jnp.log(params["kernel"] - 0.9).sum()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    tx = kfe.kfac_adaptive(layers, initial_damping=1e-3, damping_period=1000)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads, taps = differentiate(params, x)
+        updates, state = tx.update(grads, state, params, taps=taps)
+        return optax.apply_updates(params, updates), state, loss
+
+    state, good = tx.init(params), []
+    for i in range(14):
+        here = params["kernel"][0, 0]
+        params, state, loss = step(params, state)
+        good += [float(here)] if i and jnp.isfinite(loss) else []
+    assert kfe.info(state).rejected > 0
+    assert state[0].averaged == len(good)
+    assert_close(state[0].average["kernel"][0, 0], jnp.asarray(np.mean(good)), 1e-12)
 
 
 def test_a_batch_with_nan(x64):
@@ -234,8 +294,20 @@ def test_parameters_outside_the_layers(x64):
 
 
 def test_misuse():
-    """What it finds itself is refused."""
+    """What it finds itself is refused, and so is what would be misread."""
     layers = problems.make("plain").layers()
     for name in ("damping", "learning_rate", "max_kl"):
         with pytest.raises(TypeError, match=f"takes no {name}"):
             kfe.kfac_adaptive(layers, **{name: 0.1})
+    with pytest.raises(TypeError, match="l2=η"):
+        kfe.kfac_adaptive(layers, weight_decay=0.1)
+    with pytest.raises(TypeError, match="True or False, not 0.9"):
+        kfe.kfac_adaptive(layers, momentum=0.9)
+    with pytest.raises(
+        TypeError, match=r"kfe.ekfac, an optimizer with a learning rate: give kfe.METHODS\['ekfac'\].scale_by"
+    ):
+        kfe.kfac_adaptive(layers, preconditioner=kfe.ekfac)
+    with pytest.raises(TypeError, match="initial_damping is a number"):
+        kfe.kfac_adaptive(layers, initial_damping=optax.constant_schedule(1.0))
+    with pytest.raises(ValueError, match="between damping_floor, 1.0, and damping_ceiling"):
+        kfe.kfac_adaptive(layers, initial_damping=0.5, damping_floor=1.0)

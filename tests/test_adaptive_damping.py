@@ -183,3 +183,86 @@ def test_a_step_into_nowhere_is_taken_back(model, x64):
     assert np.isfinite(loss) or np.isfinite(seen[-1])
     assert seen[-1] > 0.9 or seen[-2] > 0.9
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)) if leaf.ndim)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 1e9), (jnp.bfloat16, 1e4)])
+def test_a_huge_step_is_taken_back_to_the_bit(dtype, size):
+    """θ + δ − δ is far from θ where |δ| is huge: further steps back go the rest of the way, and λ rises once."""
+    x = jnp.ones((4, 3), dtype)
+    start = {"kernel": jnp.asarray([[0.3], [1.7], [-0.9]], dtype)}
+
+    def loss_fn(params, x):
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        there = jnp.abs(params["kernel"]).max() < 100
+        return jnp.where(there, kfe.losses.l2_loss(z, jnp.zeros_like(z)).mean(), jnp.nan)
+
+    layers = kfe.find_layers(loss_fn, start, x)
+    tx = kfe.adaptive_damping(optax.scale(-size), 1.0, period=1000)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+
+    @jax.jit
+    def step(params, state):
+        _, grads, taps = differentiate(params, x)
+        updates, state = tx.update(grads, state, params, taps=taps)
+        return optax.apply_updates(params, updates), state
+
+    params, state = step(start, tx.init(start))
+    assert jnp.abs(params["kernel"]).max() > 0.9 * size
+    for _ in range(5):
+        there = params
+        params, state = step(params, state)
+        if state.returns == 0:
+            break
+    assert (there["kernel"] == start["kernel"]).all()
+    assert state.rejected == 1 and state.damping == 4.0
+
+
+def test_a_step_beyond_all_numbers_is_not_taken():
+    """θ + δ overflows float16 although δ does not."""
+    x, params = jnp.ones((4, 1), jnp.float16), {"kernel": jnp.full((1, 1), 6e4, jnp.float16)}
+
+    def loss_fn(params, x):
+        z = kfe.tag_dense(x, x @ (params["kernel"] * 1e-5).astype(jnp.float16), params)
+        return kfe.losses.l2_loss(z, jnp.ones_like(z)).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    far = optax.stateless(lambda updates, _: jax.tree.map(lambda u: jnp.full_like(u, 6e4), updates))
+    tx = kfe.adaptive_damping(far, 1.0, period=1000)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+    _, grads, taps = differentiate(params, x)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params, taps=taps)
+    assert updates["kernel"] == 0
+    assert state.rejected == 1 and state.damping == 4.0
+
+
+def test_a_foretold_rise_raises_the_damping(x64):
+    """A chain that walks uphill: loss and model rise together, and r is negative all the same."""
+    params, x = {"kernel": jnp.ones((3, 2))}, jnp.eye(3)
+
+    def loss_fn(params, x):
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        return kfe.losses.l2_loss(z, jnp.zeros_like(z)).sum(-1).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    tx = kfe.adaptive_damping(optax.scale(3.0), 1.0, period=1)
+    _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)(params, x)
+    _, state = tx.update(grads, tx.init(params), params, taps=taps)
+    assert state.reduction_ratio < 0
+    assert_close(state.damping, jnp.asarray(20 / 19), 1e-12)
+
+
+@pytest.mark.parametrize("outer", [None, L2])
+def test_the_penalty_of_the_model_inside(outer, stepped, x64):
+    """Unless it has one itself, the η of the quadratic model inside counts, in the step and in r."""
+    problem, grads, taps = stepped
+    fine = kfe.scale_by_kfac(problem.layers(), 1.0)
+    inside = 0.0 if outer else L2
+    both = [
+        kfe.adaptive_damping(kfe.scale_by_quadratic_model(fine, 1.0, l2=inside), START, period=1, l2=outer),
+        kfe.adaptive_damping(kfe.scale_by_quadratic_model(fine, 1.0, l2=L2), START, period=1, l2=L2),
+    ]
+    (ours, state), (expected, expected_state) = (
+        tx.update(grads, tx.init(problem.params), problem.params, taps=taps) for tx in both
+    )
+    assert_close(ours, expected, 1e-12)
+    assert_close(state.reduction_ratio, expected_state.reduction_ratio, 1e-9)

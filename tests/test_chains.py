@@ -426,9 +426,16 @@ def test_lists_of_names():
         ([["a", "z"]], "chains names 'z', and there is no such layer; the layers are a, b"),
         ([["a"], ["a", "b"]], "chains names 'a' twice"),
         (["a", "b"], "each a list of layer names: not 'a'"),
+        ([5], "each a list of layer names: not 5"),
+        ([["a", 5]], r"each a list of layer names: not \['a', 5\]"),
         ("all", "chains must be 'whole', 'split' or lists"),
     ):
         with pytest.raises(ValueError, match=message):
+            names(layers, chains)
+    for chains in (5, None):
+        with pytest.raises(
+            TypeError, match=rf"'split' or lists of layer names, one a chain.*, not {chains}\."
+        ):
             names(layers, chains)
 
 

@@ -127,6 +127,45 @@ def test_unknown_options(step):
         kfe.Gaussian(0.0)
 
 
+PRECONDITIONERS = {
+    **{name: method.scale_by for name, method in kfe.METHODS.items()},
+    "kronecker": kfe.scale_by_kronecker,
+}
+
+
+@pytest.mark.parametrize("name", PRECONDITIONERS)
+def test_damping_is_positive(name, step):
+    """Numbers must be; arrays, which `optax.inject_hyperparams` makes of numbers, and schedules are taken as they are."""
+    layers = step[1]
+    for number in (0.0, 0, -1.0):
+        with pytest.raises(ValueError, match=f"^damping must be positive, not {number!r}"):
+            PRECONDITIONERS[name](layers, number)
+    for taken in (1e-30, jnp.zeros(()), optax.linear_schedule(1.0, 0.0, 10)):
+        assert callable(PRECONDITIONERS[name](layers, taken).update)
+
+
+@pytest.mark.parametrize("name", kfe.factors.FACTORS)
+def test_decay_is_a_weight(name):
+    make = kfe.factors.FACTORS[name]
+    for number in (1.5, -0.1, 2, float("nan")):
+        with pytest.raises(
+            ValueError, match=rf"^decay is the weight.*must lie in \[0, 1\], not be {number!r};"
+        ):
+            make(decay=number)
+    for taken in (0, 1.0, jnp.asarray(1.5), optax.linear_schedule(0.5, 1.0, 10)):
+        assert make(decay=taken).decay is taken
+
+
+@pytest.mark.parametrize("name", kfe.METHODS)
+def test_decay_of_a_preconditioner(name, step):
+    layers = step[1]
+    with pytest.raises(ValueError, match="^decay is the weight"):
+        kfe.METHODS[name].scale_by(layers, 0.1, decay=1.5)
+    if "ekfac" in name:
+        with pytest.raises(ValueError, match="^scale_decay is the weight"):
+            kfe.METHODS[name].scale_by(layers, 0.1, scale_decay=-0.5)
+
+
 def test_loss_that_breaks_on_riders():
     """It compares the tree with one of its own; `kfe.plain` is the way out."""
     problem = problems.make("linen")

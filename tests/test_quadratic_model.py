@@ -141,6 +141,7 @@ class _ToldState(NamedTuple):
     damping: jax.Array
     calls: jax.Array
     kept: jax.Array
+    last_refresh: jax.Array
 
 
 class _Told:
@@ -149,13 +150,14 @@ class _Told:
     curvature = 0.4
 
     def init(self, params):
-        told = _ToldState(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.ones(3))
+        told = _ToldState(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.ones(3), jnp.asarray(-1))
         return LayerwiseState(*(jnp.zeros(()) for _ in range(2)), told, (), jnp.zeros(()))
 
     def update(self, updates, state, params=None, *, taps, damping, retry=None):
         own = jnp.arange(1, 1 + len(jax.tree.leaves(updates))) * self.curvature
         leaves = [leaf / (h + damping) for leaf, h in zip(jax.tree.leaves(updates), own, strict=True)]
-        told = _ToldState(damping, state.method.calls + (retry is None), state.method.kept)
+        old = state.method
+        told = _ToldState(damping, old.calls + (retry is None), old.kept, old.last_refresh)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves), state._replace(method=told)
 
 
@@ -241,6 +243,32 @@ def test_search_with_a_real_preconditioner(name, x64):
         lambda d, old: -state.step_size * d + state.momentum * old, direction, before.previous
     )
     assert_close(updates, expected, 1e-9)
+
+
+class _Aging(_Told):
+    """The same with inverses of the first step, which are better than any that it would make anew."""
+
+    def update(self, updates, state, params=None, *, taps, damping, retry=None):
+        new, told = super().update(updates, state, params, taps=taps, damping=damping, retry=retry)
+        if retry is None:
+            return updates, told
+        # Next to nothing but the first leaf moves.
+        first, *rest = jax.tree.leaves(new)
+        return jax.tree.unflatten(jax.tree.structure(updates), [first, *(1e-3 * leaf for leaf in rest)]), told
+
+
+def test_search_compares_inverses_of_one_age(x64):
+    """Between refreshes the proposal of old inverses is none of the three, even where it is the best."""
+    problem = problems.make("plain", "softmax")
+    told = _Aging()
+    transform = optax.GradientTransformationExtraArgs(told.init, told.update)
+    tx = kfe.scale_by_quadratic_model(transform, DAMPING, search_period=2, momentum=False)
+    *_, (params, updates, _, state) = _trained(problem, tx, 3)
+    gradient, matrix = _dense_model(problem, params, DAMPING, 0)
+    plain = -gradient * (gradient @ gradient) / (gradient @ matrix @ gradient)
+    assert gradient @ plain / 2 < state.model_change
+    first, *rest = jax.tree.leaves(updates)
+    assert all(jnp.abs(leaf).max() < 0.1 * jnp.abs(first).max() for leaf in rest)
 
 
 def test_numbers_that_are_none(x64):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 
@@ -252,3 +253,23 @@ def test_an_alias_moves_the_rest_as_adam_would(momentum):
     for _ in range(50):
         updates, state = update(grads, state, problem.params, taps=taps)
     np.testing.assert_allclose(np.abs(updates["temperature"]), 1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [functools.partial(kfe.scale_by_kfac, damping_type="exact"), kfe.scale_by_kfac, kfe.scale_by_ekfac],
+    ids=["exact", "factored", "ekfac"],
+)
+def test_a_schedule_of_the_damping_may_be_zero(make):
+    """An input that is always zero has no curvature and no gradient, and no 0/0 comes of it."""
+    params, x, y = {"kernel": jnp.ones((3, 2))}, jnp.eye(3).at[2].set(0.0), jnp.zeros((3, 2))
+
+    def loss_fn(params, x, y):
+        return kfe.losses.l2_loss(kfe.tag_dense(x, x @ params["kernel"], params), y).sum(-1).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x, y)
+    tx = make(layers, lambda count: 0.0 * count)
+    _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x, y)
+    updates, _ = tx.update(grads, tx.init(params), params, taps=taps)
+    assert jnp.isfinite(updates["kernel"]).all()
+    assert (updates["kernel"][:2] > 0).all()

@@ -443,5 +443,9 @@ def test_options_and_messages():
         kfe.scale_by_block_tridiagonal(layers, 0.1, chains="split", floor=0.0)
     with pytest.raises(ValueError, match="inverse_update_period must be a positive whole number"):
         kfe.scale_by_block_tridiagonal(layers, 0.1, chains="split", inverse_update_period=0)
+    with pytest.raises(ValueError, match="damping must be positive, not -1.0"):
+        kfe.scale_by_block_tridiagonal(layers, -1.0, chains="split")
+    with pytest.raises(TypeError, match="chains must be 'whole', 'split' or lists of layer names"):
+        kfe.scale_by_block_tridiagonal(layers, 0.1, chains=5)
     with pytest.raises(TypeError, match="layers must be what kfe.find_layers"):
         kfe.scale_by_block_tridiagonal(params, 0.1)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kfe_optax as kfe
 from kfe_optax import chunks, kronecker
-from kfe_optax.coarse import grids
+from kfe_optax.coarse import grids, level
 from kfe_optax.transforms.two_level import scale_by_two_level_kfac, two_level
 
 from . import problems
@@ -390,6 +390,9 @@ def test_two_level_kfac_is_two_level_around_kfac():
         ({"coarse": "outputs", "groups": 0}, ValueError, "groups must be a positive whole number"),
         ({"coarse": "outputs", "groups": jnp.asarray(2)}, ValueError, "static_args=\\('groups',\\)"),
         ({"coarse": "residual", "form": "factored"}, ValueError, "choose form='exact'"),
+        ({"damping": 0.0}, ValueError, "^damping must be positive, not 0.0"),
+        ({"damping": -1.0}, ValueError, "^damping must be positive, not -1.0"),
+        ({"decay": 1.5}, ValueError, "^decay .* must lie in .*, not be 1.5"),
         ({"factor_update_period": 0}, ValueError, "factor_update_period must be a positive whole number"),
         ({"inverse_update_period": 2.5}, ValueError, "inverse_update_period must be a positive whole number"),
     ],
@@ -398,6 +401,36 @@ def test_options_that_are_refused(options, error, message):
     _, layers = plain()
     with pytest.raises(error, match=message):
         two_level(kfe.scale_by_kfac(layers, 0.1), layers, **options)
+
+
+def test_both_dampings_are_positive():
+    _, layers = plain()
+    with pytest.raises(ValueError, match="^damping must be positive"):
+        scale_by_two_level_kfac(layers, 0.0)
+    with pytest.raises(ValueError, match="^coarse_damping must be positive"):
+        scale_by_two_level_kfac(layers, 0.1, coarse_damping=0.0)
+
+
+def test_a_schedule_of_the_damping_may_end_at_zero():
+    """Nothing is corrected before the first refresh; later, no curvature is taken for less than its rounding errors."""
+    problem, layers = plain()
+    fine = cheap(layers)
+    tx = two_level(fine, layers, damping=optax.linear_schedule(1.0, 0.0, 1), initial_refreshes=0)
+    grads, taps = taps_of(problem, layers)
+    update = jax.jit(tx.update)
+    state = tx.init(problem.params)._replace(count=jnp.asarray(1, jnp.int32))
+    alone, _ = jax.jit(fine.update)(grads, state.fine, problem.params)
+    updates, _ = update(grads, state, problem.params, taps=taps)
+    jax.tree.map(np.testing.assert_array_equal, updates, alone)
+    # One coarse vector a layer, and none of them mixed.
+    top = 2.0
+    basis = kronecker.Eigenbasis(jnp.array([0.0, top]), jnp.eye(2))
+    state = state._replace(coarse=state.coarse._replace(basis=basis))
+    updates, _ = update(grads, state, problem.params, taps=taps)
+    for i, curvature in enumerate((level.ROUNDINGS * np.finfo(np.float32).eps * top, top)):
+        total = sum(np.sum(leaf) for leaf in jax.tree.leaves(grads[i]))
+        for leaf, one in zip(jax.tree.leaves(updates[i]), jax.tree.leaves(alone[i]), strict=True):
+            assert_close(leaf, one + total / curvature, 1e-5)
 
 
 def test_other_misuse():

@@ -20,6 +20,9 @@ from kfe_optax.transforms.layerwise import Matrices, ScalarOrSchedule, Step
 
 Present = Mapping[str, Layer]
 
+# So many rounding errors of the largest eigenvalue of F_c are the least that its inverse divides by.
+ROUNDINGS = 4
+
 
 class CoarseState(NamedTuple):
     """The coarse level of `two_level`.
@@ -182,12 +185,15 @@ class Level(NamedTuple):
         assert basis.vectors is not None
         # Zero rows stand for vectors that are not in the space; their gradient may be anything.
         gradient = jnp.where(jnp.any(basis.vectors != 0, 1), gradient, 0)
-        scaled = (gradient @ basis.vectors) / (basis.values + strength.astype(dtype))
+        # A schedule may reach λ = 0: of a curvature below its rounding errors no inverse is taken.
+        smallest = ROUNDINGS * float(jnp.finfo(dtype).eps) * jnp.max(basis.values)
+        scaled = (gradient @ basis.vectors) / jnp.maximum(basis.values + strength.astype(dtype), smallest)
         coefficients = basis.vectors @ scaled
+        usable = step.finite & jnp.isfinite(coefficients).all()
         ends = list(_ends(parts))
         return {
             name: jnp.where(
-                step.finite,
+                usable,
                 vectors[name].combine(layer, coefficients[end - part.size : end].reshape(part.shape)),
                 0,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax.factors import terms
+from kfe_optax.factors import base, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kpsvd import leading
 from kfe_optax.factors.operators import fisher_operator, without
@@ -32,14 +32,15 @@ def deflation(
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of R⊗S); rank 2.
 
     Raises:
-      ValueError: a negative tolerance, no iterations; in `update`, a layer whose per-example gradients are not kept (under a
-        per-example vmap).
+      ValueError: a decay outside [0, 1], a negative tolerance, no iterations; in `update`, a layer whose per-example gradients
+        are not kept (under a per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe
       >>> kfe.factors.deflation().rank
       2
     """
+    base.check_decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
     def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):

@@ -63,9 +63,13 @@ def gradient(decay: ScalarOrSchedule = 0.95) -> Gradient:
     Returns:
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
 
+    Raises:
+      ValueError: a decay outside [0, 1].
+
     Example:
       >>> import kfe_optax as kfe
       >>> kfe.factors.gradient().needs_taps
       False
     """
+    base.check_decay("decay", decay)
     return Gradient(decay)

@@ -105,9 +105,13 @@ def kfac(decay: ScalarOrSchedule = 0.95) -> Kfac:
     Returns:
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
 
+    Raises:
+      ValueError: a decay outside [0, 1].
+
     Example:
       >>> import kfe_optax as kfe
       >>> kfe.factors.kfac(decay=0.9).rank
       1
     """
+    base.check_decay("decay", decay)
     return Kfac(decay)

@@ -30,14 +30,15 @@ def kfac_corrected(
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of A⊗G); rank 2.
 
     Raises:
-      ValueError: a negative tolerance, no iterations; in `update`, a layer whose per-example gradients are not kept (under a
-        per-example vmap).
+      ValueError: a decay outside [0, 1], a negative tolerance, no iterations; in `update`, a layer whose per-example gradients
+        are not kept (under a per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe
       >>> kfe.factors.kfac_corrected().rank
       2
     """
+    base.check_decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
     def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):

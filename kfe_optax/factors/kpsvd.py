@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax.factors import terms
+from kfe_optax.factors import base, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, fisher_operator
 from kfe_optax.factors.singular import Triple, power
@@ -36,14 +36,15 @@ def kpsvd(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iteration
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
 
     Raises:
-      ValueError: a negative tolerance, no iterations; in `update`, a layer whose per-example gradients are not kept (under a
-        per-example vmap).
+      ValueError: a decay outside [0, 1], a negative tolerance, no iterations; in `update`, a layer whose per-example gradients
+        are not kept (under a per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe
       >>> kfe.factors.kpsvd(tolerance=1e-3).rank
       1
     """
+    base.check_decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
     def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):

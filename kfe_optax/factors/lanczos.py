@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax.factors import singular, terms
+from kfe_optax.factors import base, singular, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, fisher_operator, times
 from kfe_optax.factors.terms import TermsFactors
@@ -50,14 +50,15 @@ def lanczos(
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of R⊗S); rank 2.
 
     Raises:
-      ValueError: a negative tolerance, a subspace that is too small; in `update`, a layer whose per-example gradients are not
-        kept (under a per-example vmap).
+      ValueError: a decay outside [0, 1], a negative tolerance, a subspace that is too small; in `update`, a layer whose
+        per-example gradients are not kept (under a per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe
       >>> kfe.factors.lanczos(subspace=6).rank
       2
     """
+    base.check_decay("decay", decay)
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, 2)
 

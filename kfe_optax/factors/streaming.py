@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax.factors import terms
+from kfe_optax.factors import base, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.lanczos import check_subspace, leading_terms
 from kfe_optax.factors.operators import fisher_operator, times
@@ -36,8 +36,8 @@ def streaming(
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe` (whose basis is that of the leading term).
 
     Raises:
-      ValueError: a rank below 1, a negative tolerance, a subspace that is too small; in `update`, a layer whose per-example
-        gradients are not kept (under a per-example vmap).
+      ValueError: a rank below 1, a decay outside [0, 1], a negative tolerance, a subspace that is too small; in `update`, a
+        layer whose per-example gradients are not kept (under a per-example vmap).
 
     Example:
       >>> import kfe_optax as kfe
@@ -46,6 +46,7 @@ def streaming(
     """
     if rank < 1:
         raise ValueError(f"rank is a number of Kronecker terms and cannot be {rank!r}; give 1 or 2.")
+    base.check_decay("decay", decay)
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, rank)
 

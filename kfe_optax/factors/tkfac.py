@@ -94,13 +94,14 @@ def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Tkfa
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
 
     Raises:
-      ValueError: an unknown pairing; in `update`: "position" for a layer that is used more than once.
+      ValueError: a decay outside [0, 1], an unknown pairing; in `update`: "position" for a layer that is used more than once.
 
     Example:
       >>> import kfe_optax as kfe
       >>> kfe.factors.tkfac(pairing="example").rank
       1
     """
+    base.check_decay("decay", decay)
     if pairing not in ("position", "example"):
         raise ValueError(f"pairing must be 'position' or 'example', not {pairing!r}.")
     return Tkfac(decay, pairing)

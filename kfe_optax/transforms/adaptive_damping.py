@@ -13,8 +13,6 @@ from kfe_optax import explicit
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.quadratic_model import (
     QuadraticModelState,
-    check_numbers,
-    check_range,
     checked_taps,
     inner_product,
     regularized,
@@ -22,6 +20,8 @@ from kfe_optax.transforms.quadratic_model import (
 
 # λ after an update that was not taken, or was taken back.
 REJECTED = 4.0
+# A huge update takes more than one step back: θ + δ − δ is θ but for a rounding of δ. So many are tried, so close is enough.
+RETURNS, ROUNDINGS = 8, 8
 
 
 class AdaptiveDampingState(NamedTuple):
@@ -33,7 +33,8 @@ class AdaptiveDampingState(NamedTuple):
       damping: λ for the next step.
       reduction_ratio: the last r, NaN before the first and where the trial loss was not finite.
       rejected: int32, updates that were not taken, or taken back, because the loss behind them was not finite.
-      last: the last update, with which it is taken back; () where the inner state holds it.
+      good: the last parameters at which the loss was finite.
+      returns: int32, steps left for going back to them; 0 while nothing is to be taken back.
     """
 
     inner: Any
@@ -41,7 +42,8 @@ class AdaptiveDampingState(NamedTuple):
     damping: jax.Array
     reduction_ratio: jax.Array
     rejected: jax.Array
-    last: Any
+    good: Any
+    returns: jax.Array
 
 
 def adaptive_damping(
@@ -52,17 +54,19 @@ def adaptive_damping(
     factor: float = 19 / 20,
     floor: float = 1e-8,
     ceiling: float = 1e8,
-    l2: float = 0.0,
+    l2: float | None = None,
     damping_in_model: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Adapts λ to the reduction ratio (Martens & Grosse 2015, section 6.5).
 
     Every T₁ steps r = [h(θ+δ) − h(θ)] / [M(δ) − M(0)], with h the loss of the batch plus ½η‖θ‖² and M its quadratic model. Where
-    the model is good, r > 3/4, λ ← ω₁λ; where it is not, r < 1/4 (a rising loss makes r negative) or r is not a number,
-    λ ← λ/ω₁; ω₁ = factor^T₁.
+    the model is good, r > 3/4, λ ← ω₁λ; where it is not, r < 1/4 or r is not a number, λ ← λ/ω₁; ω₁ = factor^T₁. A loss that
+    rises gives a negative r, also where the model (of a chain inside) foretold it.
 
-    An update behind which the loss is measured and is not finite is not taken. One that leads there unmeasured is taken back
-    on the next step, where the loss or its gradient is not finite. Both raise λ fourfold.
+    An update that leads to parameters that are not finite, or behind which the loss is measured and is not, is not taken. One
+    that leads there unmeasured is taken back on the next step, where the loss or its gradient is not finite; an update so large
+    that the parameters were lost in its rounding takes further steps back. Each raises λ fourfold. Do not wrap this in
+    `optax.apply_if_finite`, which hides such a step.
 
     Args:
       inner: what makes the update δ that is added to the parameters: `scale_by_quadratic_model(...)`, whose model is then
@@ -73,8 +77,8 @@ def adaptive_damping(
       factor: ω of one step, in (0, 1).
       floor: the least λ.
       ceiling: the largest λ.
-      l2: η ≥ 0, the strength of an ℓ2 penalty that is added here to the loss and its gradient; it replaces that of a
-        `scale_by_quadratic_model` inside.
+      l2: η ≥ 0, the strength of an ℓ2 penalty that is added here to the loss and its gradient, in place of that of a
+        `scale_by_quadratic_model` inside; None: that one's, if there is one.
       damping_in_model: whether the denominator's model has the λ of (F + (λ + η)I) in it, as in the paper, or η alone.
 
     Returns:
@@ -106,21 +110,22 @@ def adaptive_damping(
         raise ValueError(
             f"factor must lie between 0 and 1, so that λ falls where the model is good; it is {factor!r}."
         )
-    check_numbers(initial_damping=initial_damping, l2=l2)
-    check_range("floor", floor, "ceiling", ceiling)
+    layerwise.check_numbers(initial_damping=initial_damping, l2=0.0 if l2 is None else l2)
+    layerwise.check_range("floor", floor, "ceiling", ceiling)
     wrapped = optax.with_extra_args_support(inner)
-    penalty = None if isinstance(l2, float | int) and not l2 else l2
 
     def init(params):
-        inner_state = wrapped.init(params)
         numbers = jnp.result_type(float)
+        count, rejected, returns = (jnp.zeros((), jnp.int32) for _ in range(3))
         return AdaptiveDampingState(
-            inner_state,
-            jnp.zeros((), jnp.int32),
+            wrapped.init(params),
+            count,
             jnp.asarray(initial_damping, numbers),
             jnp.full((), jnp.nan, numbers),
-            jnp.zeros((), jnp.int32),
-            () if isinstance(inner_state, QuadraticModelState) else jax.tree.map(jnp.zeros_like, params),
+            rejected,
+            # Copies: a donated buffer may not stand in the state and among the parameters.
+            jax.tree.map(jnp.array, params),
+            returns,
         )
 
     def update(updates, state, params=None, *, taps=None, value=None, value_fn=None, **extra):
@@ -133,7 +138,10 @@ def adaptive_damping(
             raise ValueError(
                 "value is the loss at the parameters and value_fn that at others: pass both, or neither."
             )
-        if _has_model(state.inner):
+        models = _models(state.inner)
+        penalty = l2 if l2 is not None or not models else models[0].l2
+        penalty = None if isinstance(penalty, float | int) and not penalty else penalty
+        if models:
             gradient, strength = updates, state.damping
             more = {"l2": 0.0 if penalty is None else penalty}
         else:
@@ -144,66 +152,90 @@ def adaptive_damping(
         )
         before = taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value))
         loss_at = taps.loss_at if value_fn is None else lambda p: taps.mean_over_devices(value_fn(p))
+        given = updates, result, state, params, taps, before, penalty
         if value_fn is None:
-            return _compiled(updates, result, state, params, taps, before)
-        return _taken(updates, result, state, params, taps, before, loss_at)
+            return _compiled(*given)
+        return _taken(*given, loss_at)
 
-    def _taken(updates, result, state, params, taps, before, loss_at):
+    def _taken(updates, result, state, params, taps, before, penalty, loss_at):
         delta, inner_state = result
-        known = isinstance(inner_state, QuadraticModelState)
-        last = state.inner.previous if known else state.last
-        due = layerwise.due(state.count + 1, period)
         astray = ~(jnp.isfinite(before) & layerwise.all_finite(jax.tree.leaves(updates)))
+        returning = ~astray & (state.returns > 0) & _far(params, state.good)
+        back = astray | returning
+        due = layerwise.due(state.count + 1, period)
 
         def measured():
             change = _loss_change(delta, params, before, loss_at, penalty)
             model = _model_change(
                 inner_state, updates, delta, params, taps, state.damping, penalty, damping_in_model
             )
-            # What is lost in rounding says nothing about the model.
-            noise = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-            silent = (change == 0) | (jnp.abs(model) <= noise)
-            ratio = jnp.where(silent, 0.5, change / jnp.where(silent, 1, model))
+            ratio = _ratio(change, model, before)
             return ratio.astype(state.damping.dtype), jnp.isfinite(change)
 
         ratio, finite = jax.lax.cond(due, measured, lambda: (state.reduction_ratio, jnp.ones((), bool)))
+        finite &= layerwise.all_finite(jax.tree.leaves(optax.apply_updates(params, delta)))
         power = jnp.asarray(factor, state.damping.dtype) ** period
         damping = jnp.where(due, adapted(state.damping, ratio, power, floor, ceiling), state.damping)
-        refused = astray | ~finite
+        refused = astray | (~finite & ~returning)
         damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, ceiling), damping)
+        damping = jnp.where(returning, state.damping, damping)
 
-        def take(d, before_it):
-            back = jnp.where(astray, -before_it.astype(d.dtype), jnp.zeros_like(d))
-            return jnp.where(refused, back, d)
-
-        new = jax.tree.map(take, delta, _as(delta, last))
+        def take(d, p, good):
+            return jnp.where(
+                back, layerwise.narrowed(_difference(good, p), d.dtype), jnp.where(refused, 0, d)
+            )
 
         def kept(d):
-            return jnp.where(refused, jnp.zeros_like(d), d)
+            return jnp.where(refused | back, 0, d)
 
-        if known:
+        if isinstance(inner_state, QuadraticModelState):
             inner_state = inner_state._replace(previous=jax.tree.map(kept, inner_state.previous))
+        good = _as(params, state.good)
         new_state = AdaptiveDampingState(
             inner_state,
             state.count + 1,
             damping.astype(state.damping.dtype),
-            jnp.where(astray, jnp.nan, ratio),
+            jnp.where(back, jnp.nan, ratio),
             state.rejected + refused,
-            () if known else _as(state.last, jax.tree.map(kept, delta)),
+            jax.tree.map(lambda a, b: jnp.where(back, a, b), state.good, _as(state.good, params)),
+            jnp.where(astray, RETURNS, jnp.where(returning, state.returns - 1, 0)),
         )
-        return new, new_state
+        return jax.tree.map(take, delta, _as(delta, params), _as(delta, good)), new_state
 
     @jax.jit
-    def _compiled(updates, result, state, params, taps, before):
-        return _taken(updates, result, state, params, taps, before, taps.loss_at)
+    def _compiled(updates, result, state, params, taps, before, penalty):
+        return _taken(updates, result, state, params, taps, before, penalty, taps.loss_at)
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
 
-def _has_model(state: Any) -> bool:
-    """Whether there is a `scale_by_quadratic_model` in it, which adds the penalty itself."""
+def _models(state: Any) -> list[QuadraticModelState]:
+    """The states of `scale_by_quadratic_model` in it, which adds the penalty itself."""
     is_model = lambda node: isinstance(node, QuadraticModelState)  # noqa: E731
-    return any(map(is_model, jax.tree.leaves(state, is_leaf=is_model)))
+    return list(filter(is_model, jax.tree.leaves(state, is_leaf=is_model)))
+
+
+def _far(params: Any, good: Any) -> jax.Array:
+    """Whether the parameters differ from those they were to go back to by more than some roundings."""
+    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(good), strict=True))
+    apart, there = [_difference(p, g) for p, g in leaves], [g for _, g in leaves]
+    distance, size = inner_product(apart, apart), inner_product(there, there)
+    eps = max(float(jnp.finfo(p.dtype).eps) for p, _ in leaves)
+    return distance > (ROUNDINGS * eps) ** 2 * size
+
+
+def _difference(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a − b, in float32 at least."""
+    dtype = jnp.promote_types(jnp.result_type(a), jnp.float32)
+    return a.astype(dtype) - b.astype(dtype)
+
+
+def _ratio(change: jax.Array, model: jax.Array, before: jax.Array) -> jax.Array:
+    """r, at most zero where the loss rose, and 1/2 where either change is lost in rounding, which says nothing of the model."""
+    noise = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
+    silent = (change == 0) | (jnp.abs(model) <= noise)
+    ratio = change / jnp.where(silent, 1, model)
+    return jnp.where(silent, 0.5, jnp.where(change > 0, -jnp.abs(ratio), ratio))
 
 
 def _as(like: Any, tree: Any) -> Any:

@@ -8,21 +8,36 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax.layer import leaves_by_path, path_name
+from kfe_optax.taps import Taps
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
 
 
 class AveragingState(NamedTuple):
-    """State of `average_iterates`: the number of steps taken and θ̄, in float32 at least."""
+    """State of `average_iterates`.
+
+    The newest iterate is not in it: whether the loss there is a number shows at the next step.
+
+    Attributes:
+      count: int32, the number of steps taken.
+      averaged: int32, the number of iterates in the average.
+      decay: ξ with which the next iterate joins them.
+      average: their average, in float32 at least.
+    """
 
     count: jax.Array
+    averaged: jax.Array
+    decay: jax.Array
     average: Any
 
 
-def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransformation:
+def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransformationExtraArgs:
     """Keeps θ̄_k = ξθ̄_{k−1} + (1 − ξ)θ_k, ξ = min(1 − 1/k, decay) (Polyak averaging; Martens & Grosse 2015, section 13).
 
-    Stands last in a chain and passes the updates on; what is not finite is left out. Read θ̄ with `averaged_parameters`.
+    Stands first in a chain, where it sees the gradient, and passes it on: parameters at which it is not finite, or the loss that
+    the taps of a quadratic model know, are left out, for `adaptive_damping` takes them back. Read θ̄ with `averaged_parameters`,
+    which adds the present parameters.
 
     Args:
       decay: the largest ξ in [0, 1), a scalar or a schedule; 0 keeps the last iterate.
@@ -32,7 +47,7 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
 
     Example:
       >>> import jax.numpy as jnp, optax, kfe_optax as kfe
-      >>> tx = optax.chain(optax.sgd(1.0), kfe.average_iterates())
+      >>> tx = optax.chain(kfe.average_iterates(), optax.sgd(1.0))
       >>> params, state = jnp.zeros(()), tx.init(jnp.zeros(()))
       >>> for gradient in (-1.0, -1.0):
       ...     updates, state = tx.update(jnp.asarray(gradient), state, params)
@@ -45,34 +60,40 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
         raise ValueError(f"decay must lie in [0, 1), not {decay!r}.")
 
     def init(params):
-        wide = lambda p: jnp.array(p, jnp.promote_types(jnp.result_type(p), jnp.float32))  # noqa: E731
-        return AveragingState(jnp.zeros((), jnp.int32), jax.tree.map(wide, params))
+        average = jax.tree.map(lambda p: jnp.array(p, _wide(p)), params)
+        zeros = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return AveragingState(*zeros, jnp.zeros((), jnp.result_type(float)), average)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params=None, *, taps=None, value=None, **_):
         if params is None:
             raise ValueError(
                 "average_iterates averages the parameters: call tx.update(grads, opt_state, params, ...)."
             )
-        k = (state.count + 1).astype(jnp.result_type(float))
-        past = jnp.minimum(1 - 1 / k, layerwise.value(decay, state.count))
+        seen = jax.tree.leaves((updates, params))
+        if isinstance(taps, Taps) and taps.has_quadratic_model:
+            seen.append(taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value)))
+        # The parameters of the first step are where training starts, and no iterate.
+        counts = (state.count > 0) & layerwise.all_finite(seen)
+        average = jax.tree.map(
+            lambda mean, p: jnp.where(counts, _joined(mean, p, state.decay), mean), state.average, params
+        )
+        averaged = state.averaged + counts
+        k = (averaged + 1).astype(state.decay.dtype)
+        past = jnp.minimum(1 - 1 / k, layerwise.value(decay, state.count)).astype(state.decay.dtype)
+        return updates, AveragingState(state.count + 1, averaged, past, average)
 
-        def averaged(mean, p, u):
-            weight = past.astype(mean.dtype)
-            new = p.astype(mean.dtype) + u.astype(mean.dtype)
-            return jnp.where(jnp.isfinite(new), weight * mean + (1 - weight) * new, mean)
-
-        average = jax.tree.map(averaged, state.average, params, updates)
-        return updates, AveragingState(state.count + 1, average)
-
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def averaged_parameters(opt_state: Any, params: Any) -> Any:
-    """θ̄ out of any nesting of Optax states, in the dtypes of `params`; `params` itself where nothing is averaged.
+    """θ̄ out of any nesting of Optax states, in the dtypes of `params`; `params` themselves where nothing is averaged.
 
     Args:
-      opt_state: the state of an Optax optimizer.
-      params: the present parameters.
+      opt_state: the state of an Optax optimizer, `optax.masked` and `optax.partition` among them.
+      params: the present parameters, the newest iterate.
+
+    Raises:
+      ValueError: parameters of another tree than those that were averaged.
 
     Example:
       >>> import optax, kfe_optax as kfe
@@ -80,10 +101,26 @@ def averaged_parameters(opt_state: Any, params: Any) -> Any:
       {'w': 1.0}
     """
     is_average = lambda node: isinstance(node, AveragingState)  # noqa: E731
-    for node in jax.tree.leaves(opt_state, is_leaf=is_average):
-        if is_average(node):
-            # nnx.Optimizer keeps each leaf of the state in a variable: the containers differ, the leaves do not.
-            means, structure = jax.tree.leaves(node.average), jax.tree.structure(params)
-            leaves = zip(means, jax.tree.leaves(params), strict=True)
-            return jax.tree.unflatten(structure, [m.astype(jnp.result_type(p)) for m, p in leaves])
-    return params
+    present, found = leaves_by_path(params), {}
+    for node in filter(is_average, jax.tree.leaves(opt_state, is_leaf=is_average)):
+        # nnx.Optimizer keeps each leaf of the state in a variable.
+        count, decay = (jax.tree.leaves(number)[0] for number in (node.count, node.decay))
+        for path, mean in leaves_by_path(node.average).items():
+            if path not in present:
+                raise ValueError(
+                    f"The average has '{path_name(path)}', which the parameters have not: pass the tree that tx.update is given."
+                )
+            new = present[path]
+            joined = jnp.where(jnp.isfinite(new), _joined(mean, new, decay), mean)
+            found[path] = jnp.where(count > 0, joined, new).astype(jnp.result_type(new))
+    leaves = [found.get(path, leaf) for path, leaf in present.items()]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def _joined(mean: jax.Array, new: Any, decay: jax.Array) -> jax.Array:
+    past = decay.astype(mean.dtype)
+    return past * mean + (1 - past) * jnp.asarray(new, mean.dtype)
+
+
+def _wide(leaf: Any) -> Any:
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)

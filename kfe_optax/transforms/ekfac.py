@@ -12,6 +12,7 @@ from kfe_optax import damping as damping_lib
 from kfe_optax import factors as factors_lib
 from kfe_optax import kronecker
 from kfe_optax.devices import Distribute
+from kfe_optax.factors import base
 from kfe_optax.factors.base import Factors, Source
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
@@ -104,8 +105,8 @@ def scale_by_ekfac(
       (applied under a per-example vmap) keeps S = s_A s_Gᵀ with "batch". See also `scale_by_kfac`.
 
     Raises:
-      ValueError: an option that does not exist, a period that is not a positive whole number; in `update`: no taps, taps of
-        other layers, a changed or partly masked tree.
+      ValueError: a damping that is not positive, a decay outside [0, 1], an option that does not exist, a period that is not a
+        positive whole number; in `update`: no taps, taps of other layers, a changed or partly masked tree.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
@@ -120,6 +121,9 @@ def scale_by_ekfac(
       >>> updates["kernel"].shape
       (3, 2)
     """
+    layerwise.check_numbers(damping=damping)
+    base.check_decay("decay", decay)
+    base.check_decay("scale_decay", scale_decay)
     if factors is None:
         factors = factors_lib.kfac(decay)
     if not factors.needs_taps:

@@ -50,8 +50,8 @@ def scale_by_kfac(
       factors are zero passes its gradient on.
 
     Raises:
-      ValueError: a period that is not a positive whole number; in `update`: no taps, taps of other layers, a changed or
-        partly masked tree.
+      ValueError: a damping that is not positive, a decay outside [0, 1], a period that is not a positive whole number; in
+        `update`: no taps, taps of other layers, a changed or partly masked tree.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe

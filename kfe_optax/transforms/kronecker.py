@@ -90,8 +90,9 @@ def scale_by_kronecker(
       counted (`kfe.info`). A layer whose factors are zero passes its gradient on.
 
     Raises:
-      ValueError: factors of a rank above 2, an option that does not exist or does not fit the rank, a period that is not a
-        positive whole number; in `update`: no taps, taps of other layers, a changed or partly masked tree.
+      ValueError: a damping that is not positive, factors of a rank above 2, an option that does not exist or does not fit the
+        rank, a period that is not a positive whole number; in `update`: no taps, taps of other layers, a changed or partly
+        masked tree.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
@@ -110,6 +111,7 @@ def scale_by_kronecker(
         factors = factors_lib.kfac()
     if not callable(getattr(factors, "terms", None)):
         raise TypeError(f"factors must be one of kfe.factors, such as kfe.factors.kpsvd(), not {factors!r}.")
+    layerwise.check_numbers(damping=damping)
     form = _form(factors, damping_type, denominators, floor)
     layerwise.check_period("factor_update_period", factor_update_period)
     layerwise.check_period("inverse_update_period", inverse_update_period)

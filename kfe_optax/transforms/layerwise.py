@@ -57,7 +57,9 @@ class Step(NamedTuple):
 
     def strength(self, damping: ScalarOrSchedule) -> jax.Array:
         """λ of this step: what `update` was given as `damping=`, or the method's own scalar or schedule."""
-        return value(damping if self.damping is None else self.damping, self.count)
+        result = value(damping if self.damping is None else self.damping, self.count)
+        # A schedule may end at zero, where a part without curvature would be 0/0.
+        return jnp.maximum(result, jnp.finfo(result.dtype).tiny)
 
 
 class Method(Protocol):
@@ -131,6 +133,20 @@ def check_period(name: str, period: Any) -> None:
     """Raises unless a period is a positive integer (an array, from `inject_hyperparams`, is taken as it is)."""
     if not isinstance(period, jax.Array) and (period != int(period) or period < 1):
         raise ValueError(f"{name} must be a positive whole number of steps, not {period!r}.")
+
+
+def check_numbers(**given: Any) -> None:
+    """Raises for a damping that is not positive, or an l2 that is negative; arrays and schedules are taken as they are."""
+    for name, number in given.items():
+        if isinstance(number, float | int) and (number < 0 or (name != "l2" and number == 0)):
+            raise ValueError(f"{name} must be {'zero or ' if name == 'l2' else ''}positive, not {number!r}.")
+
+
+def check_range(lower_name: str, lower: Any, upper_name: str, upper: Any) -> None:
+    """Raises unless 0 < lower ≤ upper."""
+    known = isinstance(lower, float | int) and isinstance(upper, float | int)
+    if known and not 0 < lower <= upper:
+        raise ValueError(f"{lower_name} must be positive and at most {upper_name}: {lower!r}, {upper!r}.")
 
 
 def can_retry(state: Any) -> bool:
@@ -249,7 +265,8 @@ def matrices_of(present: list[Layer], leaves: dict[Path, jax.Array]) -> Matrices
 def all_finite(leaves: Any) -> jax.Array:
     """Whether no number of these arrays is NaN or infinite."""
     # One sum a leaf: NaN and inf survive a sum of zeros and themselves, and it reads each leaf once.
-    return jnp.stack([jnp.isfinite(jnp.sum(leaf * 0)) for leaf in leaves]).all()
+    sums = [jnp.isfinite(jnp.sum(leaf * 0)) for leaf in leaves]
+    return jnp.stack(sums).all() if sums else jnp.ones((), bool)
 
 
 def _outside(layers: Layers, leaves: dict[Path, jax.Array]) -> dict[str, jax.Array]:

@@ -30,6 +30,7 @@ class QuadraticModelState(NamedTuple):
       momentum: μ of the last step.
       model_change: M(δ) − M(0) of the last step, λ included.
       squared_norm: δᵀδ of the last step.
+      l2: η of the last step; its own before the first.
     """
 
     inner: Any
@@ -40,6 +41,7 @@ class QuadraticModelState(NamedTuple):
     momentum: jax.Array
     model_change: jax.Array
     squared_norm: jax.Array
+    l2: jax.Array
 
 
 class Proposal(NamedTuple):
@@ -78,8 +80,9 @@ def scale_by_quadratic_model(
       l2: η ≥ 0, the strength of an ℓ2 penalty that is added here to the loss and its gradient (and not by the loss function).
       momentum: whether δ₀ takes part.
       search_period: steps T₂ between searches for the preconditioner's own damping γ²: of γ·ω₂, γ and γ/ω₂ the one whose
-        update has the lowest M(δ), ω₂ = (19/20)^(T₂/2), starting at γ² = λ + η. The preconditioner forms its inverses
-        three times at such a step. None: γ² = λ + η always.
+        update has the lowest M(δ), ω₂ = (19/20)^(T₂/2), starting at γ² = λ + η. All three have the inverses of the present
+        factors: the preconditioner forms them three times at such a step, and once more where it would not have refreshed
+        them anyway, so T₂ had better be a multiple of its `inverse_update_period`. None: γ² = λ + η always.
       search_floor: the least γ².
       search_ceiling: the largest γ².
 
@@ -107,14 +110,15 @@ def scale_by_quadratic_model(
     """
     if search_period is not None:
         layerwise.check_period("search_period", search_period)
-    check_numbers(damping=damping, l2=l2)
-    check_range("search_floor", search_floor, "search_ceiling", search_ceiling)
+    layerwise.check_numbers(damping=damping, l2=l2)
+    layerwise.check_range("search_floor", search_floor, "search_ceiling", search_ceiling)
     preconditioner = optax.with_extra_args_support(inner)
     own_damping, own_l2 = damping, l2
 
     def init(params):
         previous = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
-        numbers = (jnp.zeros((), jnp.result_type(float)) for _ in range(5))
+        zeros = (jnp.zeros((), jnp.result_type(float)) for _ in range(5))
+        numbers = (*zeros, jnp.asarray(own_l2, jnp.result_type(float)))
         state = preconditioner.init(params)
         if search_period is not None and not layerwise.can_retry(state):
             raise ValueError(
@@ -158,22 +162,24 @@ def scale_by_quadratic_model(
             due = (state.count > 0) & layerwise.due(state.count, search_period)
             factor = SEARCH_FACTOR ** (2 * search_period)
             others = [jnp.clip(inner_damping * f, search_floor, search_ceiling) for f in (factor, 1 / factor)]
+            fresh = inner_state.method.last_refresh == state.count
             best, inner_state, inner_damping = _searched(
-                due, propose, best, inner_state, inner_damping, others
+                due, propose, best, inner_state, inner_damping, others, fresh
             )
         finite = jnp.isfinite(best.coefficients).all() & jnp.isfinite(best.change)
         coefficients = jnp.where(finite, best.coefficients, 0)
         direction = jax.tree.map(lambda d: jnp.where(finite, d, 0), best.direction)
         delta = _sum(coefficients, [direction, *vectors])
         change, squared_norm = (jnp.where(finite, v, 0) for v in (best.change, best.squared_norm))
-        numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm)
+        eta = jnp.asarray(0 if l2 is None else l2)
+        numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm, eta)
         new_state = QuadraticModelState(
             inner_state,
             state.count + 1,
             delta,
             *(number.astype(state.step_size.dtype) for number in numbers),
         )
-        return jax.tree.map(lambda d, u: d.astype(u.dtype), delta, updates), new_state
+        return jax.tree.map(lambda d, u: layerwise.narrowed(d, u.dtype), delta, updates), new_state
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
@@ -185,8 +191,12 @@ def _searched(
     inner_state: Any,
     inner_damping: jax.Array,
     others: list[jax.Array],
+    fresh: jax.Array,
 ) -> tuple[Proposal, Any, jax.Array]:
-    """The best proposal of three inner dampings, the preconditioner's state and the damping that belong to it."""
+    """The best proposal of three inner dampings, the preconditioner's state and the damping that belong to it.
+
+    Unless it is `fresh`, the first proposal comes from older factors than the others, and is made again.
+    """
     leaves, structure = jax.tree.flatten(inner_state)
 
     def retried(damping):
@@ -199,8 +209,12 @@ def _searched(
     def start():
         return first, [leaves[i] for i in changed], inner_damping
 
+    def again():
+        proposal, new = retried(inner_damping)
+        return proposal, [new[i] for i in changed], inner_damping
+
     def search():
-        best = start()
+        best = jax.lax.cond(fresh, start, again)
         for damping in others:
             proposal, new = retried(damping)
             better = jnp.isfinite(proposal.change) & ~(proposal.change >= best[0].change)
@@ -252,20 +266,6 @@ def regularized(gradient: Any, params: Any, l2: Any) -> Any:
     if params is None:
         raise ValueError("l2 needs the parameters: call tx.update(grads, opt_state, params, taps=taps).")
     return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
-
-
-def check_numbers(**given: Any) -> None:
-    """Raises for a damping that is not positive, or an l2 that is negative; arrays and schedules are taken as they are."""
-    for name, number in given.items():
-        if isinstance(number, float | int) and (number < 0 or (name != "l2" and number == 0)):
-            raise ValueError(f"{name} must be {'zero or ' if name == 'l2' else ''}positive, not {number!r}.")
-
-
-def check_range(lower_name: str, lower: Any, upper_name: str, upper: Any) -> None:
-    """Raises unless 0 < lower ≤ upper."""
-    known = isinstance(lower, float | int) and isinstance(upper, float | int)
-    if known and not 0 < lower <= upper:
-        raise ValueError(f"{lower_name} must be positive and at most {upper_name}: {lower!r}, {upper!r}.")
 
 
 def checked_taps(taps: Any) -> Taps:

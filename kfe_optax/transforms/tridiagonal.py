@@ -107,8 +107,10 @@ def scale_by_block_tridiagonal(
       whose factors are zero passes its gradient on.
 
     Raises:
-      ValueError: the layers are not such chains (the message names the layer), a floor outside (0, 1], a period that is not a
-        positive whole number; in `update`: no taps, taps of other layers, a changed or partly masked tree.
+      TypeError: layers or chains that are none.
+      ValueError: the layers are not such chains (the message names the layer), a damping that is not positive, a decay outside
+        [0, 1], a floor outside (0, 1], a period that is not a positive whole number; in `update`: no taps, taps of other layers,
+        a changed or partly masked tree.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, kfe_optax as kfe
@@ -127,6 +129,8 @@ def scale_by_block_tridiagonal(
       >>> updates["layers_0"]["kernel"].shape, int(kfe.info(state).failures)
       ((5, 4), 0)
     """
+    layerwise.check_numbers(damping=damping)
+    base.check_decay("decay", decay)
     layerwise.check_period("factor_update_period", factor_update_period)
     layerwise.check_period("inverse_update_period", inverse_update_period)
     if not isinstance(floor, jax.Array) and not 0 < floor <= 1:

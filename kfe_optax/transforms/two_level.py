@@ -116,8 +116,9 @@ def two_level(
 
     Raises:
       TypeError: `fine` is no preconditioner of this package, or layers that are none.
-      ValueError: an option that does not exist or does not belong to the space, a period that is not a positive whole number; in
-        `init`: "factored" and a layer that is used more than once; in `update`: no taps, or taps of other layers.
+      ValueError: an option that does not exist or does not belong to the space, a damping that is not positive, a decay outside
+        [0, 1], a period that is not a positive whole number; in `init`: "factored" and a layer that is used more than once; in
+        `update`: no taps, or taps of other layers.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
@@ -141,6 +142,8 @@ def two_level(
         raise TypeError(
             f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
         )
+    layerwise.check_numbers(damping=damping)
+    base.check_decay("decay", decay)
     layerwise.check_period("factor_update_period", factor_update_period)
     layerwise.check_period("inverse_update_period", inverse_update_period)
     base.check_max_dim(max_dim)
@@ -293,6 +296,7 @@ def scale_by_two_level_kfac(
       >>> tx.init(params).coarse.basis.values.shape
       (1,)
     """
+    layerwise.check_numbers(coarse_damping=coarse_damping)
     shared = {
         "decay": decay,
         "factor_update_period": factor_update_period,
