@@ -34,8 +34,7 @@ def get_config() -> ConfigDict:
         max_kl=1.0,
         initial_refreshes=5,
     )
-    # Its scale is that of single examples in the basis of the day, where EKFAC's is that of whole batches and larger: it needs a
-    # fresher basis and shorter steps.
+    # Its scale is that of single examples, smaller than EKFAC's of whole batches: it needs a fresher basis and shorter steps.
     config.tekfac = settings.tekfac(
         schedule(0.5, "linear"),
         schedule(3.0, "exponential", end=0.1),

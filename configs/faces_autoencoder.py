@@ -42,6 +42,17 @@ def get_config() -> ConfigDict:
         basis_update_period=100,
         initial_refreshes=2,
     )
+    # Its scale is that of single examples, smaller than EKFAC's of whole batches: it needs a fresher basis and shorter steps.
+    config.tekfac = settings.tekfac(
+        schedule(0.3, "linear"),
+        schedule(30.0, "exponential", end=3.0),
+        momentum=0.8,
+        nesterov=True,
+        max_kl=0.1,
+        initial_refreshes=2,
+        basis_update_period=20,
+        scale_update_period=1,
+    )
     config.soap = settings.soap(schedule(3e-3, "linear", warmup=10))
     config.kfac_adaptive = settings.kfac_adaptive(initial_damping=10.0, damping_floor=1.0, averaging=0.9)
     return settings.with_relatives(config)

@@ -80,7 +80,10 @@ def dense_of(layer, key, terms, bases, scale):
 
 
 norms = functools.partial(np.linalg.norm, axis=(-2, -1))
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ("stacked", "twice") else []) for name in MODELS],
+)
 
 
 @every_model

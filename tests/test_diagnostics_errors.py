@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kfe_optax as kfe
 from kfe_optax import diagnostics
@@ -15,6 +16,7 @@ from .dense import assert_close
 TOLERANCE = 1e-10
 
 
+@pytest.mark.slow
 def test_inside_training(x64):
     """On the state of EKFAC, inside the step: the scale of one batch is the best in its basis (George et al. 2018)."""
     model = make("stacked")
@@ -41,6 +43,7 @@ def test_inside_training(x64):
     assert (ekfac < kfac).all()
 
 
+@pytest.mark.slow
 def test_over_devices(x64):
     """Two devices with half the examples each measure the Fisher of the whole batch."""
     model = make("positions")

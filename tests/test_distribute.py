@@ -88,10 +88,7 @@ def alone(name, sizes=SIZES):
     return jax.device_get(jax.jit(make_step(name, None, "none", sizes)[0])(*given(name, sizes)))
 
 
-QUICK = {
-    ("kfac", "jit", 8, "inverses_and_apply"),
-    ("tridiagonal", "pmap", 2, "inverses_and_apply"),
-}
+QUICK = {("kfac", "jit", 8, "inverses_and_apply")}
 # Every method in one of the modes, and one method in all of them.
 CASES = [(name, several_devices.MODES[i % 3], 4, "inverses_and_apply") for i, name in enumerate(METHODS)]
 CASES += [("kfac", mode, 8, "inverses") for mode in several_devices.MODES]

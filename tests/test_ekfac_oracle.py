@@ -32,11 +32,15 @@ def compare(problem, steps, options, kind_weight):
         assert_close(trajectory[step], [np.asarray(w) for w in weights])
 
 
+every_framework = pytest.mark.parametrize(
+    "framework",
+    [pytest.param(name, marks=[] if name == "plain" else pytest.mark.slow) for name in problems.FRAMEWORKS],
+)
 PERIODS = {"factor_update_period": 1, "basis_update_period": 2, "initial_refreshes": 1, "decay": 0.7}
 
 
 @pytest.mark.parametrize("scale", ["batch", "running"])
-@pytest.mark.parametrize("framework", problems.FRAMEWORKS)
+@every_framework
 def test_trajectory(framework, scale, x64):
     """Five steps of the plain form, S carried from basis to basis."""
     options = {**PERIODS, "scale": scale, "scale_decay": 0.8}
@@ -44,7 +48,7 @@ def test_trajectory(framework, scale, x64):
 
 
 @pytest.mark.parametrize("scale", ["batch", "running"])
-@pytest.mark.parametrize("on_refresh", ["carry", "restart"])
+@pytest.mark.parametrize("on_refresh", ["carry", pytest.param("restart", marks=pytest.mark.slow)])
 def test_appendix_c(scale, on_refresh, x64):
     """Appendix C's damping, both ways of refreshing, with a sparse scale and all periods different."""
     options = {
@@ -62,6 +66,7 @@ def test_appendix_c(scale, on_refresh, x64):
     compare(problems.make("plain", "pixels"), 7, options, 2 * problems.EXAMPLES)
 
 
+@pytest.mark.slow
 def test_batch_scale_without_memory(x64):
     """scale_decay=0 is the paper's EKFAC: S* of the current batch alone."""
     problem = problems.make("linen", "gaussian")
@@ -84,7 +89,7 @@ def test_batch_scale_without_memory(x64):
         assert_close(layers[name].to_matrix(updates).ravel(), inverse @ v.ravel())
 
 
-@pytest.mark.parametrize("framework", problems.FRAMEWORKS)
+@every_framework
 def test_alias(framework, x64):
     """kfe.ekfac: KL clip, Nesterov momentum and learning rate."""
     problem = problems.make(framework, "gaussian")
@@ -110,6 +115,7 @@ def test_alias(framework, x64):
     assert_close(kfe.info(state).kl_factor, jnp.asarray(factors[-1]))
 
 
+@pytest.mark.slow
 def test_diagonal_side(x64):
     """A side larger than max_dim keeps the identity as its basis; S stays the diagonal of F in that basis."""
     problem = problems.make("plain", sizes=(5, 3, 2))

@@ -75,7 +75,7 @@ def two_updates(make, loss_fn, params, args):
     return found
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["kfac", pytest.param("ekfac", marks=pytest.mark.slow)])
 def test_the_same_layer_everywhere(optimizer, x64):
     """Unrolled, remat, nn.jit, nn.scan, nn.scan over remat: one update."""
     expected = None
@@ -95,6 +95,7 @@ def test_the_same_layer_everywhere(optimizer, x64):
             assert_close(found, wanted, 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_stacking_axes(optimizer, x64):
     """nn.scan with variable_axes 0, 1 and −1: one update, with the axis where it belongs."""
@@ -147,6 +148,7 @@ def test_frameworks_agree_when_sampled(x64):
     assert_close(found[2], found[0], 1e-10)
 
 
+@pytest.mark.slow
 def test_inside_jit_scan_and_vmap(x64):
     """A jitted step, a scan over steps and a vmap over seeds give what separate calls give."""
     problem = problems.make("linen")
