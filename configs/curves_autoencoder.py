@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     config.kfac_adaptive = settings.kfac_adaptive(
         initial_damping=3.0,
         damping_floor=0.1,
+        damping_factor=0.95,
         factor_update_period=1,
         inverse_update_period=5,
         search_period=None,

@@ -54,5 +54,13 @@ def get_config() -> ConfigDict:
         scale_update_period=1,
     )
     config.soap = settings.soap(schedule(3e-3, "linear", warmup=10))
-    config.kfac_adaptive = settings.kfac_adaptive(initial_damping=10.0, damping_floor=1.0, averaging=0.9)
+    config.kfac_adaptive = settings.kfac_adaptive(
+        initial_damping=10.0,
+        damping_floor=1.0,
+        averaging=0.9,
+        damping_factor=0.95,
+        factor_update_period=10,
+        inverse_update_period=50,
+        search_period=50,
+    )
     return settings.with_relatives(config)

@@ -42,7 +42,15 @@ def get_config() -> ConfigDict:
     config.tekfac = settings.tekfac(
         rate, schedule(10.0, "exponential", end=0.3), basis_update_period=100, **common
     )
-    config.kfac_adaptive = settings.kfac_adaptive(initial_damping=5.0, damping_floor=0.1, averaging=0.99)
+    config.kfac_adaptive = settings.kfac_adaptive(
+        initial_damping=5.0,
+        damping_floor=0.1,
+        averaging=0.99,
+        damping_factor=0.95,
+        factor_update_period=10,
+        inverse_update_period=50,
+        search_period=50,
+    )
     config.adam_in_kfe = settings.adam_in_kfe(schedule(6e-3, "linear", warmup=20), initial_refreshes=3)
     config.soap = settings.soap(schedule(4e-3, "linear", warmup=20), basis_update_period=50)
     return settings.with_relatives(config)
