@@ -115,15 +115,6 @@ def check_max_dim(max_dim: Any) -> None:
         )
 
 
-def check_decay(name: str, decay: Any) -> None:
-    """Raises ValueError for a number that is no ρ (an array, from `inject_hyperparams`, and a schedule are taken as they are)."""
-    if isinstance(decay, float | int) and not 0 <= decay <= 1:
-        raise ValueError(
-            f"{name} is the weight of the past in a running average and must lie in [0, 1], not be {decay!r}; give a number "
-            "such as 0.95."
-        )
-
-
 def check_own_factors(layers: Sequence[Layer], factors: str, starts_with_kfac: bool = False) -> None:
     """Raises ValueError for a layer configured for K-FAC's A and G, which these factors do not estimate.
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax.factors import base, terms
+from kfe_optax import checks
+from kfe_optax.factors import terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kpsvd import leading
 from kfe_optax.factors.operators import fisher_operator, without
@@ -40,7 +41,7 @@ def deflation(
       >>> kfe.factors.deflation().rank
       2
     """
-    base.check_decay("decay", decay)
+    checks.decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
     def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):

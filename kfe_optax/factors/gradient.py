@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import kronecker
+from kfe_optax import checks, kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import FactorsState, averaged, zeros
@@ -71,5 +71,5 @@ def gradient(decay: ScalarOrSchedule = 0.95) -> Gradient:
       >>> kfe.factors.gradient().needs_taps
       False
     """
-    base.check_decay("decay", decay)
+    checks.decay("decay", decay)
     return Gradient(decay)

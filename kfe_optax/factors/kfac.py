@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfe_optax import checks
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.layer import Layer
@@ -113,5 +114,5 @@ def kfac(decay: ScalarOrSchedule = 0.95) -> Kfac:
       >>> kfe.factors.kfac(decay=0.9).rank
       1
     """
-    base.check_decay("decay", decay)
+    checks.decay("decay", decay)
     return Kfac(decay)

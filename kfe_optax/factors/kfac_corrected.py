@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 
+from kfe_optax import checks
 from kfe_optax.factors import base, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import estimate as kfac_estimate
@@ -38,7 +39,7 @@ def kfac_corrected(
       >>> kfe.factors.kfac_corrected().rank
       2
     """
-    base.check_decay("decay", decay)
+    checks.decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
     def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax.factors import base, terms
+from kfe_optax import checks
+from kfe_optax.factors import terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, fisher_operator
 from kfe_optax.factors.singular import Triple, power
@@ -44,7 +45,7 @@ def kpsvd(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iteration
       >>> kfe.factors.kpsvd(tolerance=1e-3).rank
       1
     """
-    base.check_decay("decay", decay)
+    checks.decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
     def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):

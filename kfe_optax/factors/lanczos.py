@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax.factors import base, singular, terms
+from kfe_optax import checks
+from kfe_optax.factors import singular, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.operators import Operator, fisher_operator, times
 from kfe_optax.factors.terms import TermsFactors
@@ -58,7 +59,7 @@ def lanczos(
       >>> kfe.factors.lanczos(subspace=6).rank
       2
     """
-    base.check_decay("decay", decay)
+    checks.decay("decay", decay)
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, 2)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax.factors import base, terms
+from kfe_optax import checks
+from kfe_optax.factors import terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.lanczos import check_subspace, leading_terms
 from kfe_optax.factors.operators import fisher_operator, times
@@ -46,7 +47,7 @@ def streaming(
     """
     if rank < 1:
         raise ValueError(f"rank is a number of Kronecker terms and cannot be {rank!r}; give 1 or 2.")
-    base.check_decay("decay", decay)
+    checks.decay("decay", decay)
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, rank)
 

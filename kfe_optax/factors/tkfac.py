@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfe_optax import checks
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.layer import Layer
@@ -101,7 +102,7 @@ def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Tkfa
       >>> kfe.factors.tkfac(pairing="example").rank
       1
     """
-    base.check_decay("decay", decay)
+    checks.decay("decay", decay)
     if pairing not in ("position", "example"):
         raise ValueError(f"pairing must be 'position' or 'example', not {pairing!r}.")
     return Tkfac(decay, pairing)

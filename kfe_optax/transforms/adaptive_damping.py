@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import explicit
+from kfe_optax import checks, explicit
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.quadratic_model import (
     QuadraticModelState,
@@ -105,13 +105,14 @@ def adaptive_damping(
       >>> round(float(kfe.info(state).damping), 3)    # the model of a quadratic loss is good
       0.95
     """
-    layerwise.check_period("period", period)
+    checks.period("period", period)
     if not isinstance(factor, jax.Array) and not 0 < factor < 1:
         raise ValueError(
             f"factor must lie between 0 and 1, so that λ falls where the model is good; it is {factor!r}."
         )
-    layerwise.check_numbers(initial_damping=initial_damping, l2=0.0 if l2 is None else l2)
-    layerwise.check_range("floor", floor, "ceiling", ceiling)
+    checks.positive(initial_damping=initial_damping)
+    checks.not_negative(l2=0.0 if l2 is None else l2)
+    checks.interval("floor", floor, "ceiling", ceiling)
     wrapped = optax.with_extra_args_support(inner)
 
     def init(params):

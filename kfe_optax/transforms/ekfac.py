@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import checks, kronecker
 from kfe_optax import damping as damping_lib
 from kfe_optax import factors as factors_lib
-from kfe_optax import kronecker
 from kfe_optax.devices import Distribute
-from kfe_optax.factors import base
 from kfe_optax.factors.base import Factors, Source
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
@@ -121,9 +120,9 @@ def scale_by_ekfac(
       >>> updates["kernel"].shape
       (3, 2)
     """
-    layerwise.check_numbers(damping=damping)
-    base.check_decay("decay", decay)
-    base.check_decay("scale_decay", scale_decay)
+    checks.positive(damping=damping)
+    checks.decay("decay", decay)
+    checks.decay("scale_decay", scale_decay)
     if factors is None:
         factors = factors_lib.kfac(decay)
     if not factors.needs_taps:
@@ -138,9 +137,9 @@ def scale_by_ekfac(
     ):
         if chosen not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
-    layerwise.check_period("factor_update_period", factor_update_period)
-    layerwise.check_period("basis_update_period", basis_update_period)
-    layerwise.check_period("scale_update_period", scale_update_period)
+    checks.period("factor_update_period", factor_update_period)
+    checks.period("basis_update_period", basis_update_period)
+    checks.period("scale_update_period", scale_update_period)
     basis_lib.check(refresh, refresh_tolerance)
     method = _Ekfac(
         layers=layers,

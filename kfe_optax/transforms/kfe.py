@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import checks, kronecker
 from kfe_optax import factors as factors_lib
-from kfe_optax import kronecker
 from kfe_optax.devices import Devices, Distribute
 from kfe_optax.factors.base import Factors
 from kfe_optax.kronecker import Eigenbasis
@@ -142,8 +142,8 @@ def in_kfe(
         raise TypeError(
             f"inner must be an Optax transformation such as optax.scale_by_adam(), not {inner!r}; the layers come second."
         )
-    layerwise.check_period("factor_update_period", factor_update_period)
-    layerwise.check_period("basis_update_period", basis_update_period)
+    checks.period("factor_update_period", factor_update_period)
+    checks.period("basis_update_period", basis_update_period)
     basis_lib.check(refresh, refresh_tolerance)
     for field, how in (carry or {}).items():
         if not callable(how) and how not in ("first", "second", "keep"):

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import checks, kronecker
 from kfe_optax import factors as factors_lib
-from kfe_optax import kronecker
 from kfe_optax.devices import Distribute
 from kfe_optax.factors.base import Factors, Source
 from kfe_optax.layer import Layer
@@ -111,10 +111,10 @@ def scale_by_kronecker(
         factors = factors_lib.kfac()
     if not callable(getattr(factors, "terms", None)):
         raise TypeError(f"factors must be one of kfe.factors, such as kfe.factors.kpsvd(), not {factors!r}.")
-    layerwise.check_numbers(damping=damping)
+    checks.positive(damping=damping)
     form = _form(factors, damping_type, denominators, floor)
-    layerwise.check_period("factor_update_period", factor_update_period)
-    layerwise.check_period("inverse_update_period", inverse_update_period)
+    checks.period("factor_update_period", factor_update_period)
+    checks.period("inverse_update_period", inverse_update_period)
     method = _Kronecker(
         layers,
         factors,

@@ -129,26 +129,6 @@ def refreshed(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -
     return jax.lax.cond(due, branch, lambda: old)
 
 
-def check_period(name: str, period: Any) -> None:
-    """Raises unless a period is a positive integer (an array, from `inject_hyperparams`, is taken as it is)."""
-    if not isinstance(period, jax.Array) and (period != int(period) or period < 1):
-        raise ValueError(f"{name} must be a positive whole number of steps, not {period!r}.")
-
-
-def check_numbers(**given: Any) -> None:
-    """Raises for a damping that is not positive, or an l2 that is negative; arrays and schedules are taken as they are."""
-    for name, number in given.items():
-        if isinstance(number, float | int) and (number < 0 or (name != "l2" and number == 0)):
-            raise ValueError(f"{name} must be {'zero or ' if name == 'l2' else ''}positive, not {number!r}.")
-
-
-def check_range(lower_name: str, lower: Any, upper_name: str, upper: Any) -> None:
-    """Raises unless 0 < lower ≤ upper."""
-    known = isinstance(lower, float | int) and isinstance(upper, float | int)
-    if known and not 0 < lower <= upper:
-        raise ValueError(f"{lower_name} must be positive and at most {upper_name}: {lower!r}, {upper!r}.")
-
-
 def can_retry(state: Any) -> bool:
     """Whether this is the state of a preconditioner that can take a step again with another damping (`retry=`).
 

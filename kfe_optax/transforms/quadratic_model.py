@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import explicit, static_values
+from kfe_optax import checks, explicit, static_values
 from kfe_optax.taps import Taps, symmetric
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
@@ -109,9 +109,10 @@ def scale_by_quadratic_model(
       True
     """
     if search_period is not None:
-        layerwise.check_period("search_period", search_period)
-    layerwise.check_numbers(damping=damping, l2=l2)
-    layerwise.check_range("search_floor", search_floor, "search_ceiling", search_ceiling)
+        checks.period("search_period", search_period)
+    checks.positive(damping=damping)
+    checks.not_negative(l2=l2)
+    checks.interval("search_floor", search_floor, "search_ceiling", search_ceiling)
     preconditioner = optax.with_extra_args_support(inner)
     own_damping, own_l2 = damping, l2
 

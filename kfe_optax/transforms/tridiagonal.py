@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import kronecker
+from kfe_optax import checks, kronecker
 from kfe_optax.chains import Chains, Element, Plan, find_chains
 from kfe_optax.devices import Devices, Distribute
 from kfe_optax.factors import base
@@ -129,10 +129,10 @@ def scale_by_block_tridiagonal(
       >>> updates["layers_0"]["kernel"].shape, int(kfe.info(state).failures)
       ((5, 4), 0)
     """
-    layerwise.check_numbers(damping=damping)
-    base.check_decay("decay", decay)
-    layerwise.check_period("factor_update_period", factor_update_period)
-    layerwise.check_period("inverse_update_period", inverse_update_period)
+    checks.positive(damping=damping)
+    checks.decay("decay", decay)
+    checks.period("factor_update_period", factor_update_period)
+    checks.period("inverse_update_period", inverse_update_period)
     if not isinstance(floor, jax.Array) and not 0 < floor <= 1:
         raise ValueError(
             f"floor must lie in (0, 1], where it keeps the inverse positive and bounded; it is {floor!r}."

@@ -9,8 +9,8 @@ import jax
 import optax
 from jax import core
 
+from kfe_optax import checks, explicit
 from kfe_optax import devices as devices_lib
-from kfe_optax import explicit
 from kfe_optax import factors as factors_lib
 from kfe_optax.coarse import fisher, spaces
 from kfe_optax.coarse.grids import Choice
@@ -142,10 +142,10 @@ def two_level(
         raise TypeError(
             f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
         )
-    layerwise.check_numbers(damping=damping)
-    base.check_decay("decay", decay)
-    layerwise.check_period("factor_update_period", factor_update_period)
-    layerwise.check_period("inverse_update_period", inverse_update_period)
+    checks.positive(damping=damping)
+    checks.decay("decay", decay)
+    checks.period("factor_update_period", factor_update_period)
+    checks.period("inverse_update_period", inverse_update_period)
     base.check_max_dim(max_dim)
     space = _space(coarse, groups, count, decay, max_dim)
     level = Level(
@@ -296,7 +296,7 @@ def scale_by_two_level_kfac(
       >>> tx.init(params).coarse.basis.values.shape
       (1,)
     """
-    layerwise.check_numbers(coarse_damping=coarse_damping)
+    checks.positive(coarse_damping=coarse_damping)
     shared = {
         "decay": decay,
         "factor_update_period": factor_update_period,
