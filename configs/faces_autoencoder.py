@@ -54,13 +54,14 @@ def get_config() -> ConfigDict:
         scale_update_period=1,
     )
     config.soap = settings.soap(schedule(3e-3, "linear", warmup=10))
+    # In so few steps the parameters go far, and the factors had better be those of the day.
     config.kfac_adaptive = settings.kfac_adaptive(
         initial_damping=10.0,
-        damping_floor=1.0,
+        damping_floor=0.1,
+        damping_factor=0.9,
         averaging=0.9,
-        damping_factor=0.95,
-        factor_update_period=10,
-        inverse_update_period=50,
-        search_period=50,
+        factor_update_period=1,
+        inverse_update_period=5,
+        search_period=None,
     )
     return settings.with_relatives(config)

@@ -59,7 +59,7 @@ class Step(NamedTuple):
         """λ of this step: what `update` was given as `damping=`, or the method's own scalar or schedule."""
         result = value(damping if self.damping is None else self.damping, self.count)
         # A schedule may end at zero, where a part without curvature would be 0/0.
-        return jnp.maximum(result, jnp.finfo(result.dtype).tiny)
+        return jnp.where(result == 0, jnp.finfo(result.dtype).tiny, result)
 
 
 class Method(Protocol):

@@ -67,6 +67,14 @@ def test_equal_seconds_give_each_its_own_number_of_steps(tiny_config, tmp_path):
     assert adam.steps != kfac.steps
 
 
+def test_time_is_up_within_an_interval(tiny_config, tmp_path):
+    tiny_config.log_every = 10**9
+    tiny_config.compare.update(optimizers="sgd", seconds=0.2)
+    (run,) = compare(tiny_config, tmp_path, Console(quiet=True))
+    assert run.seconds >= 0.2
+    assert [point.step for point in run.curve] == [0, run.steps]
+
+
 def test_schedules_span_a_run_of_equal_seconds(tiny_config, tmp_path, monkeypatch):
     lengths = []
     original = compare_lib.make_job
