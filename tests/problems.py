@@ -88,6 +88,30 @@ def plain_forward(params, x):
     return x
 
 
+def barrier():
+    """(params, loss_fn, layers) of one weight from 2 toward 1/2, whose loss is no number below 0.9, with a finite gradient."""
+    params, x = {"kernel": jnp.full((1, 1), 2.0)}, jnp.ones((4, 1))
+
+    def loss_fn(params):
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        return kfe.losses.l2_loss(z, jnp.full_like(z, 0.5)).mean() + 0 * jnp.log(params["kernel"] - 0.9).sum()
+
+    return params, loss_fn, kfe.find_layers(loss_fn, params)
+
+
+def tuned_step(tx: optax.GradientTransformation, loss_fn, layers: kfe.Layers):
+    """(params, state) → (params, state, loss at the old ones), compiled, for an optimizer with a quadratic model."""
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads, taps = differentiate(params)
+        updates, state = tx.update(grads, state, params, taps=taps)
+        return optax.apply_updates(params, updates), state, loss
+
+    return step
+
+
 def make(framework: str, kind: str = "softmax", sizes=SIZES, examples=EXAMPLES, seed=0) -> Problem:
     """A problem in the precision that is switched on."""
     generator = np.random.default_rng(seed)

@@ -155,24 +155,11 @@ def test_the_penalty_of_a_chain(stepped, x64):
 @pytest.mark.parametrize("model", [True, False])
 def test_a_step_into_nowhere_is_taken_back(model, x64):
     """A barrier: the loss is NaN where an unmeasured step led; the step is undone, λ rises, and training goes on."""
-    params, x = {"kernel": jnp.full((1, 1), 2.0)}, jnp.ones((4, 1))
-
-    def loss_fn(params, x):
-        z = kfe.tag_dense(x, x @ params["kernel"], params)
-        return kfe.losses.l2_loss(z, jnp.full_like(z, 0.5)).mean() + 0 * jnp.log(params["kernel"] - 0.9).sum()
-
-    layers = kfe.find_layers(loss_fn, params, x)
+    params, loss_fn, layers = problems.barrier()
     inner = kfe.scale_by_kfac(layers, 1.0)
     inner = kfe.scale_by_quadratic_model(inner, 1.0) if model else optax.chain(inner, optax.scale(-1.0))
     tx = kfe.adaptive_damping(inner, 1e-3, period=1000)
-    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
-
-    @jax.jit
-    def step(params, state):
-        loss, grads, taps = differentiate(params, x)
-        updates, state = tx.update(grads, state, params, taps=taps)
-        return optax.apply_updates(params, updates), state, loss
-
+    step = problems.tuned_step(tx, loss_fn, layers)
     state, seen = tx.init(params), []
     for _ in range(14):
         seen.append(float(params["kernel"][0, 0]))

@@ -161,7 +161,9 @@ def adaptive_damping(
     def _taken(updates, result, state, params, taps, before, penalty, loss_at):
         delta, inner_state = result
         astray = ~(jnp.isfinite(before) & layerwise.all_finite(jax.tree.leaves(updates)))
-        returning = ~astray & (state.returns > 0) & _far(params, state.good)
+        # Two passes over all parameters, on the steps that follow a step back alone.
+        far = lambda: _far(params, state.good)  # noqa: E731
+        returning = ~astray & jax.lax.cond(state.returns > 0, far, lambda: jnp.zeros((), bool))
         back = astray | returning
         due = layerwise.due(state.count + 1, period)
 

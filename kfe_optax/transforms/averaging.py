@@ -69,7 +69,7 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
             raise ValueError(
                 "average_iterates averages the parameters: call tx.update(grads, opt_state, params, ...)."
             )
-        seen = jax.tree.leaves((updates, params))
+        seen = jax.tree.leaves(updates)
         if isinstance(taps, Taps) and taps.has_quadratic_model:
             seen.append(taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value)))
         # The parameters of the first step are where training starts, and no iterate.
