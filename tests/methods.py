@@ -193,7 +193,7 @@ class Result(NamedTuple):
 
 _KERNELS = (
     (kronecker, "raw_eigh"),
-    (kronecker, "_inverse_root"),
+    (kronecker, "_inverse_factor"),
     (kronecker, "_clipped_inverse_root"),
     (basis_lib, "_power_step"),
 )

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kfe_optax as kfe
+from kfe_optax import kronecker
 
 from . import dense_factors as df
 from . import factor_rows as fr
@@ -54,6 +55,23 @@ def preconditioners(rank):
         return results
 
     return run
+
+
+@pytest.mark.parametrize("size", [1, 128, 129, 300])
+def test_inverse_by_halves(size, x64):
+    """Below and above the size of a block; a matrix that is not positive definite is found out, wherever it fails."""
+    rng = np.random.default_rng(size)
+    basis, _ = np.linalg.qr(rng.standard_normal((size, size)))
+    matrix = (basis * np.geomspace(1, 1e-5, size)) @ basis.T
+    broken = [matrix - 2 * np.eye(size) * (np.arange(size) == place) for place in (0, size - 1)]
+    inverses, finite = jax.jit(kronecker.inverse)(
+        jnp.asarray([matrix, *broken, np.full_like(matrix, np.nan)])
+    )
+    assert finite.tolist() == [True, False, False, False]
+    assert_close(inverses[0], jnp.asarray(np.linalg.inv(matrix)), 1e-9)
+    single, _ = jax.jit(kronecker.inverse)(jnp.asarray(matrix, jnp.float32)[None])
+    residual = np.linalg.norm(np.asarray(single[0], np.float64) @ matrix - np.eye(size)) / np.sqrt(size)
+    assert residual < 1e5 * np.finfo(np.float32).eps
 
 
 PROPERTY = settings(

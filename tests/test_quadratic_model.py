@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
+from kfe_optax.transforms import quadratic_model
 from kfe_optax.transforms.layerwise import LayerwiseState
 from kfe_optax.transforms.quadratic_model import SEARCH_FACTOR, solve
 
@@ -243,6 +244,24 @@ def test_search_with_a_real_preconditioner(name, x64):
         lambda d, old: -state.step_size * d + state.momentum * old, direction, before.previous
     )
     assert_close(updates, expected, 1e-9)
+
+
+def test_search_leaves_the_factors_outside_its_branch(x64):
+    """What another damping does not change would be copied on every step if it passed through the branch."""
+    problem = problems.make("plain", "softmax")
+    tx = kfe.scale_by_kfac(problem.layers(), 1.0)
+    differentiate = kfe.value_grad_and_taps(
+        problem.loss_fn, problem.layers(), fisher="exact", quadratic_model=True
+    )
+    _, grads, taps = differentiate(problem.params, *problem.args)
+    state = tx.init(problem.params)
+    again = lambda s: tx.update(grads, s, problem.params, taps=taps, damping=jnp.asarray(2.0), retry=grads)[1]
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
+    changed = {paths[i] for i in quadratic_model._changed(again, state)}
+    assert not [path for path in changed if ".factors" in path]
+    assert {path for path in paths if ".roots" in path} | {".method.damping"} <= changed
+    swapped = quadratic_model._changed(jax.jit(lambda s: (s[1], s[0], s[2], s[3] + 1)), (1.0, 2.0, 3.0, 4.0))
+    assert swapped == [0, 1, 3]
 
 
 class _Aging(_Told):

@@ -20,8 +20,6 @@ from kfe_optax.transforms.quadratic_model import (
 
 # λ after an update that was not taken, or was taken back.
 REJECTED = 4.0
-# A huge update takes more than one step back: θ + δ − δ is θ but for a rounding of δ. So many are tried, so close is enough.
-RETURNS, ROUNDINGS = 8, 8
 
 
 class AdaptiveDampingState(NamedTuple):
@@ -32,9 +30,8 @@ class AdaptiveDampingState(NamedTuple):
       count: int32, the number of steps taken.
       damping: λ for the next step.
       reduction_ratio: the last r, NaN before the first and where the trial loss was not finite.
-      rejected: int32, updates that were not taken, or taken back, because the loss behind them was not finite.
-      good: the last parameters at which the loss was finite.
-      returns: int32, steps left for going back to them; 0 while nothing is to be taken back.
+      rejected: int32, updates that were not taken, or taken back.
+      last: the update of the last step; None where the state of `scale_by_quadratic_model` inside has it.
     """
 
     inner: Any
@@ -42,8 +39,7 @@ class AdaptiveDampingState(NamedTuple):
     damping: jax.Array
     reduction_ratio: jax.Array
     rejected: jax.Array
-    good: Any
-    returns: jax.Array
+    last: Any
 
 
 def adaptive_damping(
@@ -63,9 +59,9 @@ def adaptive_damping(
     the model is good, r > 3/4, λ ← ω₁λ; where it is not, r < 1/4 or r is not a number, λ ← λ/ω₁; ω₁ = factor^T₁. A loss that
     rises gives a negative r, also where the model (of a chain inside) foretold it.
 
-    An update that leads to parameters that are not finite, or behind which the loss is measured and is not, is not taken. One
-    that leads there unmeasured is taken back on the next step, where the loss or its gradient is not finite; an update so large
-    that the parameters were lost in its rounding takes further steps back. Each raises λ fourfold. Do not wrap this in
+    An update is not taken where it leads to parameters that are not finite or, measured, to a loss that is not; nor where it is
+    so long, ‖δ‖ > ‖θ‖/√ε > 0, that it could not be taken back: θ + δ − δ has lost half of θ's digits. One that leads unmeasured
+    to where the loss or its gradient is not finite is taken back on the next step. Each raises λ fourfold. Do not wrap this in
     `optax.apply_if_finite`, which hides such a step.
 
     Args:
@@ -117,16 +113,16 @@ def adaptive_damping(
 
     def init(params):
         numbers = jnp.result_type(float)
-        count, rejected, returns = (jnp.zeros((), jnp.int32) for _ in range(3))
+        count, rejected = (jnp.zeros((), jnp.int32) for _ in range(2))
+        inner_state = wrapped.init(params)
+        known = isinstance(inner_state, QuadraticModelState)
         return AdaptiveDampingState(
-            wrapped.init(params),
+            inner_state,
             count,
             jnp.asarray(initial_damping, numbers),
             jnp.full((), jnp.nan, numbers),
             rejected,
-            # Copies: a donated buffer may not stand in the state and among the parameters.
-            jax.tree.map(jnp.array, params),
-            returns,
+            None if known else jax.tree.map(jnp.zeros_like, params),
         )
 
     def update(updates, state, params=None, *, taps=None, value=None, value_fn=None, **extra):
@@ -148,23 +144,21 @@ def adaptive_damping(
         else:
             gradient, more = regularized(updates, params, penalty), {}
             strength = state.damping if penalty is None else state.damping + penalty
+        before = taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value))
+        astray = ~(jnp.isfinite(before) & layerwise.all_finite(jax.tree.leaves(updates)))
+        if state.last is None:
+            more["back"] = astray
         result: Any = wrapped.update(
             gradient, state.inner, params, taps=taps, damping=strength, **more, **extra
         )
-        before = taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value))
         loss_at = taps.loss_at if value_fn is None else lambda p: taps.mean_over_devices(value_fn(p))
-        given = updates, result, state, params, taps, before, penalty
+        given = updates, result, state, params, taps, before, astray, penalty
         if value_fn is None:
             return _compiled(*given)
         return _taken(*given, loss_at)
 
-    def _taken(updates, result, state, params, taps, before, penalty, loss_at):
+    def _taken(updates, result, state, params, taps, before, astray, penalty, loss_at):
         delta, inner_state = result
-        astray = ~(jnp.isfinite(before) & layerwise.all_finite(jax.tree.leaves(updates)))
-        # Two passes over all parameters, on the steps that follow a step back alone.
-        far = lambda: _far(params, state.good)  # noqa: E731
-        returning = ~astray & jax.lax.cond(state.returns > 0, far, lambda: jnp.zeros((), bool))
-        back = astray | returning
         due = layerwise.due(state.count + 1, period)
 
         def measured():
@@ -176,38 +170,33 @@ def adaptive_damping(
             return ratio.astype(state.damping.dtype), jnp.isfinite(change)
 
         ratio, finite = jax.lax.cond(due, measured, lambda: (state.reduction_ratio, jnp.ones((), bool)))
-        finite &= layerwise.all_finite(jax.tree.leaves(optax.apply_updates(params, delta)))
+        finite &= _reversible(params, delta, inner_state)
         power = jnp.asarray(factor, state.damping.dtype) ** period
         damping = jnp.where(due, adapted(state.damping, ratio, power, floor, ceiling), state.damping)
-        refused = astray | (~finite & ~returning)
+        refused = astray | ~finite
         damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, ceiling), damping)
-        damping = jnp.where(returning, state.damping, damping)
 
-        def take(d, p, good):
-            return jnp.where(
-                back, layerwise.narrowed(_difference(good, p), d.dtype), jnp.where(refused, 0, d)
-            )
-
-        def kept(d):
-            return jnp.where(refused | back, 0, d)
-
-        if isinstance(inner_state, QuadraticModelState):
-            inner_state = inner_state._replace(previous=jax.tree.map(kept, inner_state.previous))
-        good = _as(params, state.good)
+        last = state.last
+        if last is None:
+            # The quadratic model itself has taken back what led astray.
+            squared = jnp.where(refused, 0, inner_state.squared_norm)
+            inner_state = inner_state._replace(squared_norm=squared)
+        else:
+            delta = jax.tree.map(lambda d, b: jnp.where(astray, -b, d), delta, _as(delta, last))
+            last = _as(last, _unless(refused, delta))
         new_state = AdaptiveDampingState(
             inner_state,
             state.count + 1,
             damping.astype(state.damping.dtype),
-            jnp.where(back, jnp.nan, ratio),
+            jnp.where(astray, jnp.nan, ratio),
             state.rejected + refused,
-            jax.tree.map(lambda a, b: jnp.where(back, a, b), state.good, _as(state.good, params)),
-            jnp.where(astray, RETURNS, jnp.where(returning, state.returns - 1, 0)),
+            last,
         )
-        return jax.tree.map(take, delta, _as(delta, params), _as(delta, good)), new_state
+        return _unless(refused & ~astray, delta), new_state
 
     @jax.jit
-    def _compiled(updates, result, state, params, taps, before, penalty):
-        return _taken(updates, result, state, params, taps, before, penalty, taps.loss_at)
+    def _compiled(updates, result, state, params, taps, before, astray, penalty):
+        return _taken(updates, result, state, params, taps, before, astray, penalty, taps.loss_at)
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
@@ -218,19 +207,21 @@ def _models(state: Any) -> list[QuadraticModelState]:
     return list(filter(is_model, jax.tree.leaves(state, is_leaf=is_model)))
 
 
-def _far(params: Any, good: Any) -> jax.Array:
-    """Whether the parameters differ from those they were to go back to by more than some roundings."""
-    leaves = list(zip(jax.tree.leaves(params), jax.tree.leaves(good), strict=True))
-    apart, there = [_difference(p, g) for p, g in leaves], [g for _, g in leaves]
-    distance, size = inner_product(apart, apart), inner_product(there, there)
-    eps = max(float(jnp.finfo(p.dtype).eps) for p, _ in leaves)
-    return distance > (ROUNDINGS * eps) ** 2 * size
+def _unless(condition: jax.Array, tree: Any) -> Any:
+    """The tree, or zeros."""
+    return jax.tree.map(lambda leaf: jnp.where(condition, 0, leaf), tree)
 
 
-def _difference(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a − b, in float32 at least."""
-    dtype = jnp.promote_types(jnp.result_type(a), jnp.float32)
-    return a.astype(dtype) - b.astype(dtype)
+def _reversible(params: Any, delta: Any, inner_state: Any) -> jax.Array:
+    """Whether θ + δ is finite, and near enough that half of θ's digits survive θ + δ − δ."""
+    known = isinstance(inner_state, QuadraticModelState)
+    squared = inner_state.squared_norm if known else inner_product(delta, delta)
+    size, kinds = inner_product(params, params), [jnp.finfo(p.dtype) for p in jax.tree.leaves(params)]
+    # With a finite δᵀδ no |δᵢ| is above the root of the largest float32 number, and only float16 can overflow.
+    reversible = jnp.isfinite(squared) & ((size == 0) | (squared * max(float(k.eps) for k in kinds) <= size))
+    if any(float(kind.max) < 1e38 for kind in kinds):
+        reversible &= layerwise.all_finite(jax.tree.leaves(optax.apply_updates(params, delta)))
+    return reversible
 
 
 def _ratio(change: jax.Array, model: jax.Array, before: jax.Array) -> jax.Array:

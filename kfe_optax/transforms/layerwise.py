@@ -243,10 +243,10 @@ def matrices_of(present: list[Layer], leaves: dict[Path, jax.Array]) -> Matrices
 
 
 def all_finite(leaves: Any) -> jax.Array:
-    """Whether no number of these arrays is NaN or infinite."""
-    # One sum a leaf: NaN and inf survive a sum of zeros and themselves, and it reads each leaf once.
-    sums = [jnp.isfinite(jnp.sum(leaf * 0)) for leaf in leaves]
-    return jnp.stack(sums).all() if sums else jnp.ones((), bool)
+    """Whether no number of these arrays is NaN or infinite; nor a leaf's sum, in float32 at least."""
+    # NaN and inf survive a sum, which reads each leaf once and writes nothing.
+    sums = [jnp.sum(leaf, dtype=jnp.promote_types(jnp.result_type(leaf), jnp.float32)) for leaf in leaves]
+    return jnp.isfinite(jnp.stack(sums)).all() if sums else jnp.ones((), bool)
 
 
 def _outside(layers: Layers, leaves: dict[Path, jax.Array]) -> dict[str, jax.Array]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core
 
 from kfe_optax import checks, explicit, static_values
 from kfe_optax.taps import Taps, symmetric
@@ -24,12 +25,12 @@ class QuadraticModelState(NamedTuple):
     Attributes:
       inner: the preconditioner's state.
       count: int32, the number of steps taken.
-      previous: δ₀, the last update, in float32 at least; zero after one that was not finite.
+      previous: δ₀, the last update, in float32 at least.
       inner_damping: γ², the damping that the preconditioner is given; 0 before the first step.
       step_size: α of the last step.
       momentum: μ of the last step.
       model_change: M(δ) − M(0) of the last step, λ included.
-      squared_norm: δᵀδ of the last step.
+      squared_norm: δᵀδ of the last step; 0 where the update was not taken, and δ₀ has no part in the next one.
       l2: η of the last step; its own before the first.
     """
 
@@ -88,7 +89,8 @@ def scale_by_quadratic_model(
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`, for taps of
-      `kfe.value_grad_and_taps(..., quadratic_model=True)`. A proposal that is not finite gives a zero update.
+      `kfe.value_grad_and_taps(..., quadratic_model=True)`. A proposal that is not finite gives a zero update, or −δ₀ where the
+      extra argument `back` (a boolean array of `adaptive_damping`) says that the last update led astray.
 
     Raises:
       ValueError: numbers out of their ranges, a search around anything but a preconditioner that has a damping; in `update`: no
@@ -129,16 +131,16 @@ def scale_by_quadratic_model(
             )
         return QuadraticModelState(state, jnp.zeros((), jnp.int32), previous, *numbers)
 
-    def update(updates, state, params=None, *, taps=None, damping=None, l2=None, **extra):
+    def update(updates, state, params=None, *, taps=None, damping=None, l2=None, back=None, **extra):
         taps = checked_taps(taps)
         arrays, static = static_values.split_static(extra)
         penalty = own_l2 if l2 is None else l2
         penalty = None if isinstance(penalty, float | int) and not penalty else penalty
-        return _step(static, arrays, updates, state, params, taps, damping, penalty)
+        return _step(static, arrays, updates, state, params, taps, damping, penalty, back)
 
     # Compiled, so that a caller that does not compile the whole step does not trace the transposed pull again each time.
     @functools.partial(jax.jit, static_argnums=0)
-    def _step(static, arrays, updates, state, params, taps, damping, l2):
+    def _step(static, arrays, updates, state, params, taps, damping, l2, back):
         extra = static(arrays)
         strength = layerwise.value(own_damping if damping is None else damping, state.count)
         strength = strength if l2 is None else strength + l2
@@ -153,7 +155,8 @@ def scale_by_quadratic_model(
             direction, inner_state = result
             both = [direction, *vectors]
             fisher = taps.fisher_products(taps.tangent(direction), *tangents)
-            return Proposal(direction, *_minimum(fisher, both, gradient, strength)), inner_state
+            taken = jnp.stack([jnp.ones((), bool), *[state.squared_norm > 0 for _ in vectors]])
+            return Proposal(direction, *_minimum(fisher, both, gradient, strength, taken)), inner_state
 
         inner_damping = strength
         if search_period is not None:
@@ -170,7 +173,7 @@ def scale_by_quadratic_model(
         finite = jnp.isfinite(best.coefficients).all() & jnp.isfinite(best.change)
         coefficients = jnp.where(finite, best.coefficients, 0)
         direction = jax.tree.map(lambda d: jnp.where(finite, d, 0), best.direction)
-        delta = _sum(coefficients, [direction, *vectors])
+        delta = _sum(*_taking_back(back, coefficients, [direction, *vectors], state))
         change, squared_norm = (jnp.where(finite, v, 0) for v in (best.change, best.squared_norm))
         eta = jnp.asarray(0 if l2 is None else l2)
         numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm, eta)
@@ -210,18 +213,17 @@ def _searched(
     def start():
         return first, [leaves[i] for i in changed], inner_damping
 
-    def again():
-        proposal, new = retried(inner_damping)
-        return proposal, [new[i] for i in changed], inner_damping
+    dampings = jnp.stack([inner_damping, *others]).astype(inner_damping.dtype)
+
+    def attempt(i, best):
+        proposal, new = retried(dampings[i])
+        better = (i == 0) | (jnp.isfinite(proposal.change) & ~(proposal.change >= best[0].change))
+        other = (proposal, [new[i] for i in changed], dampings[i])
+        return jax.lax.cond(better, lambda: other, lambda: best)
 
     def search():
-        best = jax.lax.cond(fresh, start, again)
-        for damping in others:
-            proposal, new = retried(damping)
-            better = jnp.isfinite(proposal.change) & ~(proposal.change >= best[0].change)
-            other = (proposal, [new[i] for i in changed], damping.astype(inner_damping.dtype))
-            best = jax.tree.map(lambda a, b, better=better: jnp.where(better, a, b), other, best)
-        return best
+        # A loop and not proposals side by side: one program to compile, one more set of inverses in memory.
+        return jax.lax.fori_loop(jnp.where(fresh, 1, 0), len(dampings), attempt, start())
 
     best, new, inner_damping = jax.lax.cond(due, search, start)
     for i, leaf in zip(changed, new, strict=True):
@@ -232,15 +234,47 @@ def _searched(
 def _changed(function: Any, tree: Any) -> list[int]:
     """Which leaves of a tree a function to a like tree does not hand on as they are."""
     jaxpr = jax.make_jaxpr(lambda t: jax.tree.leaves(function(t)))(tree).jaxpr
-    return [i for i, (a, b) in enumerate(zip(jaxpr.invars, jaxpr.outvars, strict=True)) if a is not b]
+    return [i for i, source in enumerate(_handed_on(jaxpr)) if source != i]
+
+
+def _handed_on(jaxpr: Any) -> list[int | None]:
+    """Which input each output is, through compiled functions too; None for what is computed."""
+    inputs = {variable: i for i, variable in enumerate(jaxpr.invars)}
+
+    def source(variable):
+        return None if isinstance(variable, core.Literal) else inputs.get(variable)
+
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("jit", "pjit"):
+            places = _handed_on(equation.params["jaxpr"].jaxpr)
+            for variable, place in zip(equation.outvars, places, strict=True):
+                origin = None if place is None else source(equation.invars[place])
+                if origin is not None:
+                    inputs[variable] = origin
+    return [source(variable) for variable in jaxpr.outvars]
+
+
+def _taking_back(
+    back: jax.Array | None, coefficients: jax.Array, vectors: list[Any], state: QuadraticModelState
+) -> tuple[jax.Array, list[Any]]:
+    """The coefficients of −δ₀ where the last update is to be taken `back`, and the vectors with δ₀ as the last of them."""
+    if back is None:
+        return coefficients, vectors
+    if len(vectors) == 1:
+        coefficients, vectors = jnp.pad(coefficients, (0, 1)), [*vectors, state.previous]
+    return jnp.where(back, jnp.stack([0, -jnp.sign(state.squared_norm)]), coefficients), vectors
 
 
 def _minimum(
-    fisher: jax.Array, vectors: list[Any], gradient: Any, strength: jax.Array
+    fisher: jax.Array, vectors: list[Any], gradient: Any, strength: jax.Array, taken: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The coefficients x of δ = Σ xᵢ vᵢ that minimizes the model, M(δ) − M(0) = ½ xᵀb with b = (∇hᵀvᵢ), and δᵀδ."""
-    norms = symmetric(inner_product, vectors)
-    slope = jnp.stack([inner_product(gradient, v) for v in vectors])
+    """The coefficients x of δ = Σ xᵢ vᵢ that minimizes the model, M(δ) − M(0) = ½ xᵀb with b = (∇hᵀvᵢ), and δᵀδ.
+
+    Vectors that are not `taken` count as zero.
+    """
+    pairs = taken & taken[:, None]
+    fisher, norms = (jnp.where(pairs, m, 0) for m in (fisher, symmetric(inner_product, vectors)))
+    slope = jnp.where(taken, jnp.stack([inner_product(gradient, v) for v in vectors]), 0)
     x = solve(fisher + strength * norms, -slope)
     return x, x @ slope / 2, x @ norms @ x
 
