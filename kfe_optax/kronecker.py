@@ -99,24 +99,26 @@ def inverse(matrices: jax.Array) -> tuple[jax.Array, jax.Array]:
     return inverses, jnp.isfinite(inverses).all((-2, -1))
 
 
-# Above this size halves and the products between them are faster than LAPACK's triangular solves, twice at size 1000.
+def _inverse_factor(stack: jax.Array) -> jax.Array:
+    """H = L⁻¹ with L Lᵀ = A, lower triangular: H A Hᵀ = I and A⁻¹ = Hᵀ H; NaN where A is not positive definite."""
+    return _inverse_of_triangular(jnp.linalg.cholesky(stack))
+
+
+# Above this size halves and the products between them are faster than LAPACK's triangular solves.
 _BLOCK = 128
 
 
-def _inverse_factor(matrix: jax.Array) -> jax.Array:
-    """H = L⁻¹ with L Lᵀ = A (..., d, d), lower triangular: H A Hᵀ = I and A⁻¹ = Hᵀ H; NaN where A is not positive definite.
+def _inverse_of_triangular(lower: jax.Array) -> jax.Array:
+    """L⁻¹ for lower triangular (..., d, d) by halves: [[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [−R⁻¹ Q P⁻¹, R⁻¹]].
 
-    By halves: with P = H(A₁₁), B = A₂₁ Pᵀ and R = H(A₂₂ − B Bᵀ), H = [[P, 0], [−R B P, R]].
+    The factorization itself is not done by halves: with P⁻¹ for a solve its Schur complements lose half of their digits.
     """
-    if matrix.shape[-1] <= _BLOCK:
-        root = jnp.linalg.cholesky(matrix)
-        identity = jnp.broadcast_to(jnp.eye(root.shape[-1], dtype=root.dtype), root.shape)
-        return jax.lax.linalg.triangular_solve(root, identity, left_side=True, lower=True)
-    first, below, last = _halves(matrix)
-    p = _inverse_factor(first)
-    b = below @ p.mT
-    r = _inverse_factor(last - b @ b.mT)
-    return jnp.block([[p, jnp.zeros_like(b.mT)], [-r @ b @ p, r]])
+    if lower.shape[-1] <= _BLOCK:
+        identity = jnp.broadcast_to(jnp.eye(lower.shape[-1], dtype=lower.dtype), lower.shape)
+        return jax.lax.linalg.triangular_solve(lower, identity, left_side=True, lower=True)
+    p, q, r = _halves(lower)
+    p, r = _inverse_of_triangular(p), _inverse_of_triangular(r)
+    return jnp.block([[p, jnp.zeros_like(q.mT)], [-r @ q @ p, r]])
 
 
 def _gram(lower: jax.Array) -> jax.Array:
@@ -128,10 +130,10 @@ def _gram(lower: jax.Array) -> jax.Array:
     return jnp.block([[_gram(p) + q.mT @ q, below.mT], [below, _gram(r)]])
 
 
-def _halves(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The blocks A₁₁, A₂₁ and A₂₂."""
-    half = matrix.shape[-1] // 2
-    return matrix[..., :half, :half], matrix[..., half:, :half], matrix[..., half:, half:]
+def _halves(lower: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """P, Q and R of [[P, 0], [Q, R]]."""
+    half = lower.shape[-1] // 2
+    return lower[..., :half, :half], lower[..., half:, :half], lower[..., half:, half:]
 
 
 def eigh(matrices: jax.Array) -> tuple[Eigenbasis, jax.Array]:

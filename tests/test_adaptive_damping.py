@@ -174,8 +174,8 @@ def test_a_step_into_nowhere_is_taken_back(model, x64):
 
 @pytest.mark.parametrize("momentum", [True, False])
 def test_a_loss_that_stays_lost_is_left_alone(momentum):
-    """Where the batch is to blame one step is taken back, and then nothing moves; δ₀ has no part in what follows."""
-    params, x = {"kernel": jnp.ones((3, 2))}, jnp.eye(3)
+    """Where the batch is to blame one step is taken back, and then nothing moves; the step has no part in what follows."""
+    params, x = {"kernel": jnp.ones((3, 2))}, jnp.diag(jnp.arange(1.0, 4.0))
 
     def loss_fn(params, x):
         z = kfe.tag_dense(x, x @ params["kernel"], params)
@@ -192,17 +192,38 @@ def test_a_loss_that_stays_lost_is_left_alone(momentum):
         updates, state = tx.update(grads, state, params, taps=taps)
         return optax.apply_updates(params, updates), state
 
-    state, seen = tx.init(params), [params["kernel"]]
-    for batch in (x, x, x * jnp.nan, x * jnp.nan, x * jnp.nan):
+    state, seen, momenta = tx.init(params), [params["kernel"]], []
+    lost = x * jnp.nan
+    for batch in (x, x, lost, x, x, lost, lost, lost):
         params, state = step(params, state, batch)
         seen.append(params["kernel"])
-    assert not (seen[2] == seen[1]).any()
-    for later in seen[3:]:
-        assert_close(later, seen[1], 1e-6)
-    assert state.rejected == 3 and state.damping == 9.0 * 4**3
-    _, after = step(params, state, x)
-    assert after.inner.momentum == 0
-    assert after.inner.squared_norm > 0
+        momenta.append(float(state.inner.momentum))
+    assert not (seen[2] == seen[1]).any() and not (seen[5] == seen[4]).any()
+    assert_close(seen[3], seen[1], 1e-6)
+    for later in seen[6:]:
+        assert_close(later, seen[4], 1e-6)
+    assert state.rejected == 4
+    assert_close(state.damping, jnp.asarray(9.0 * 4**4), 1e-6)
+    assert momenta[3] == 0 and bool(momenta[4]) == momentum
+
+
+def test_the_state_keeps_its_types():
+    """Float32 updates for bfloat16 parameters: what is kept to take them back has one dtype in every step."""
+    params, x = {"kernel": jnp.ones((3, 2), jnp.bfloat16)}, jnp.eye(3, dtype=jnp.bfloat16)
+
+    def loss_fn(params, x):
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        return kfe.losses.l2_loss(z, jnp.zeros_like(z)).sum(-1).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    wide = optax.stateless(lambda updates, _: jax.tree.map(lambda u: -0.1 * u.astype(jnp.float32), updates))
+    tx = kfe.adaptive_damping(wide, 1.0)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+    _, grads, taps = differentiate(params, x)
+    state = tx.init(params)
+    _, new = tx.update(grads, state, params, taps=taps)
+    assert [leaf.dtype for leaf in jax.tree.leaves(new)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    assert_close(new.last["kernel"], -0.1 * grads["kernel"].astype(jnp.float32), 1e-2)
 
 
 @pytest.mark.parametrize("model", [True, False])

@@ -11,9 +11,10 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax.transforms import quadratic_model
+from kfe_optax.transforms import damping_search
+from kfe_optax.transforms.damping_search import SEARCH_FACTOR
 from kfe_optax.transforms.layerwise import LayerwiseState
-from kfe_optax.transforms.quadratic_model import SEARCH_FACTOR, solve
+from kfe_optax.transforms.quadratic_model import solve
 
 from . import dense, problems
 from .dense import assert_close
@@ -257,10 +258,10 @@ def test_search_leaves_the_factors_outside_its_branch(x64):
     state = tx.init(problem.params)
     again = lambda s: tx.update(grads, s, problem.params, taps=taps, damping=jnp.asarray(2.0), retry=grads)[1]
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-    changed = {paths[i] for i in quadratic_model._changed(again, state)}
+    changed = {paths[i] for i in damping_search._changed(again, state)}
     assert not [path for path in changed if ".factors" in path]
     assert {path for path in paths if ".roots" in path} | {".method.damping"} <= changed
-    swapped = quadratic_model._changed(jax.jit(lambda s: (s[1], s[0], s[2], s[3] + 1)), (1.0, 2.0, 3.0, 4.0))
+    swapped = damping_search._changed(jax.jit(lambda s: (s[1], s[0], s[2], s[3] + 1)), (1.0, 2.0, 3.0, 4.0))
     assert swapped == [0, 1, 3]
 
 

@@ -182,8 +182,11 @@ def adaptive_damping(
             squared = jnp.where(refused, 0, inner_state.squared_norm)
             inner_state = inner_state._replace(squared_norm=squared)
         else:
-            delta = jax.tree.map(lambda d, b: jnp.where(astray, -b, d), delta, _as(delta, last))
-            last = _as(last, _unless(refused, delta))
+            taken = _as(last, _unless(refused, delta))
+            delta = jax.tree.map(
+                lambda d, b: jnp.where(astray, -b.astype(d.dtype), d), delta, _as(delta, last)
+            )
+            last = jax.tree.map(lambda d, b: d.astype(b.dtype), taken, last)
         new_state = AdaptiveDampingState(
             inner_state,
             state.count + 1,
@@ -213,7 +216,7 @@ def _unless(condition: jax.Array, tree: Any) -> Any:
 
 
 def _reversible(params: Any, delta: Any, inner_state: Any) -> jax.Array:
-    """Whether θ + δ is finite, and near enough that half of θ's digits survive θ + δ − δ."""
+    """Whether θ + δ is finite, and near enough that half of the digits of θ, as one vector, survive θ + δ − δ."""
     known = isinstance(inner_state, QuadraticModelState)
     squared = inner_state.squared_norm if known else inner_product(delta, delta)
     size, kinds = inner_product(params, params), [jnp.finfo(p.dtype) for p in jax.tree.leaves(params)]

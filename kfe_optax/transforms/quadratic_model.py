@@ -8,15 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend import core
 
 from kfe_optax import checks, explicit, static_values
 from kfe_optax.taps import Taps, symmetric
-from kfe_optax.transforms import layerwise
+from kfe_optax.transforms import damping_search, layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
-
-SEARCH_FACTOR = (19 / 20) ** 0.5
-"""One step's factor in the search for the inner damping's root γ; a period of T steps has its T-th power."""
 
 
 class QuadraticModelState(NamedTuple):
@@ -43,15 +39,6 @@ class QuadraticModelState(NamedTuple):
     model_change: jax.Array
     squared_norm: jax.Array
     l2: jax.Array
-
-
-class Proposal(NamedTuple):
-    """A preconditioned gradient D, the coefficients of δ = −αD + μδ₀ (without μ when there is no momentum), M(δ) − M(0), δᵀδ."""
-
-    direction: Any
-    coefficients: jax.Array
-    change: jax.Array
-    squared_norm: jax.Array
 
 
 def scale_by_quadratic_model(
@@ -155,8 +142,10 @@ def scale_by_quadratic_model(
             direction, inner_state = result
             both = [direction, *vectors]
             fisher = taps.fisher_products(taps.tangent(direction), *tangents)
-            taken = jnp.stack([jnp.ones((), bool), *[state.squared_norm > 0 for _ in vectors]])
-            return Proposal(direction, *_minimum(fisher, both, gradient, strength, taken)), inner_state
+            taken = jnp.stack([jnp.ones((), bool), *[state.squared_norm != 0 for _ in vectors]])
+            return damping_search.Proposal(
+                direction, *_minimum(fisher, both, gradient, strength, taken)
+            ), inner_state
 
         inner_damping = strength
         if search_period is not None:
@@ -164,17 +153,17 @@ def scale_by_quadratic_model(
         best, inner_state = propose(state.inner, inner_damping)
         if search_period is not None:
             due = (state.count > 0) & layerwise.due(state.count, search_period)
-            factor = SEARCH_FACTOR ** (2 * search_period)
-            others = [jnp.clip(inner_damping * f, search_floor, search_ceiling) for f in (factor, 1 / factor)]
+            others = damping_search.neighbors(inner_damping, search_period, search_floor, search_ceiling)
             fresh = inner_state.method.last_refresh == state.count
-            best, inner_state, inner_damping = _searched(
+            best, inner_state, inner_damping = damping_search.searched(
                 due, propose, best, inner_state, inner_damping, others, fresh
             )
-        finite = jnp.isfinite(best.coefficients).all() & jnp.isfinite(best.change)
-        coefficients = jnp.where(finite, best.coefficients, 0)
-        direction = jax.tree.map(lambda d: jnp.where(finite, d, 0), best.direction)
+        good = jnp.isfinite(best.coefficients).all() & jnp.isfinite(best.change)
+        good = good if back is None else good & ~back
+        coefficients = jnp.where(good, best.coefficients, 0)
+        direction = jax.tree.map(lambda d: jnp.where(good, d, 0), best.direction)
         delta = _sum(*_taking_back(back, coefficients, [direction, *vectors], state))
-        change, squared_norm = (jnp.where(finite, v, 0) for v in (best.change, best.squared_norm))
+        change, squared_norm = (jnp.where(good, v, 0) for v in (best.change, best.squared_norm))
         eta = jnp.asarray(0 if l2 is None else l2)
         numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm, eta)
         new_state = QuadraticModelState(
@@ -188,81 +177,16 @@ def scale_by_quadratic_model(
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
 
-def _searched(
-    due: jax.Array,
-    propose: Any,
-    first: Proposal,
-    inner_state: Any,
-    inner_damping: jax.Array,
-    others: list[jax.Array],
-    fresh: jax.Array,
-) -> tuple[Proposal, Any, jax.Array]:
-    """The best proposal of three inner dampings, the preconditioner's state and the damping that belong to it.
-
-    Unless it is `fresh`, the first proposal comes from older factors than the others, and is made again.
-    """
-    leaves, structure = jax.tree.flatten(inner_state)
-
-    def retried(damping):
-        proposal, state = propose(inner_state, damping, retry=first.direction)
-        return proposal, jax.tree.leaves(state)
-
-    # What another damping does not change (factors, counts) stays outside the branch, which would copy it on every step.
-    changed = _changed(lambda state: propose(state, inner_damping, retry=first.direction)[1], inner_state)
-
-    def start():
-        return first, [leaves[i] for i in changed], inner_damping
-
-    dampings = jnp.stack([inner_damping, *others]).astype(inner_damping.dtype)
-
-    def attempt(i, best):
-        proposal, new = retried(dampings[i])
-        better = (i == 0) | (jnp.isfinite(proposal.change) & ~(proposal.change >= best[0].change))
-        other = (proposal, [new[i] for i in changed], dampings[i])
-        return jax.lax.cond(better, lambda: other, lambda: best)
-
-    def search():
-        # A loop and not proposals side by side: one program to compile, one more set of inverses in memory.
-        return jax.lax.fori_loop(jnp.where(fresh, 1, 0), len(dampings), attempt, start())
-
-    best, new, inner_damping = jax.lax.cond(due, search, start)
-    for i, leaf in zip(changed, new, strict=True):
-        leaves[i] = leaf
-    return best, jax.tree.unflatten(structure, leaves), inner_damping
-
-
-def _changed(function: Any, tree: Any) -> list[int]:
-    """Which leaves of a tree a function to a like tree does not hand on as they are."""
-    jaxpr = jax.make_jaxpr(lambda t: jax.tree.leaves(function(t)))(tree).jaxpr
-    return [i for i, source in enumerate(_handed_on(jaxpr)) if source != i]
-
-
-def _handed_on(jaxpr: Any) -> list[int | None]:
-    """Which input each output is, through compiled functions too; None for what is computed."""
-    inputs = {variable: i for i, variable in enumerate(jaxpr.invars)}
-
-    def source(variable):
-        return None if isinstance(variable, core.Literal) else inputs.get(variable)
-
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("jit", "pjit"):
-            places = _handed_on(equation.params["jaxpr"].jaxpr)
-            for variable, place in zip(equation.outvars, places, strict=True):
-                origin = None if place is None else source(equation.invars[place])
-                if origin is not None:
-                    inputs[variable] = origin
-    return [source(variable) for variable in jaxpr.outvars]
-
-
 def _taking_back(
     back: jax.Array | None, coefficients: jax.Array, vectors: list[Any], state: QuadraticModelState
 ) -> tuple[jax.Array, list[Any]]:
-    """The coefficients of −δ₀ where the last update is to be taken `back`, and the vectors with δ₀ as the last of them."""
+    """The coefficients of −δ₀, if it was taken, where that is to be taken `back`, and the vectors with δ₀ the last of them."""
     if back is None:
         return coefficients, vectors
     if len(vectors) == 1:
         coefficients, vectors = jnp.pad(coefficients, (0, 1)), [*vectors, state.previous]
-    return jnp.where(back, jnp.stack([0, -jnp.sign(state.squared_norm)]), coefficients), vectors
+    last = jnp.where(state.squared_norm != 0, -1, 0).astype(coefficients.dtype)
+    return jnp.where(back, jnp.stack([jnp.zeros_like(last), last]), coefficients), vectors
 
 
 def _minimum(
@@ -276,7 +200,9 @@ def _minimum(
     fisher, norms = (jnp.where(pairs, m, 0) for m in (fisher, symmetric(inner_product, vectors)))
     slope = jnp.where(taken, jnp.stack([inner_product(gradient, v) for v in vectors]), 0)
     x = solve(fisher + strength * norms, -slope)
-    return x, x @ slope / 2, x @ norms @ x
+    # Of two vectors that are nearly parallel the sum may be lost in rounding, but not that there is one.
+    squared = jnp.where((x != 0).any(), jnp.maximum(x @ norms @ x, jnp.finfo(x.dtype).tiny), 0)
+    return x, x @ slope / 2, squared
 
 
 def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
