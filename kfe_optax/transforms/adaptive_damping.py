@@ -31,7 +31,7 @@ class AdaptiveDampingState(NamedTuple):
       damping: λ for the next step.
       reduction_ratio: the last r, NaN before the first and where the trial loss was not finite.
       rejected: int32, updates that were not taken, or taken back.
-      last: the update of the last step; None where the state of `scale_by_quadratic_model` inside has it.
+      last: the update of the last step, zero where it was not taken; None where `scale_by_quadratic_model` inside has it.
     """
 
     inner: Any
