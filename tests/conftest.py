@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,6 +14,9 @@ _FLAGS = {
     "--xla_llvm_disable_expensive_passes": "true",
     "--xla_backend_optimization_level": "0",
 }
+if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
+    # The older emitters compile twice as fast. Later releases have none, and a flag that they do not know ends the process.
+    _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}={_value}".strip()

@@ -211,13 +211,3 @@ def stand_in(config, folder):
     archive = folder / "images.npz"
     np.savez(archive, x_train=images, y_train=labels, x_test=images[:2], y_test=labels[:2])
     return archive
-
-
-@pytest.mark.slow
-def test_the_demonstration_shows_ekfac_ahead_of_adam(tmp_path):
-    config = ROOT / "configs" / "mnist_small.py"
-    assert main(["compare", f"--config={config}", f"--workdir={tmp_path}"]) == 0
-    with (tmp_path / "compare.csv").open() as file:
-        final = {row["optimizer"]: float(row["loss"]) for row in csv.DictReader(file)}
-    assert final["ekfac"] < 0.9 * final["adam"]
-    assert final["kfac"] < final["adam"] < final["sgd"]
