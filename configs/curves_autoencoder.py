@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
         damping_factor=0.95,
         factor_update_period=1,
         inverse_update_period=5,
-        search_period=None,
+        search_period=0,
         averaging=0.9,
     )
     return settings.with_relatives(config)

@@ -62,6 +62,6 @@ def get_config() -> ConfigDict:
         averaging=0.9,
         factor_update_period=1,
         inverse_update_period=5,
-        search_period=None,
+        search_period=0,
     )
     return settings.with_relatives(config)

@@ -121,6 +121,9 @@ def make_optimizer(
     if method.curvature and distribute != "none":
         options["distribute"] = distribute
     if method.self_tuning:
+        if "search_period" in options:
+            # 0 is no search, None to the library, which a flag of the command line cannot say.
+            options["search_period"] = options["search_period"] or None
         return method.make(layers, **options)
     learning_rate = options.pop("learning_rate")
     if method.curvature:

@@ -69,7 +69,7 @@ def kfac_tridiagonal(
 
 def kfac_adaptive(**options: Any) -> ConfigDict:
     """The settings of K-FAC that needs no learning rate; ``options`` go to ``kfe_optax.kfac_adaptive``,
-    except ``fisher``.
+    except ``fisher``. A ``search_period`` of 0 is no search.
     """
     return ConfigDict({"fisher": "sampled", "initial_damping": 1.0, "damping_floor": 1e-8} | options)
 

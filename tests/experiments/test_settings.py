@@ -216,6 +216,16 @@ def test_an_optimizer_that_finds_its_steps_takes_no_learning_rate(field):
         make_optimizer("kfac", own, 10)
 
 
+def test_no_search_is_a_period_of_zero(monkeypatch):
+    method = METHODS["kfac_adaptive"]._replace(make=lambda layers, **options: options)
+    monkeypatch.setitem(METHODS, "kfac_adaptive", method)
+    for period, expected in ((0, None), (3, 3), (None, None)):
+        options = make_optimizer("kfac_adaptive", settings.kfac_adaptive(search_period=period), 10)
+        assert options["search_period"] == expected
+    # The library's own default.
+    assert "search_period" not in make_optimizer("kfac_adaptive", settings.kfac_adaptive(), 10)
+
+
 def test_taps_know_the_quadratic_model_where_the_optimizer_needs_it():
     assert tap_options("kfac_adaptive", settings.kfac_adaptive()) == {
         "fisher": "sampled",
