@@ -15,7 +15,7 @@ _FLAGS = {
     "--xla_backend_optimization_level": "0",
 }
 if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
-    # The older emitters compile twice as fast. Later releases have none, and a flag that they do not know ends the process.
+    # The older emitters compile twice as fast. From 0.11.2 on the flag is unknown, which would end the process.
     _FLAGS["--xla_cpu_use_fusion_emitters"] = "false"
 for _flag, _value in _FLAGS.items():
     if _flag not in os.environ.get("XLA_FLAGS", ""):

@@ -130,6 +130,65 @@ def test_frameworks_agree(framework, x64):
         assert_close(ours.to_matrix(averages[0]), theirs.to_matrix(averages[1]), 1e-9)
 
 
+def deep(params, x):
+    """A network whose two middle layers are alike: `blocks`, a stack in a scan, or `block_0` and `block_1`."""
+
+    def block(x, layer):
+        return jnp.tanh(kfe.tag_dense(x, x @ layer["kernel"] + layer["bias"], layer)), None
+
+    x, _ = block(x, params["first"])
+    if "blocks" in params:
+        x, _ = jax.lax.scan(block, x, params["blocks"])
+    else:
+        x, _ = block(block(x, params["block_0"])[0], params["block_1"])
+    return kfe.tag_dense(x, x @ params["last"]["kernel"], params["last"])
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+def test_a_stack_is_its_layers(fisher, x64):
+    """Layers in a scan take the steps of the same network written out: factors, products Jv, search and damping."""
+    generator = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(generator.normal(size=shape))
+
+    params = {
+        "first": {"kernel": draw(3, 3), "bias": draw(3)},
+        "blocks": {"kernel": draw(2, 3, 3), "bias": draw(2, 3)},
+        "last": {"kernel": draw(3, 2)},
+    }
+    unrolled = {name: params[name] for name in ("first", "last")}
+    unrolled |= {f"block_{i}": jax.tree.map(lambda v, i=i: v[i], params["blocks"]) for i in range(2)}
+    x, y = draw(6, 3), jnp.arange(6) % 2
+
+    def loss_fn(params, x, y):
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(deep(params, x), y).mean()
+
+    def trained(params, count):
+        layers = kfe.find_layers(loss_fn, params, x, y)
+        assert len(layers) == count
+        tx = kfe.kfac_adaptive(layers, initial_damping=0.5, **ALWAYS)
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher=fisher, quadratic_model=True)
+
+        @jax.jit
+        def step(params, state, key):
+            _, grads, taps = differentiate(params, x, y, key=key)
+            updates, state = tx.update(grads, state, params, taps=taps)
+            return optax.apply_updates(params, updates), state
+
+        state = tx.init(params)
+        for i in range(3):
+            params, state = step(params, state, jax.random.key(i))
+        told = kfe.info(state)
+        return params, (told.damping, told.inner_damping, told.step_size, told.momentum, told.reduction_ratio)
+
+    (stacked, told), (one_by_one, expected) = trained(params, 3), trained(unrolled, 4)
+    blocks = jax.tree.map(lambda *v: jnp.stack(v), one_by_one.pop("block_0"), one_by_one.pop("block_1"))
+    assert_close(stacked, one_by_one | {"blocks": blocks}, 1e-9)
+    assert_close(told, expected, 1e-8)
+    assert told[1] != told[0]
+
+
 def test_averaged_parameters(x64):
     """θ̄ is the mean of the iterates while 1 − 1/k is below the decay, and decays from there on."""
     tx = optax.chain(kfe.average_iterates(0.75), optax.sgd(1.0))

@@ -92,7 +92,9 @@ QUICK = {("kfac", "jit", 8, "inverses_and_apply")}
 # Every method in one of the modes, and one method in all of them.
 CASES = [(name, several_devices.MODES[i % 3], 4, "inverses_and_apply") for i, name in enumerate(METHODS)]
 CASES += [("kfac", mode, 8, "inverses") for mode in several_devices.MODES]
-CASES += [("kfac", "jit", 8, "inverses_and_apply"), ("tridiagonal", "pmap", 2, "inverses_and_apply")]
+CASES += [("kfac", "jit", 8, "inverses_and_apply")]
+# Chains couple the layers that the devices divide among themselves.
+CASES += [("tridiagonal", "pmap", 2, "inverses_and_apply"), ("tridiagonal", "jit", 4, "inverses_and_apply")]
 AGREEMENT = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
 
 

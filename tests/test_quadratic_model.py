@@ -203,7 +203,16 @@ def _split(vector, like):
     ]
 
 
-@pytest.mark.parametrize("name", ["kfac", "ekfac", pytest.param("lanczos", marks=pytest.mark.slow)])
+def _fine_level_anew(layers, damping, inverse_update_period, **options):
+    """Two-level K-FAC with a period of the fine level alone: another damping leaves the correction of the step as it is."""
+    fine = kfe.scale_by_kfac(layers, damping, inverse_update_period=inverse_update_period, **options)
+    return kfe.two_level(fine, layers, initial_refreshes=1, factor_update_period=99, inverse_update_period=99)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("kfac", "ekfac") else pytest.param(n, marks=pytest.mark.slow) for n in kfe.METHODS],
+)
 def test_search_with_a_real_preconditioner(name, x64):
     """On a step on which nothing is due, the search forms new inverses from the factors as they are, with the chosen damping.
 
@@ -217,10 +226,11 @@ def test_search_with_a_real_preconditioner(name, x64):
         return kfe.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
 
     layers = kfe.find_layers(loss_fn, params, *base.args)
-    make = kfe.METHODS[name].scale_by
+    make = _fine_level_anew if name == "two_level_kfac" else kfe.METHODS[name].scale_by
     rest = optax.scale_by_adam()
     never = {"initial_refreshes": 1, "factor_update_period": 99, "rest": rest}
-    period = "basis_update_period" if name == "ekfac" else "inverse_update_period"
+    in_a_basis = name in ("ekfac", "tekfac")
+    period = "basis_update_period" if in_a_basis else "inverse_update_period"
     inner = make(layers, 1.0, **{period: 99}, **never)
     tx = kfe.scale_by_quadratic_model(inner, DAMPING, search_period=1)
     differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
@@ -230,7 +240,7 @@ def test_search_with_a_real_preconditioner(name, x64):
         _, grads, taps = differentiate(params, *base.args)
         updates, new = tx.update(grads, state, params, taps=taps)
         # The same step without a search, of a method that refreshes its inverses always; in a basis λ acts at once.
-        fresh = inner if name == "ekfac" else make(layers, 1.0, **{period: 1}, **never)
+        fresh = inner if in_a_basis else make(layers, 1.0, **{period: 1}, **never)
         plain = fresh.update(grads, state.inner, params, taps=taps, damping=new.inner_damping)
         return optax.apply_updates(params, updates), new, grads, updates, plain
 
