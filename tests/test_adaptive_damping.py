@@ -172,6 +172,33 @@ def test_a_step_into_nowhere_is_taken_back(model, x64):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)) if leaf.ndim)
 
 
+@pytest.mark.parametrize("wrap", [lambda inner: inner, lambda inner: optax.chain(inner, optax.identity())])
+def test_a_refused_step_is_no_momentum(wrap, x64):
+    """Where the measured loss is NaN nothing moves, and the next step is made without δ₀, inside a chain too."""
+    problem = problems.make("plain", "softmax")
+    layers = problem.layers()
+    tx = kfe.adaptive_damping(
+        wrap(kfe.scale_by_quadratic_model(kfe.scale_by_kfac(layers, 1.0), 1.0)), 1.0, period=1
+    )
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher="exact", quadratic_model=True)
+
+    @jax.jit
+    def step(params, state, trial):
+        loss, grads, taps = differentiate(params, *problem.args)
+        value_fn = lambda p: trial * problem.loss_fn(p, *problem.args)
+        updates, state = tx.update(grads, state, params, taps=taps, value=loss, value_fn=value_fn)
+        return optax.apply_updates(params, updates), state
+
+    params, state, momenta = problem.params, tx.init(problem.params), []
+    for trial in (1.0, 1.0, jnp.nan, 1.0, 1.0):
+        before = params
+        params, state = step(params, state, trial)
+        assert bool((_flat(params) == _flat(before)).all()) == bool(jnp.isnan(trial))
+        momenta.append(float(kfe.info(state).momentum))
+    assert state.rejected == 1
+    assert [momentum != 0 for momentum in momenta] == [False, True, True, False, True]
+
+
 @pytest.mark.parametrize("momentum", [True, False])
 def test_a_loss_that_stays_lost_is_left_alone(momentum):
     """Where the batch is to blame one step is taken back, and then nothing moves; the step has no part in what follows."""

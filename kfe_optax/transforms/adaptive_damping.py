@@ -176,12 +176,10 @@ def adaptive_damping(
         refused = astray | ~finite
         damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, ceiling), damping)
 
+        inner_state = _without_momentum(refused, inner_state)
         last = state.last
-        if last is None:
-            # The quadratic model itself has taken back what led astray.
-            squared = jnp.where(refused, 0, inner_state.squared_norm)
-            inner_state = inner_state._replace(squared_norm=squared)
-        else:
+        # Without one the quadratic model itself has taken back what led astray.
+        if last is not None:
             taken = _as(last, _unless(refused, delta))
             delta = jax.tree.map(
                 lambda d, b: jnp.where(astray, -b.astype(d.dtype), d), delta, _as(delta, last)
@@ -204,10 +202,24 @@ def adaptive_damping(
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
 
+def _is_model(node: Any) -> bool:
+    return isinstance(node, QuadraticModelState)
+
+
 def _models(state: Any) -> list[QuadraticModelState]:
     """The states of `scale_by_quadratic_model` in it, which adds the penalty itself."""
-    is_model = lambda node: isinstance(node, QuadraticModelState)  # noqa: E731
-    return list(filter(is_model, jax.tree.leaves(state, is_leaf=is_model)))
+    return list(filter(_is_model, jax.tree.leaves(state, is_leaf=_is_model)))
+
+
+def _without_momentum(refused: jax.Array, state: Any) -> Any:
+    """The state, in which an update that was not taken has no part in the next one of `scale_by_quadratic_model`."""
+
+    def marked(node):
+        if not _is_model(node):
+            return node
+        return node._replace(squared_norm=jnp.where(refused, 0, node.squared_norm))
+
+    return jax.tree.map(marked, state, is_leaf=_is_model)
 
 
 def _unless(condition: jax.Array, tree: Any) -> Any:
