@@ -79,15 +79,15 @@ def info(opt_state: Any) -> Info:
             )
         elif isinstance(node, TwoLevelState):
             found = found._replace(failures=_add(found.failures, node.coarse.failures))
-            pending.append(node.fine)
+            pending.insert(0, node.fine)
         elif type(node) in _WRAPPERS:
             for name in _WRAPPERS[type(node)]:
                 combine = _add if name == "rejected" else _first
                 found = found._replace(**{name: combine(getattr(found, name), getattr(node, name))})
-            pending.append(node.inner)
+            pending.insert(0, node.inner)
         else:
             leaves = jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, wanted))
-            pending.extend(leaf for leaf in leaves if isinstance(leaf, wanted))
+            pending[:0] = [leaf for leaf in leaves if isinstance(leaf, wanted)]
     return found
 
 

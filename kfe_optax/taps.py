@@ -281,6 +281,11 @@ class Taps:
             devices, total, square = jax.lax.psum((1, total, square), self._plan.axis_name)
         return devices * total / jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
 
+    def examples_of(self, name: str) -> jax.Array:
+        """N, the examples that a layer saw in all microbatches and on all devices: its `gradient_weight` for a mean over them."""
+        here = jnp.asarray(self.layers[name].examples * self._plan.microbatches, jnp.float32)
+        return here if self._plan.axis_name is None else jax.lax.psum(here, self._plan.axis_name)
+
 
 def _tangent(passage: Passage, vector: Any) -> list[jax.Array]:
     """√c B J v by transposing the pull."""

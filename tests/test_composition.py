@@ -70,7 +70,7 @@ WRAPPERS = {
 # for every method, are in test_conformance_methods.
 QUICK = {("kfac", "conditionally"), ("kfac", "clip"), ("kfac", "inject_hyperparams")}
 EACH = [
-    pytest.param(name, wrapper, marks=[] if (name, wrapper) in QUICK else pytest.mark.slow)
+    pytest.param(name, wrapper, marks=[] if (name, wrapper) in QUICK else pytest.mark.nightly)
     for i, name in enumerate(CASES)
     for j, wrapper in enumerate(WRAPPERS)
     if name == "kfac" or wrapper == "clip" or j == i % len(WRAPPERS)
@@ -169,15 +169,25 @@ def test_info_of_two_preconditioners(step):
     assert int(kfe.info(state).nonfinite) == 2
 
 
+def test_info_of_a_wrapped_preconditioner_before_a_bare_one(step):
+    """All that the first one says is said of the first one, however deep it stands."""
+    problem, layers, *_ = step
+    tx = optax.chain(kfe.clip_by_kl(kfe.scale_by_kfac(layers, 0.1), 1.0), kfe.scale_by_kfac(layers, 0.2))
+    first, second = tx.init(problem.params)
+    second = second._replace(method=second.method._replace(damping=jnp.float32(2.0)))
+    assert kfe.info(second).damping == 2
+    assert kfe.info((first, second)).damping == first.inner.method.damping == 0
+
+
 @pytest.mark.parametrize(
     ("make", "fisher"),
     [
         (kfe.kfac, "sampled"),
         (kfe.ekfac, "exact"),
         (kfe.kfac, "empirical"),
-        pytest.param(kfe.kfac, "exact", marks=pytest.mark.slow),
-        pytest.param(kfe.ekfac, "sampled", marks=pytest.mark.slow),
-        pytest.param(kfe.ekfac, "empirical", marks=pytest.mark.slow),
+        pytest.param(kfe.kfac, "exact", marks=pytest.mark.nightly),
+        pytest.param(kfe.ekfac, "sampled", marks=pytest.mark.nightly),
+        pytest.param(kfe.ekfac, "empirical", marks=pytest.mark.nightly),
     ],
 )
 def test_two_devices_equal_one(make, fisher, x64):

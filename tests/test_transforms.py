@@ -223,6 +223,39 @@ def test_gradient_weight_of_devices_with_other_masks(x64):
     assert_close(two, jnp.stack([one, one]), 1e-12)
 
 
+@pytest.mark.parametrize("divided", ["microbatches", "devices"])
+def test_the_running_scale_of_a_loss_that_registers_nothing(divided, x64):
+    """N counts the examples of all microbatches and devices: the scale after a step is that of the whole batch."""
+    problem = problems.make("plain")
+    x, y = problem.args
+
+    def loss_fn(params, x, y):
+        return jnp.square(problems.plain_forward(params, x) - y[:, None]).mean()
+
+    layers = kfe.find_layers(loss_fn, problem.params, x, y)
+    tx = kfe.scale_by_ekfac(layers, 0.1, scale="running", scale_decay=0.0)
+
+    def scale(x, y, axis_name=None, microbatches=1):
+        differentiate = kfe.value_grad_and_taps(
+            loss_fn, layers, fisher="empirical", axis_name=axis_name, microbatches=microbatches
+        )
+        _, grads, taps = differentiate(problem.params, x, y)
+        if axis_name is not None:
+            grads = jax.lax.pmean(grads, axis_name)
+        return tx.update(grads, tx.init(problem.params), problem.params, taps=taps)[1].method.scale
+
+    expected = jax.jit(scale)(x, y)
+    if divided == "microbatches":
+        found = jax.jit(lambda x, y: scale(x, y, microbatches=2))(x, y)
+    else:
+        halves = [v.reshape(2, -1, *v.shape[1:]) for v in (x, y)]
+        mapped = jax.pmap(
+            lambda *args: scale(*args, axis_name="devices"), "devices", devices=jax.devices()[:2]
+        )
+        found = jax.tree.map(lambda v: v[0], mapped(*halves))
+    assert_close(found, expected, 1e-10)
+
+
 def test_a_method_as_the_loss():
     """Two wrappers of one bound method, of which the first goes away: the second still has its loss."""
     problem = problems.make("plain")

@@ -323,15 +323,10 @@ class _Ekfac(NamedTuple):
     def _running_scale(self, state: EkfacState, rotated: Matrices, count: jax.Array, taps: Any) -> Scales:
         weight = taps.gradient_weight
         moments = {
-            name: jnp.square(v)
-            * (self.layers_weight(taps, name) if weight is None else weight).astype(v.dtype)
+            name: jnp.square(v) * (taps.examples_of(name) if weight is None else weight).astype(v.dtype)
             for name, v in rotated.items()
         }
         return self._average(state, moments, count, jnp.zeros((), bool))
-
-    def layers_weight(self, taps: Any, name: str) -> jax.Array:
-        """N of a layer when the loss registers nothing (the empirical Fisher)."""
-        return jnp.asarray(taps.layers[name].examples, jnp.float32)
 
     def _average(self, state: EkfacState, moments: Matrices, count: jax.Array, first: jax.Array) -> Scales:
         decay = jnp.where(first, 0, layerwise.value(self.scale_decay, count))
