@@ -59,7 +59,7 @@ def mlp(dtype):
     return linen(Stack(lambda x: Block(name="block")(x)[0]), dtype, *batch(dtype))
 
 
-@case(IN, HID, OUT)
+@case(IN, HID, OUT, tier="nightly")
 def frozen_dict(dtype):
     return linen(Stack(lambda x: Block(name="block")(x)[0]), dtype, *batch(dtype), freeze_params=True)
 
@@ -70,7 +70,7 @@ def no_bias(dtype):
     return linen(nn.Sequential(layers), dtype, *batch(dtype))
 
 
-@case(IN, HID, OUT)
+@case(IN, HID, OUT, tier="nightly")
 def remat(dtype):
     return stack(lambda x: nn.remat(Block)(name="block")(x)[0])(dtype)
 
@@ -80,12 +80,12 @@ def linen_jit(dtype):
     return stack(lambda x: nn.jit(Block)(name="block")(x)[0])(dtype)
 
 
-@case(IN, (2, *HID), OUT)
+@case(IN, (2, *HID), OUT, tier="nightly")
 def scan_axis_0(dtype):
     return stack(lambda x: scanned(0)(name="blocks")(x, None)[0])(dtype)
 
 
-@case(IN, (2, *HID), OUT)
+@case(IN, (2, *HID), OUT, tier="nightly")
 def scan_axis_1(dtype):
     return stack(lambda x: scanned(1)(name="blocks")(x, None)[0])(dtype)
 
@@ -95,12 +95,12 @@ def scan_axis_last(dtype):
     return stack(lambda x: scanned(-1)(name="blocks")(x, None)[0])(dtype)
 
 
-@case(IN, (2, *HID), OUT)
+@case(IN, (2, *HID), OUT, tier="slow")
 def remat_scan(dtype):
     return stack(lambda x: scanned(0, nn.remat(Block))(name="blocks")(x, None)[0])(dtype)
 
 
-@case(IN, (3, 2, *HID), OUT)
+@case(IN, (3, 2, *HID), OUT, tier="slow")
 def nested_scan(dtype):
     class Inner(nn.Module):
         @nn.compact
@@ -110,7 +110,7 @@ def nested_scan(dtype):
     return stack(lambda x: scanned(0, Inner, 3)(name="outer")(x, None)[0])(dtype)
 
 
-@case(IN, HID, OUT)
+@case(IN, HID, OUT, tier="slow")
 def warmed_jit(dtype):
     """The model and the loss inside one jit that was called, and so traced, before."""
     plain, params, args = mlp(dtype)
@@ -158,7 +158,7 @@ def over_time(dtype):
     return linen(Recurrent(), dtype, *batch(dtype, 4, INPUTS))
 
 
-@case(IN, OUT, shared=(0, 1), example_gradients=False)
+@case(IN, OUT, shared=(0, 1), example_gradients=False, tier="slow")
 def example_vmap(dtype):
     """The model and the loss written for one example, mapped over the batch."""
     model = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
@@ -188,7 +188,7 @@ def model_vmap(dtype):
     return loss_fn, params, (x, labels)
 
 
-@case(IN, OUT, shared=(0, 1), independent=False, example_gradients=False)
+@case(IN, OUT, shared=(0, 1), independent=False, example_gradients=False, tier="slow")
 def chunks(dtype):
     """Loss and model inside a lax.map over chunks of the batch."""
     model = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
@@ -202,7 +202,7 @@ def chunks(dtype):
     return loss_fn, params, (x, labels)
 
 
-@case((2, *IN), (2, *OUT))
+@case((2, *IN), (2, *OUT), tier="slow")
 def ensemble(dtype):
     class Members(nn.Module):
         @nn.compact
@@ -215,7 +215,7 @@ def ensemble(dtype):
     return linen(Members(), dtype, *batch(dtype))
 
 
-@case(IN, HID, OUT)
+@case(IN, HID, OUT, tier="slow")
 def two_models(dtype):
     """An encoder and a head with their own parameter trees in one dict."""
     encoder = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(WIDTH)])

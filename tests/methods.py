@@ -96,9 +96,11 @@ CASES: dict[str, Case] = {
 }
 
 
-def quick(*names, of=CASES):
-    """All names, those that are not given for the slow runs: each of them costs another compilation."""
-    return [pytest.param(name, marks=[] if name in names else pytest.mark.slow) for name in of]
+def quick(*names, slow=(), of=CASES):
+    """All names; those that are not given are for CI or for the nightly runs, since each of them costs another compilation."""
+    tiers = {**dict.fromkeys(of, pytest.mark.nightly), **dict.fromkeys(slow, pytest.mark.slow)}
+    assert not {*names, *slow} - {*of}
+    return [pytest.param(name, marks=[] if name in names else tiers[name]) for name in of]
 
 
 class Batch(NamedTuple):

@@ -33,7 +33,7 @@ class Case:
       independent: whether the loss of an example depends on that example alone (no batch statistics, no dropout).
       example_gradients: whether the layers keep per-example gradients.
       has_aux: whether the loss returns an auxiliary value.
-      slow: whether it takes long and seldom says what the others do not.
+      tier: None, "slow" or "nightly": the mark of a model that takes long, or that seldom says what the others do not.
     """
 
     make: Callable[[Any], tuple[Callable[..., Any], Any, tuple[Any, ...]]]
@@ -41,7 +41,7 @@ class Case:
     independent: bool = True
     example_gradients: bool = True
     has_aux: bool = False
-    slow: bool = False
+    tier: str | None = None
 
 
 CASES: dict[str, Case] = {}

@@ -39,12 +39,12 @@ def nnx_mlp(dtype):
     return nnx_loss, nnx_model(Mlp(dtype), dtype), batch(dtype)
 
 
-@case(IN, HID, OUT)
+@case(IN, HID, OUT, tier="nightly")
 def nnx_remat(dtype):
     return nnx_loss, nnx_model(Mlp(dtype, nnx.remat), dtype), batch(dtype)
 
 
-@case(IN, HID, OUT)
+@case(IN, HID, OUT, tier="slow")
 def nnx_jit(dtype):
     return nnx_loss, nnx_model(Mlp(dtype, nnx.jit), dtype), batch(dtype)
 
@@ -79,7 +79,7 @@ def nnx_scan(dtype):
     return nnx_loss, nnx_model(Scanned(dtype), dtype), batch(dtype)
 
 
-@case(IN, (2, *HID), OUT)
+@case(IN, (2, *HID), OUT, tier="nightly")
 def nnx_remat_scan(dtype):
     return nnx_loss, nnx_model(Scanned(dtype, nnx.remat), dtype), batch(dtype)
 
@@ -98,7 +98,7 @@ class Regularized(nnx.Module):
         return self.last(self.dropout(jnp.tanh(self.norm(self.first(x)))))
 
 
-@case(IN, NORM, OUT, independent=False)
+@case(IN, NORM, OUT, independent=False, tier="slow")
 def batch_norm_dropout(dtype):
     return nnx_loss, nnx_model(Regularized(dtype), dtype), batch(dtype)
 
@@ -116,7 +116,7 @@ class Listed(nnx.Module):
         return self.layers[1](jnp.tanh(self.layers[0](x)))
 
 
-@case(IN, (WIDTH, CLASSES))
+@case(IN, (WIDTH, CLASSES), tier="slow")
 def nnx_list(dtype):
     return nnx_loss, nnx_model(Listed(dtype), dtype), batch(dtype)
 
@@ -135,7 +135,7 @@ class Tied(nnx.Module):
         return self.last(jnp.tanh(self.middle(jnp.tanh(self.middle(x)))).sum(1))
 
 
-@case(IN, HID, OUT, shared=(1,))
+@case(IN, HID, OUT, shared=(1,), tier="nightly")
 def nnx_twice(dtype):
     return nnx_loss, nnx_model(Tied(dtype), dtype), batch(dtype, 2, INPUTS)
 

@@ -33,7 +33,7 @@ def recurrent(cell):
     return make
 
 
-@case(*GATES * 4, HEAD, shared=tuple(range(8)))
+@case(*GATES * 4, HEAD, shared=tuple(range(8)), tier="nightly")
 def lstm(dtype):
     return recurrent(nn.LSTMCell)(dtype)
 
@@ -43,7 +43,7 @@ def optimized_lstm(dtype):
     return recurrent(nn.OptimizedLSTMCell)(dtype)
 
 
-@case(*GRU, HEAD, shared=tuple(range(6)), slow=True)
+@case(*GRU, HEAD, shared=tuple(range(6)), tier="nightly")
 def gru(dtype):
     return recurrent(nn.GRUCell)(dtype)
 
@@ -62,7 +62,7 @@ class Block(nn.Module):
 BLOCK = (NORM, *((WIDTH, WIDTH),) * 4, NORM, (WIDTH + 1, WIDTH))
 
 
-@case((VOCABULARY, WIDTH), *((2, *shape) for shape in BLOCK), (WIDTH + 1, VOCABULARY))
+@case((VOCABULARY, WIDTH), *((2, *shape) for shape in BLOCK), (WIDTH + 1, VOCABULARY), tier="slow")
 def gpt(dtype):
     """Tokens, blocks under scan and remat, a loss at every position; the positions' parameter is the rest."""
 
@@ -100,7 +100,7 @@ class NnxConv(nnx.Module):
         return self.head(jnp.tanh(self.depthwise(x)).mean(1))
 
 
-@case((6, WIDTH), NORM, (3 * WIDTH + 1, WIDTH), (WIDTH, 3, 1), HEAD, independent=False)
+@case((6, WIDTH), NORM, (3 * WIDTH + 1, WIDTH), (WIDTH, 3, 1), HEAD, independent=False, tier="slow")
 def nnx_conv(dtype):
     return nnx_loss, nnx_model(NnxConv(dtype), dtype), batch(dtype, 4, 2)
 
@@ -148,7 +148,14 @@ class NnxGpt(nnx.Module):
         return self.embed.attend(run(self.embed(tokens), self.blocks))
 
 
-@case((VOCABULARY, WIDTH), (2, *NORM), *((2, WIDTH, WIDTH),) * 4, (2, WIDTH + 1, WIDTH), shared=(0,))
+@case(
+    (VOCABULARY, WIDTH),
+    (2, *NORM),
+    *((2, WIDTH, WIDTH),) * 4,
+    (2, WIDTH + 1, WIDTH),
+    shared=(0,),
+    tier="slow",
+)
 def nnx_gpt(dtype):
     x, _ = tokens(VOCABULARY, 3)
     return nnx_loss, nnx_model(NnxGpt(dtype), dtype), (x, (x + 1) % VOCABULARY)
@@ -168,7 +175,7 @@ class NnxRecurrent(nnx.Module):
         return self.head(self.loop(self.embed(tokens))[:, -1])
 
 
-@case((VOCABULARY, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH + 1, 4 * WIDTH), HEAD, shared=(1, 2))
+@case((VOCABULARY, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH + 1, 4 * WIDTH), HEAD, shared=(1, 2), tier="slow")
 def nnx_lstm(dtype):
     return nnx_loss, nnx_model(NnxRecurrent(dtype), dtype), tokens(VOCABULARY, 3)
 
@@ -203,6 +210,7 @@ class LowRank(nnx.Module):
     (2, WIDTH),
     (WIDTH + 1, 2 * WIDTH),
     (2, WIDTH, CLASSES),
+    tier="slow",
 )
 def nnx_low_rank(dtype):
     model = nnx_model(LowRank(dtype), dtype)

@@ -79,7 +79,7 @@ def test_trains_without_a_learning_rate(fisher, x64):
     assert told.inner_damping != told.damping
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
 def test_two_devices_equal_one(fisher, x64):
     """pmap over two halves of the batch: gradient, products with the Fisher and trial loss are those of the whole."""
     problem, tx, train_step = _stepped(fisher, "devices")
@@ -104,6 +104,7 @@ def test_sharded_batch(x64):
     assert_close(jax.device_get(new), _trained("sampled", 1)[0], 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_frameworks_agree(framework, x64):
     """Linen and NNX take the steps of plain JAX."""
@@ -144,7 +145,7 @@ def deep(params, x):
     return kfe.tag_dense(x, x @ params["last"]["kernel"], params["last"])
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
 def test_a_stack_is_its_layers(fisher, x64):
     """Layers in a scan take the steps of the same network written out: factors, products Jv, search and damping."""
     generator = np.random.default_rng(0)
@@ -272,6 +273,7 @@ def test_a_batch_with_nan(x64):
     assert second < first
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_and_wrappers(x64):
     """nnx.Optimizer, optax.masked, apply_if_finite and inject_hyperparams hand on other trees than the loss's."""
     problem = problems.make("nnx")

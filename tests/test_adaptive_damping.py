@@ -31,7 +31,7 @@ def stepped():
         yield problem, grads, taps
 
 
-@pytest.mark.parametrize("damping_in_model", [True, False])
+@pytest.mark.parametrize("damping_in_model", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_rule_on_scripted_ratios(stepped, damping_in_model, x64):
     """λ ← ω₁λ above 3/4, λ/ω₁ below 1/4 and for unchanged between; into what is no number no step, and 4λ."""
     problem, grads, taps = stepped
@@ -72,7 +72,7 @@ def test_floor_and_ceiling(stepped, ratio, expected, x64):
     assert_close(state.damping, jnp.asarray(expected), 1e-12)
 
 
-@pytest.mark.parametrize("damping_in_model", [True, False])
+@pytest.mark.parametrize("damping_in_model", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_known_and_full_model_agree(stepped, damping_in_model, x64):
     """Around scale_by_quadratic_model r is that of the model in full, and the loss is that of the step's batch."""
     problem, grads, taps = stepped

@@ -19,6 +19,8 @@ from kfe_optax.layer import leaves_by_path
 
 from . import nnx_networks
 
+pytestmark = pytest.mark.release
+
 CIFAR = (32, 32, 3)
 IMAGES = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
 LABELS = jax.ShapeDtypeStruct((8,), jnp.int32)

@@ -21,6 +21,8 @@ from kfe_optax import chunks
 
 from . import hlo, problems
 
+pytestmark = pytest.mark.release
+
 DEVICES = 2
 # Fourteen examples a device, and no other size of the problem is a multiple of seven.
 SIZES, EXAMPLES = (5, 4, 3), 14 * DEVICES
@@ -102,7 +104,7 @@ QUICK = {
 
 def cases(methods):
     pairs = [(method, mode) for method in methods for mode in MODES]
-    return [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in pairs]
+    return [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.nightly) for pair in pairs]
 
 
 @pytest.mark.parametrize(("method", "mode"), cases(METHODS))
@@ -139,7 +141,7 @@ def test_examples_stay_where_they_are(method, mode):
 
 
 @pytest.mark.parametrize(
-    ("method", "budget"), [("kfac", 160), pytest.param("ekfac batch", 700, marks=pytest.mark.slow)]
+    ("method", "budget"), [("kfac", 160), pytest.param("ekfac batch", 700, marks=pytest.mark.nightly)]
 )
 def test_chunks_hold_examples_of_every_device(method, budget, monkeypatch):
     """Rows that do not fit into the budget are summed piece by piece, and each piece is divided over devices as the batch is."""

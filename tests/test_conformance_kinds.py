@@ -195,7 +195,7 @@ def test_diagonal_sides(name):
             assert leaf.ndim <= rank or leaf.shape[rank - 1 :] == (1, 1)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_half_precision():
     """bfloat16 parameters and inputs: the curvature is float32."""
     layers = problem(jnp.bfloat16).layers

@@ -16,13 +16,19 @@ from kfe_optax.kinds import Dense
 from kfe_optax.layer import leaves_by_path
 
 from .dense import assert_close, relative_error
+from .methods import quick
 from .models import BATCH, batch, linen, other_state
 from .zoo import CASES
+
+pytestmark = pytest.mark.release
 
 # The scope keeps the tests of one model together, so that `empirical` computes it once.
 ALL = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * case.slow) for name, case in CASES.items()],
+    [
+        pytest.param(name, marks=[getattr(pytest.mark, case.tier)] if case.tier else [])
+        for name, case in CASES.items()
+    ],
     scope="module",
 )
 
@@ -91,7 +97,7 @@ def test_value_and_gradient_float64(name, x64):
         assert_close(other_state(after), other_state(before), 1e-12)
 
 
-@ALL
+@pytest.mark.parametrize("name", quick("mlp", "nnx_mlp", "conv_norm_pool", "tied_embedding", of=CASES))
 def test_value_and_gradient_float32(name):
     case = CASES[name]
     loss_fn, params, args = case.make(jnp.float32)

@@ -77,6 +77,7 @@ def same_method(state, other):
     assert_equal((ours, state.rest), (theirs, other.rest))
 
 
+@pytest.mark.release
 def test_constant_state_one_trace_donation(trainer):
     """Donated steps with and without refreshes: one trace, the same tree, shapes, dtypes and weak types."""
     params = jax.tree.map(jnp.array, trainer.params)
@@ -148,6 +149,7 @@ def test_overflowing_statistics_are_left_out(trainer, good):
     assert (failures > 0, nonfinite, refresh) == (True, 0, REFRESH)
 
 
+@pytest.mark.release
 def test_a_failed_factorization_keeps_the_last_one(trainer, good):
     """An eigh, QR or Cholesky that yields NaN: root or basis stay, are counted, and the next refresh gets over it."""
     result = trainer.step(good, trainer.problem.batch(2, x=trainer.problem.x * 1e6), REFRESH)
@@ -206,6 +208,7 @@ def test_schedules(trainer, good):
     assert difference(REFRESH) < 1e-2
 
 
+@pytest.mark.parametrize("trainer", quick("kfac", "kpsvd", "two_level_kfac", "soap"), indirect=True)
 def test_checkpoints(trainer, good, tmp_path):
     """Through Orbax, and through a plain list of numpy arrays: the same leaves, and the same steps after them."""
     with ocp.StandardCheckpointer() as checkpointer:
@@ -297,7 +300,7 @@ def narrow():
     return make_problem(sizes=(3, 1, 2), examples=1)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick("ekfac", "tekfac", "lanczos", "kfac_tridiagonal"))
 def test_one_example_and_a_layer_of_width_one(name, narrow):
     """Two refreshes without jax.jit around the update."""
     tx = CASES[name].make(narrow.layers)
@@ -312,7 +315,7 @@ def test_one_example_and_a_layer_of_width_one(name, narrow):
     assert counts(state) == (0, 0, 0)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", quick("ekfac", "lanczos", "soap"))
 def test_half_precision_parameters(name, dtype):
     """Curvature is float32, updates have the gradient's dtype."""

@@ -18,6 +18,8 @@ from . import methods, several_devices
 from .dense import assert_close
 from .several_devices import AXIS, DIVIDED, EVERYWHERE, MODES
 
+pytestmark = pytest.mark.release
+
 STEPS = 20
 QUICK = {("kfac", "shard_map", 4), ("ekfac", "pmap", 2), ("kfac", "jit", 8)}
 # Every method in one of the modes, two of them in all; `benchmarks/agreement.py` runs the whole grid.
@@ -25,7 +27,7 @@ CASES = [(name, MODES[i % 3], 8) for i, name in enumerate(kfe.METHODS)]
 CASES += [(name, mode, devices) for name in ("kfac", "ekfac") for mode in MODES for devices in (2, 4)]
 CASES += [("kfac", mode, devices) for mode in MODES for devices in (1, 8)]
 METHODS = [
-    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in dict.fromkeys(CASES)
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.nightly) for case in dict.fromkeys(CASES)
 ]
 
 
@@ -117,8 +119,20 @@ def own_problem():
     return params, base.x, base.y
 
 
-@pytest.mark.parametrize("loss", [normalized, averaged, weighted])
-@pytest.mark.parametrize(("mode", "check_vma"), [("pmap", True), ("shard_map", True), ("shard_map", False)])
+@pytest.mark.parametrize(
+    ("loss", "mode", "check_vma"),
+    [
+        (normalized, "shard_map", True),
+        (averaged, "pmap", True),
+        pytest.param(weighted, "shard_map", True, marks=pytest.mark.slow),
+        pytest.param(averaged, "shard_map", False, marks=pytest.mark.slow),
+        pytest.param(normalized, "pmap", True, marks=pytest.mark.nightly),
+        pytest.param(normalized, "shard_map", False, marks=pytest.mark.nightly),
+        pytest.param(averaged, "shard_map", True, marks=pytest.mark.nightly),
+        pytest.param(weighted, "pmap", True, marks=pytest.mark.nightly),
+        pytest.param(weighted, "shard_map", False, marks=pytest.mark.nightly),
+    ],
+)
 def test_losses_that_name_the_axis(loss, mode, check_vma, fresh_problem):
     """Found with `axis_name`; gradients and curvature are those of the same loss on one device."""
     params, x, y = own_problem()
@@ -168,6 +182,7 @@ def test_outputs_that_are_the_same_everywhere(fresh_problem):
     assert all(jnp.isfinite(factor).all() and jnp.trace(factor) > 0 for factor in factors)
 
 
+@pytest.mark.slow
 def test_two_axes(fresh_problem):
     """The batch over both axes of a mesh, named together."""
     base, loss_fn = problem()
@@ -207,7 +222,14 @@ def test_an_axis_that_is_not_named(fresh_problem):
         jax.jit(mapped)(base.params, base.x, base.y)
 
 
-@pytest.mark.parametrize("spec", [("model", None), (None, "model"), (("data", "model"), None)])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        (("data", "model"), None),
+        pytest.param((None, "model"), marks=pytest.mark.slow),
+        pytest.param(("model", None), marks=pytest.mark.nightly),
+    ],
+)
 def test_divided_kernels(spec, fresh_problem):
     """Kernels divided over devices, by columns, rows (tensor parallel) or among all (FSDP), keep their place and their steps."""
     base, _ = problem()
@@ -248,8 +270,8 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.parametrize("in_context", [True, False])
-@pytest.mark.parametrize("name", methods.quick("kfac", "kfac divided", of=EXPLICIT))
+@pytest.mark.parametrize("in_context", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", methods.quick("kfac divided", slow=["kfac"], of=EXPLICIT))
 def test_explicit_axes(name, in_context, fresh_problem):
     """A mesh whose axes are of type Explicit, where every array's type says how it is divided."""
     base, loss_fn = problem()
@@ -285,7 +307,9 @@ class Normalized(nn.Module):
         return nn.Dense(2, name="out", param_dtype=x.dtype)(jnp.tanh(x))
 
 
-@pytest.mark.parametrize(("mode", "check_vma"), [("pmap", True), ("shard_map", True)])
+@pytest.mark.parametrize(
+    ("mode", "check_vma"), [pytest.param("pmap", True, marks=pytest.mark.nightly), ("shard_map", True)]
+)
 def test_batch_norm_of_flax(mode, check_vma, fresh_problem):
     """`nn.BatchNorm(axis_name=...)`: found outside of the map, and the step of one device on the whole batch."""
     base, _ = problem()

@@ -82,7 +82,10 @@ def dense_of(layer, key, terms, bases, scale):
 norms = functools.partial(np.linalg.norm, axis=(-2, -1))
 every_model = pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.slow if name in ("stacked", "twice") else []) for name in MODELS],
+    [
+        pytest.param(name, marks=pytest.mark.nightly if name in ("stacked", "twice") else [])
+        for name in MODELS
+    ],
 )
 
 

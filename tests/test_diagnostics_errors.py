@@ -16,7 +16,7 @@ from .dense import assert_close
 TOLERANCE = 1e-10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_inside_training(x64):
     """On the state of EKFAC, inside the step: the scale of one batch is the best in its basis (George et al. 2018)."""
     model = make("stacked")
@@ -43,7 +43,7 @@ def test_inside_training(x64):
     assert (ekfac < kfac).all()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_over_devices(x64):
     """Two devices with half the examples each measure the Fisher of the whole batch."""
     model = make("positions")

@@ -12,6 +12,8 @@ import kfe_optax as kfe
 
 from .dense import assert_close
 
+pytestmark = pytest.mark.release
+
 cross_entropy = kfe.losses.softmax_cross_entropy_with_integer_labels
 
 

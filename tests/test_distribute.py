@@ -95,7 +95,7 @@ CASES += [("kfac", mode, 8, "inverses") for mode in several_devices.MODES]
 CASES += [("kfac", "jit", 8, "inverses_and_apply")]
 # Chains couple the layers that the devices divide among themselves.
 CASES += [("tridiagonal", "pmap", 2, "inverses_and_apply"), ("tridiagonal", "jit", 4, "inverses_and_apply")]
-AGREEMENT = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+AGREEMENT = [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.nightly) for case in CASES]
 
 
 @pytest.mark.parametrize(("name", "mode", "devices", "distribute"), AGREEMENT)
@@ -120,7 +120,7 @@ def accumulating(layers, **options):
     return optax.MultiSteps(kfe.ekfac(0.1, layers, basis_update_period=1, **options), 2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", several_devices.MODES)
 @pytest.mark.parametrize("make", [adaptive, accumulating])
 def test_wrappers(make, mode):
@@ -232,7 +232,7 @@ def test_different_shapes():
     assert found == {"none": np.sum(sizes**3), "inverses": 7**3}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_agreement_of_different_shapes():
     step = several_devices.divided(
         "shard_map", 4, lambda axis_name: make_step("kfac", axis_name, "inverses_and_apply", DIFFERENT)[0]
@@ -387,7 +387,7 @@ def collectives(distribute):
     return inside.count(False), inside.count(True)
 
 
-@pytest.mark.parametrize("distribute", [BOTH[0], pytest.param(BOTH[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("distribute", [BOTH[0], pytest.param(BOTH[1], marks=pytest.mark.nightly)])
 def test_collectives_stay_in_the_refresh(distribute):
     """The gathers of a refresh are inside its branch; only "inverses_and_apply" has more on every step, for the updates."""
     always, refresh = collectives("none")

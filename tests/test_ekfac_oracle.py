@@ -34,7 +34,10 @@ def compare(problem, steps, options, kind_weight):
 
 every_framework = pytest.mark.parametrize(
     "framework",
-    [pytest.param(name, marks=[] if name == "plain" else pytest.mark.slow) for name in problems.FRAMEWORKS],
+    [
+        pytest.param(name, marks=[] if name == "plain" else pytest.mark.nightly)
+        for name in problems.FRAMEWORKS
+    ],
 )
 PERIODS = {"factor_update_period": 1, "basis_update_period": 2, "initial_refreshes": 1, "decay": 0.7}
 
@@ -48,7 +51,7 @@ def test_trajectory(framework, scale, x64):
 
 
 @pytest.mark.parametrize("scale", ["batch", "running"])
-@pytest.mark.parametrize("on_refresh", ["carry", pytest.param("restart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("on_refresh", ["carry", pytest.param("restart", marks=pytest.mark.nightly)])
 def test_appendix_c(scale, on_refresh, x64):
     """Appendix C's damping, both ways of refreshing, with a sparse scale and all periods different."""
     options = {
@@ -66,7 +69,7 @@ def test_appendix_c(scale, on_refresh, x64):
     compare(problems.make("plain", "pixels"), 7, options, 2 * problems.EXAMPLES)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_batch_scale_without_memory(x64):
     """scale_decay=0 is the paper's EKFAC: S* of the current batch alone."""
     problem = problems.make("linen", "gaussian")
@@ -115,7 +118,7 @@ def test_alias(framework, x64):
     assert_close(kfe.info(state).kl_factor, jnp.asarray(factors[-1]))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_diagonal_side(x64):
     """A side larger than max_dim keeps the identity as its basis; S stays the diagonal of F in that basis."""
     problem = problems.make("plain", sizes=(5, 3, 2))

@@ -75,7 +75,10 @@ def two_updates(make, loss_fn, params, args):
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["kfac", pytest.param("ekfac", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param("kfac", marks=pytest.mark.slow), pytest.param("ekfac", marks=pytest.mark.nightly)],
+)
 def test_the_same_layer_everywhere(optimizer, x64):
     """Unrolled, remat, nn.jit, nn.scan, nn.scan over remat: one update."""
     expected = None
@@ -95,7 +98,7 @@ def test_the_same_layer_everywhere(optimizer, x64):
             assert_close(found, wanted, 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_stacking_axes(optimizer, x64):
     """nn.scan with variable_axes 0, 1 and −1: one update, with the axis where it belongs."""
@@ -112,7 +115,7 @@ def test_stacking_axes(optimizer, x64):
         assert_close(found, [moved(u) for u in expected], 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nnx_forms(x64):
     """nnx.remat, nnx.jit and nnx.scan around NNX layers: the update of the plain call."""
     loss_fn, model, args = CASES["nnx_mlp"].make(jnp.float64)
@@ -136,6 +139,7 @@ def test_nnx_forms(x64):
     assert_close(jax.tree.leaves(second), jax.tree.leaves(first), 1e-10)
 
 
+@pytest.mark.slow
 def test_frameworks_agree_when_sampled(x64):
     """Linen, NNX and plain JAX draw the same targets from one key."""
     found = []
@@ -148,7 +152,7 @@ def test_frameworks_agree_when_sampled(x64):
     assert_close(found[2], found[0], 1e-10)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_inside_jit_scan_and_vmap(x64):
     """A jitted step, a scan over steps and a vmap over seeds give what separate calls give."""
     problem = problems.make("linen")

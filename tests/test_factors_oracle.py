@@ -18,6 +18,7 @@ from kfe_optax.statistics.rows import Rows
 from . import dense, problems
 from . import factor_rows as fr
 from .dense import assert_close
+from .methods import quick
 
 DECAY = 0.6
 
@@ -37,7 +38,13 @@ def history(max_dim):
     return found
 
 
-@pytest.mark.parametrize(("max_dim", "name"), [(m, n) for m in (fr.WHOLE, fr.DIAGONAL) for n in fr.names(m)])
+@pytest.mark.parametrize(
+    ("max_dim", "name"),
+    [
+        *((fr.WHOLE, name) for name in fr.names(fr.WHOLE)),
+        *(pytest.param(fr.DIAGONAL, name, marks=pytest.mark.slow) for name in fr.names(fr.DIAGONAL)),
+    ],
+)
 def test_dense_definition(max_dim, name, x64):
     """Dense layers, shared positions, stacks and parameters used twice; first batch, averages, warm starts, signs."""
     references = {}
@@ -146,8 +153,14 @@ def test_draws(fisher, samples, name, x64):
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("diagonal", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize("name", ["dense", "stack"])
+@pytest.mark.parametrize(
+    "diagonal",
+    [
+        (False, True),
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ((False, False), (True, False), (True, True))),
+    ],
+)
+@pytest.mark.parametrize("name", [pytest.param("dense", marks=pytest.mark.nightly), "stack"])
 def test_both_forms_of_the_operator_agree(name, diagonal, x64):
     """Coefficients of the rows and matrices: forward, adjoint, inner products, further terms, deflated."""
     layers, generator = fr.layers(), np.random.default_rng(3)
@@ -245,7 +258,10 @@ def iterate(factors, seeds, name="dense"):
     return found
 
 
-@pytest.mark.parametrize("name", ["kpsvd", "deflation", "kfac_corrected", "lanczos", "streaming"])
+@pytest.mark.parametrize(
+    "name",
+    quick("deflation", slow=["lanczos"], of=["kpsvd", "deflation", "kfac_corrected", "lanczos", "streaming"]),
+)
 def test_a_warm_start_takes_fewer_iterations(name, x64):
     options = {"subspace": 4, "tolerance": 1e-6, "max_restarts": 100}
     if name not in ("lanczos", "streaming"):

@@ -10,6 +10,7 @@ import pytest
 import kfe_optax as kfe
 
 from .dense import assert_close, gauss_newton, relative_error
+from .methods import quick
 
 N, D, C = 4, 2, 3
 cross_entropy = kfe.losses.softmax_cross_entropy_with_integer_labels
@@ -124,7 +125,19 @@ def read(taps):
     return taps.layers["kernel"].rows(tap), tap.second_moment_in(None, None)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+# Each says something that the others do not; the rest are their combinations.
+DEFAULT = [
+    "masked mean",
+    "weighted",
+    "mean over pixels",
+    "two heads",
+    "soft, class axis not last",
+    "soft where",
+    "vmapped positions",
+]
+
+
+@pytest.mark.parametrize("name", quick(*DEFAULT, slow=LOSSES, of=LOSSES))
 def test_exact_is_gauss_newton(name, x64):
     """Rows, covariances and the second moment of fisher="exact" against JᵀHJ of the loss as written."""
     b = arrays()
@@ -135,7 +148,12 @@ def test_exact_is_gauss_newton(name, x64):
 
 
 @pytest.mark.parametrize(
-    "name", ["mean", "mean over pixels", "squared error", "two heads", "soft where", "vmapped"]
+    "name",
+    quick(
+        "two heads",
+        slow=["mean over pixels", "soft where", "vmapped"],
+        of=["mean", "mean over pixels", "squared error", "two heads", "soft where", "vmapped"],
+    ),
 )
 def test_sampled_converges_to_exact(name, x64):
     """The mean over S samples is within five standard errors, estimated from the draws, of the exact Fisher."""

@@ -21,7 +21,7 @@ GROUPS = {
     "stacked": kind_cases_more.STACKED,
     "masked": kind_cases_more.MASKED,
 }
-# One of each way in which rows are formed; the long tail is slow to compile.
+# One of each way in which rows are formed; the long tail is nightly.
 QUICK = {
     "convolutions": "conv2 circular asymmetric batches feature_groups depthwise transposed_flipped local groups sua "
     "sua_uncentered reduce",
@@ -32,7 +32,7 @@ QUICK = {
     "stacked": "feature_groups sua_uncentered projection tokens layer_norm twice_reduce",
     "masked": "positions prefix pooled flattened conv_stride tokens reduce dense_twice tokens_twice tokens_twice_reduce all_dead",
 }
-# Of whom everything is asked; in the slow tests of all.
+# Of whom everything is asked; in the nightly tests of all.
 THOROUGH = {
     "convolutions": "conv2 feature_groups depthwise local groups",
     "linear maps": "positions projection einsum_awkward_blocks",
@@ -42,7 +42,7 @@ THOROUGH = {
     "stacked": "feature_groups tokens",
     "masked": "positions tokens",
 }
-# In pieces of two examples and a rest, without waiting for the slow test of all.
+# In pieces of two examples and a rest, without waiting for the nightly test of all.
 PIECES = {
     "feature_groups": kind_cases.CONVOLUTIONS["feature_groups"],
     "sua_uncentered": kind_cases.CONVOLUTIONS["sua_uncentered"],
@@ -79,7 +79,7 @@ def every(part):
     ("part", "group", "name"),
     [
         *(("quick", *case) for case in every("quick")),
-        *(pytest.param("rest", *case, marks=pytest.mark.slow) for case in every("rest")),
+        *(pytest.param("rest", *case, marks=pytest.mark.nightly) for case in every("rest")),
     ],
 )
 def test_definition(part, group, name, x64):
@@ -95,7 +95,7 @@ def test_definition(part, group, name, x64):
     ("group", "name"),
     [
         *(("few", name) for name in PIECES),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in every("pieces")),
+        *(pytest.param(*case, marks=pytest.mark.nightly) for case in every("pieces")),
     ],
 )
 def test_in_pieces(group, name, x64):

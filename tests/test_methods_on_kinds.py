@@ -21,7 +21,7 @@ from .kind_cases_more import case, norm
 from .kind_networks import Network
 
 # Two large networks are compiled in float64 for all of these tests together.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 _CONVOLUTIONS = (
     "conv1",

@@ -16,6 +16,8 @@ import kfe_optax as kfe
 from . import problems, several_devices
 from .dense import assert_close
 
+pytestmark = pytest.mark.release
+
 
 @functools.cache
 def base():
@@ -38,7 +40,7 @@ def collect(given, fisher="sampled", microbatches=1, **options):
 
 
 @pytest.mark.parametrize(
-    "fisher", ["sampled", *(pytest.param(f, marks=pytest.mark.slow) for f in ("exact", "empirical"))]
+    "fisher", ["sampled", *(pytest.param(f, marks=pytest.mark.nightly) for f in ("exact", "empirical"))]
 )
 def test_statistics(fisher, given):
     """Loss, gradients, A and G, S and the loss's weights are those of the whole batch, draws included."""
@@ -56,7 +58,7 @@ def test_statistics(fisher, given):
 
 
 @pytest.mark.parametrize(
-    "make", [pytest.param(kfe.scale_by_kpsvd, marks=pytest.mark.slow), kfe.scale_by_ekfac]
+    "make", [pytest.param(kfe.scale_by_kpsvd, marks=pytest.mark.nightly), kfe.scale_by_ekfac]
 )
 def test_steps(make, given):
     """Whole steps, the refresh inside the transformation included."""
@@ -73,7 +75,7 @@ def test_steps(make, given):
     assert several_devices.difference(parts[-1][0], whole[-1][0], problem.params) < 1e-9
 
 
-@pytest.mark.parametrize("mode", ["shard_map", pytest.param("jit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["shard_map", pytest.param("jit", marks=pytest.mark.nightly)])
 def test_on_several_devices(mode, given):
     """Each device's share in parts; the draws follow the global example."""
     problem, layers = given

@@ -211,7 +211,7 @@ def _fine_level_anew(layers, damping, inverse_update_period, **options):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("kfac", "ekfac") else pytest.param(n, marks=pytest.mark.slow) for n in kfe.METHODS],
+    [n if n in ("kfac", "ekfac") else pytest.param(n, marks=pytest.mark.nightly) for n in kfe.METHODS],
 )
 def test_search_with_a_real_preconditioner(name, x64):
     """On a step on which nothing is due, the search forms new inverses from the factors as they are, with the chosen damping.

@@ -103,7 +103,9 @@ def cut(padded: Any, like: Any) -> Any:
     ("name", "devices"),
     [
         pytest.param(
-            name, n, marks=[] if (name, n) in {("kfac", 8), ("ekfac", 2), ("soap", 8)} else pytest.mark.slow
+            name,
+            n,
+            marks=[] if (name, n) in {("kfac", 8), ("ekfac", 2), ("soap", 8)} else pytest.mark.nightly,
         )
         for name in METHODS
         for n in (2, 8)

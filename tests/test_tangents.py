@@ -14,6 +14,8 @@ import kfe_optax as kfe
 from . import problems
 from .dense import assert_close
 
+pytestmark = pytest.mark.release
+
 
 class _Block(nn.Module):
     @nn.compact

@@ -16,6 +16,8 @@ from kfe_optax import tags
 from . import problems
 from .dense import assert_close
 
+pytestmark = pytest.mark.release
+
 
 def test_two_threads_trace_at_once():
     """Two threads inside their traces at the same time: each gets its own taps, a third sees plain layers."""

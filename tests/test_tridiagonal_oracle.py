@@ -40,8 +40,8 @@ def damping(step):
     return 0.3 / (1 + step)
 
 
-slow = pytest.mark.slow
-FRAMEWORKS = ["linen", pytest.param("nnx", marks=slow), pytest.param("plain", marks=slow)]
+nightly = pytest.mark.nightly
+FRAMEWORKS = ["linen", pytest.param("nnx", marks=nightly), pytest.param("plain", marks=nightly)]
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -219,7 +219,7 @@ def test_chains_of_one_are_kfac(x64):
     assert min(dense.relative_error(found[i], expected[i]) for i in (0, 1)) > 1e-3
 
 
-@slow
+@nightly
 def test_no_chain_at_all_is_kfac(x64):
     layers, expected = square()[1], by_kfac()
     assert_close(moved(kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[])), expected, 1e-14)
@@ -243,7 +243,7 @@ def batch_factors(layers, chains, grads, taps):
     return factors, plan.alone
 
 
-@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=slow)])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=nightly)])
 def test_factors_of_one_draw(fisher, x64):
     """G_i,i+1 is formed within a sample or a column, not between two of them."""
     problem, layers, grads, taps = square()
@@ -345,7 +345,7 @@ class Stack(nn.Module):
         return nn.Dense(3, name="after")(x)
 
 
-@pytest.mark.parametrize("single", [True, pytest.param(False, marks=slow)])
+@pytest.mark.parametrize("single", [True, pytest.param(False, marks=nightly)])
 def test_stacked_layers_are_those_of_the_unrolled_network(single, x64):
     generator = np.random.default_rng(0)
     x, labels = jnp.asarray(generator.normal(size=(8, 3))), jnp.asarray(generator.integers(0, 3, 8))

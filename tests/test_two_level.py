@@ -145,7 +145,7 @@ def test_a_layer_without_rows_has_the_exact_form_alone(x64):
         two_level(kfe.scale_by_kfac(layers, 0.1), layers).init(params)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["eigenvectors", "residual"])
 def test_every_kind_in_a_space_that_moves(name, x64):
     """Coarse vectors of all kinds are orthonormal, and the correction, positive semi-definite, goes along with the gradient."""
@@ -188,7 +188,7 @@ def test_grids(choice):
 
 
 @pytest.mark.parametrize(
-    "name", ["constant", *(pytest.param(n, marks=pytest.mark.slow) for n in ("outputs", "residual"))]
+    "name", ["constant", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("outputs", "residual"))]
 )
 def test_several_devices_equal_one(name, x64):
     """pmap over halves of a batch, and a sharded batch, on sampled targets: the update of one device."""
@@ -234,7 +234,7 @@ def taps_of(problem, layers, key=0):
     )[1:]
 
 
-@pytest.mark.parametrize("name", ["eigenvectors", pytest.param("residual", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["eigenvectors", pytest.param("residual", marks=pytest.mark.nightly)])
 def test_one_compilation_and_nan(name):
     """Steps with and without refreshes: one trace, the same tree. A gradient that is not finite leaves all of it as it is."""
     problem, layers = plain()
@@ -260,7 +260,7 @@ def test_one_compilation_and_nan(name):
     assert jitted._cache_size() == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "scale_by", [kfe.scale_by_tkfac, kfe.scale_by_kpsvd, kfe.scale_by_tekfac, kfe.scale_by_lanczos]
 )

@@ -64,7 +64,7 @@ QUICK = {
     ("residual", "kfac"),
 }
 COMBINATIONS = [
-    pytest.param(name, fine, marks=[] if (name, fine) in QUICK else pytest.mark.slow)
+    pytest.param(name, fine, marks=[] if (name, fine) in QUICK else pytest.mark.nightly)
     for name in CASES
     for fine in ("kfac", "ekfac")
 ]
@@ -138,7 +138,7 @@ def deep(params, x, scan):
 
 
 @pytest.mark.parametrize(
-    "name", ["eigenvectors", *(pytest.param(n, marks=pytest.mark.slow) for n in ("outputs", "residual"))]
+    "name", ["eigenvectors", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("outputs", "residual"))]
 )
 def test_a_stack_is_its_layers(name, x64):
     """A coarse vector for each layer of a scan: the update of the same network written out."""
@@ -224,7 +224,7 @@ def at(values, row, column, common, axis):
 
 
 @pytest.mark.parametrize(
-    ("grid", "common"), [("finest", 4), pytest.param("coarsest", 1, marks=pytest.mark.slow)]
+    ("grid", "common"), [("finest", 4), pytest.param("coarsest", 1, marks=pytest.mark.nightly)]
 )
 def test_convolutions(grid, common, x64):
     """All pairs by loops over examples and positions; on the finest grid a layer with itself is 1ᵀ(A⊗G)1."""

@@ -14,6 +14,8 @@ import kfe_optax as kfe
 from .dense import assert_close, relative_error
 from .models import cross_entropy, parameter_shapes, randomized
 
+pytestmark = pytest.mark.release
+
 N, T, D = 4, 8, 3
 
 

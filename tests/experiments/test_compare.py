@@ -32,6 +32,7 @@ def made_up(name: str, losses: list[float], measures: dict | None = None) -> Run
     return Run(name, curve, 1.0, end, "cross-entropy, mean over pixels")
 
 
+@pytest.mark.slow
 def test_four_optimizers_with_equal_steps(tiny_config, tmp_path):
     tiny_config.compare.steps = 7
     tiny_config.log_every = 3

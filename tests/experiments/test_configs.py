@@ -18,6 +18,8 @@ from kfe_optax.experiments.planted import planted_targets
 from kfe_optax.experiments.task import make_task
 from kfe_optax.experiments.train import train
 
+from ..methods import quick
+
 FOLDER = Path(__file__).parents[2] / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py"))
 TEXTS = ["lstm_characters", "transformer_characters"]
@@ -53,7 +55,13 @@ def stand_in(config):
 
 # Tracing the loss of more than a hundred layers for every optimizer takes a while.
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "resnet110" else name for name in NAMES]
+    "name",
+    quick(
+        "deep_linear",
+        "vit_small",
+        slow=[name for name in NAMES if name not in ("resnet34", "resnet110", "vgg16")],
+        of=NAMES,
+    ),
 )
 def test_every_model_can_be_traced_and_every_optimizer_be_made(name):
     config = config_of(name)
@@ -102,9 +110,10 @@ QUICK = [("resnet20", "adam"), ("transformer_characters", "kfac")]
 TRAINED = {*[(name, "ekfac") for name in SMALL], ("resnet20", "tekfac"), ("transformer_characters", "tekfac")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "optimizer"),
-    [*QUICK, *[pytest.param(*each, marks=pytest.mark.slow) for each in sorted(TRAINED)]],
+    [*QUICK, *[pytest.param(*each, marks=pytest.mark.nightly) for each in sorted(TRAINED)]],
 )
 def test_a_small_network_takes_steps(name, optimizer, tmp_path):
     outcome = train(small(name, optimizer), tmp_path, console=Console(quiet=True))

@@ -29,6 +29,7 @@ def test_the_embedded_digits_are_real_and_divided_once():
     assert np.bincount(labels).tolist() == [500] * 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_digits_in_the_size_of_cifar(channels):
     config = settings.base_config("digits")

@@ -72,7 +72,7 @@ def best_diagonal(m, basis):
 # --- The numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_number_is_that_of_the_dense_matrices(config, x64):
     config.diagnose.update(
         layer="2", tolerance=1e-13, max_iterations=4000, running_examples=10, decay=0.6, spectrum_limit=112
@@ -226,7 +226,7 @@ def found(config, measured, tmp_path_factory):
     return measured
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_theorems_hold_while_a_network_trains(found):
     theorems = [check for check in found["diagnosis"].checks if check.theorem]
     assert len(theorems) == 8
@@ -249,6 +249,7 @@ def test_the_theorems_hold_while_a_network_trains(found):
     assert series.of("loss", "adam")[-1] < series.of("loss", "adam")[0]
 
 
+@pytest.mark.slow
 def test_files_and_tables(found):
     folder, series = found["folder"], found["diagnosis"].series
     with (folder / "diagnose.csv").open(newline="") as file:
@@ -294,6 +295,7 @@ def test_training_is_that_of_the_config(config, found):
     assert found["diagnosis"].series.of("loss", "adam")[1] == pytest.approx(float(loss), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_from_the_command_line_with_an_interruption(config, tiny_config_file, tmp_path, monkeypatch, capsys):
     write = DiagnoseRecorder.write
     monkeypatch.setattr(
@@ -324,6 +326,7 @@ def test_from_the_command_line_with_an_interruption(config, tiny_config_file, tm
         assert {row["step"] for row in csv.DictReader(file)} == {"0", "2"}
 
 
+@pytest.mark.slow
 def test_divergence_is_one_sentence(config, tmp_path):
     config.adam = settings.adam(1e20)
     with pytest.raises(ExperimentError, match=r"diverged before step \d+; lower config.adam.learning_rate"):

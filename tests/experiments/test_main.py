@@ -43,6 +43,7 @@ def test_train_with_overrides_and_resume(tiny_config_file, tmp_path, capsys):
     assert {float(row["damping"]) for row in rows} == {0.5}
 
 
+@pytest.mark.slow
 def test_compare_prints_a_table_and_writes_a_figure(tiny_config_file, tmp_path, capsys):
     assert (
         main(
@@ -144,6 +145,7 @@ def test_missing_dependencies_name_the_extra(monkeypatch, capsys):
     assert "pip install '.[experiments]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_that_resumes(tiny_config_file, tmp_path):
     workdir = tmp_path / "run"
     command = [
@@ -182,7 +184,13 @@ def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_that_resumes(tiny_config_file,
     assert main(arguments) == 0
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem == "mnist_small" else pytest.mark.slow)
+        for path in CONFIGS
+    ],
+)
 def test_every_config_describes_its_layers(path, tmp_path, capsys):
     config = load_config(str(path))
     data = stand_in(config, tmp_path)

@@ -59,7 +59,7 @@ def statistics(state):
 # --- Batch norm ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "kfac"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "kfac"])
 def test_a_step_moves_the_running_statistics_by_a_tenth_of_the_batchs(config, optimizer):
     dataset = load(config)
     job = make_job(config, optimizer, dataset, 5)
@@ -97,7 +97,11 @@ def test_evaluation_takes_the_running_statistics(config):
 
 @pytest.mark.parametrize(
     ("optimizer", "dropout"),
-    [("adam", 0.2), ("kfac", 0.0), pytest.param("ekfac", 0.2, marks=pytest.mark.slow)],
+    [
+        pytest.param("adam", 0.2, marks=pytest.mark.nightly),
+        ("kfac", 0.0),
+        pytest.param("ekfac", 0.2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_with_state_is_bit_exact(config, tmp_path, monkeypatch, optimizer, dropout):
     config.optimizer = optimizer
@@ -129,7 +133,8 @@ def test_a_comparison_evaluates_with_the_state(config, tmp_path):
     assert run.measures == outcome.measures
 
 
-@pytest.mark.parametrize("optimizer", ["adam", pytest.param("ekfac", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("ekfac", marks=pytest.mark.nightly)])
 def test_a_trial_of_a_sweep_moves_the_state(config, optimizer):
     config.optimizer = optimizer
     config.model.dropout = 0.2
@@ -148,7 +153,7 @@ def test_a_trial_of_a_sweep_moves_the_state(config, optimizer):
         np.testing.assert_allclose(losses.test_loss, expected["test_loss"], rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_layer_behind_batch_norm_is_diagnosed(config, tmp_path):
     config.model.dropout = 0.2
     config.diagnose.update(
@@ -213,6 +218,7 @@ def test_long_texts_are_evaluated_in_smaller_batches(text_config, monkeypatch):
     np.testing.assert_allclose(parts["loss"], whole["loss"], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "kfac"])
 def test_a_text_is_learned(text_config, tmp_path, optimizer):
     text_config.update(optimizer=optimizer, steps=30)
@@ -223,7 +229,7 @@ def test_a_text_is_learned(text_config, tmp_path, optimizer):
     assert outcome.measures["test_loss"] < float(curve[0][1]) - 0.2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_layer_of_a_text_is_diagnosed(text_config, tmp_path):
     text_config.diagnose.update(
         layer="logits", steps=2, every=2, basis_update_period=2, running_examples=4, tolerance=1e-3

@@ -100,6 +100,7 @@ def test_gray_images_of_another_size_pass():
         assert outputs.shape == (2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

@@ -22,11 +22,12 @@ from kfe_optax.experiments.processes import join_processes
 from kfe_optax.experiments.sweep_space import make_space
 from kfe_optax.experiments.train import train
 
+from ..methods import quick
 from . import normed
 
-SEVERAL = ("sharded", "pmap", "shard_map")
+SEVERAL = ("shard_map", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("sharded", "pmap")))
 # Where one of them will do, the others are for when there is time.
-MOSTLY_ONE = ("sharded", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("pmap", "shard_map")))
+MOSTLY_ONE = ("sharded", *(pytest.param(mode, marks=pytest.mark.nightly) for mode in ("pmap", "shard_map")))
 QUIET = Console(quiet=True)
 
 
@@ -74,7 +75,7 @@ def of_one_device():
 
 
 @pytest.mark.parametrize("mode", SEVERAL)
-@pytest.mark.parametrize("optimizer", ["adam", "kfac", pytest.param("ekfac", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", quick("kfac", slow=["adam"], of=["adam", "kfac", "ekfac"]))
 def test_every_mode_makes_the_run_of_one_device(tiny_config, of_one_device, mode, optimizer):
     losses, _, expected = of_one_device(tiny_config, optimizer)
     found, placed, state = run(on(tiny_config, mode), optimizer)
@@ -95,7 +96,7 @@ def test_every_mode_makes_the_run_of_one_device(tiny_config, of_one_device, mode
     [
         ("sharded", "inverses"),
         *(
-            pytest.param(mode, distribute, marks=pytest.mark.slow)
+            pytest.param(mode, distribute, marks=pytest.mark.nightly)
             for mode, distribute in (
                 ("sharded", "inverses_and_apply"),
                 ("pmap", "inverses"),
@@ -112,7 +113,7 @@ def test_divided_linear_algebra_makes_the_run_of_one_device(tiny_config, of_one_
     assert_close(state.params, expected.params)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("mode", SEVERAL)
 def test_an_optimizer_that_tunes_itself_makes_the_run_of_one_device(tiny_config, of_one_device, mode):
     losses, _, expected = of_one_device(tiny_config, "kfac_adaptive")
@@ -127,7 +128,7 @@ def with_norm(tiny_config, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MOSTLY_ONE)
-@pytest.mark.parametrize("optimizer", ["adam", pytest.param("kfac", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("kfac", marks=pytest.mark.nightly)])
 def test_running_statistics_are_the_mean_over_devices(with_norm, mode, optimizer):
     _, _, one = run(with_norm, optimizer, steps=1)
     _, _, state = run(on(with_norm, mode), optimizer, steps=1)
@@ -140,7 +141,7 @@ def test_running_statistics_are_the_mean_over_devices(with_norm, mode, optimizer
         assert (found["var"] < expected["var"]).all()
 
 
-@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.nightly)])
 def test_devices_drop_different_units(with_norm, mode):
     """Of examples that are all alike each device's loss would be the same, were its dropout: then two devices are one."""
     with_norm.model.update(batch_norm=False, dropout=0.5)
@@ -193,7 +194,7 @@ def test_a_resumed_run_on_several_devices_equals_an_uninterrupted_one_bit_for_bi
     assert loss_curve(tmp_path / "parts") == loss_curve(tmp_path / "whole")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_moves_from_devices_to_devices(tiny_config, tmp_path):
     """A checkpoint fits any mode and any number of devices."""
     tiny_config.optimizer = "kfac"
@@ -232,7 +233,7 @@ def test_ctrl_c_leaves_a_checkpoint_of_several_devices(tiny_config, tmp_path, mo
 # --- Other commands --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compare_runs_on_several_devices(tiny_config, tmp_path):
     tiny_config.compare.optimizers = "adam,kfac"
     one = compare(tiny_config, tmp_path, QUIET)

@@ -20,7 +20,7 @@ from kfe_optax.experiments.config_files import load_config
 from kfe_optax.experiments.train import train
 from tests.experiments.conftest import TINY_CONFIG
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.nightly
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)

@@ -32,6 +32,8 @@ from kfe_optax.experiments.sweep_records import Row
 from kfe_optax.experiments.sweep_space import Trial, chunks, make_space, with_values
 from kfe_optax.experiments.train import evaluate
 
+from ..methods import quick
+
 QUIET = Console(quiet=True)
 
 
@@ -66,11 +68,8 @@ def made_up(losses: dict[tuple[float, ...], float], seeds: int = 1) -> list[Row]
 # --- The program -----------------------------------------------------------------------------------
 
 
-# One of every kind of optimizer always, the others of the table among the slow tests.
-TABLE = [
-    pytest.param(name, marks=() if name in ("adam", "sgd", "ekfac", "soap") else pytest.mark.slow)
-    for name in METHODS
-]
+# One of every kind of optimizer in CI, the others of the table in the nightly tests.
+TABLE = quick("ekfac", slow=("adam", "soap"), of=METHODS)
 
 
 @pytest.mark.parametrize("name", TABLE)

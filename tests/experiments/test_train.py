@@ -97,7 +97,13 @@ def test_the_log_interval_includes_the_last_step(tiny_config, tmp_path, console)
     assert [row["step"] for row in rows(tmp_path / "run")] == ["4", "6"]
 
 
-@pytest.mark.parametrize("optimizer", ["adam", *CURVATURE, "kfac_adaptive"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        CURVATURE[0],
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", *CURVATURE[1:], "kfac_adaptive")),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tiny_config, tmp_path, console, monkeypatch, optimizer
 ):

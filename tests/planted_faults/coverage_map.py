@@ -1,0 +1,90 @@
+"""Which tests execute which line of the library, and how long each takes: one process for each test file."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import tempfile
+from typing import NamedTuple
+
+from . import forked
+from .faults import ROOT, Fault
+
+
+class FileMap(NamedTuple):
+    """One test file: seconds of each test, {library file: {line: tests}}."""
+
+    seconds: dict[str, float]
+    lines: dict[str, dict[int, list[str]]]
+
+    def executing(self, fault: Fault, lines: set[int]) -> list[str]:
+        """The tests that execute one of the lines, the quickest first."""
+        here = self.lines.get(fault.file, {})
+        tests = {test for line in lines for test in here.get(line, ())}
+        return sorted(tests, key=lambda test: self.seconds.get(test, 0.0))
+
+    @property
+    def breadth(self) -> int:
+        """How many lines of the library the whole file executes."""
+        return sum(len(lines) for lines in self.lines.values())
+
+
+def measure(into: pathlib.Path, marker: str, processes: int) -> None:
+    """Adds what is not in the folder yet, a file of JSON for each test file."""
+    into.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted = [
+            name
+            for path in sorted((ROOT / "tests").rglob("test_*.py"))
+            if "planted_faults" not in (name := str(path.relative_to(ROOT)))
+            and not (into / _stored(name)).exists()
+        ]
+        jobs = (_job(name, pathlib.Path(folder), marker) for name in wanted)
+        for done, (job, in_time) in enumerate(forked.run(jobs, processes), 1):
+            result = job.folder / "map.json"
+            if in_time and result.exists():
+                shutil.copy(result, into / _stored(job.key))
+                found = json.loads(result.read_text())
+                print(
+                    f"[{done}/{len(wanted)}] {job.key}: {len(found['seconds'])} tests, {sum(found['seconds'].values()):.0f} s",
+                    flush=True,
+                )
+                for test in found["failed"]:
+                    print(f"    FAILED without a fault: {test}", flush=True)
+            else:
+                print(f"[{done}/{len(wanted)}] {job.key}: no result", flush=True)
+                print((job.folder / "output.txt").read_text()[-2000:], flush=True)
+            shutil.rmtree(job.folder)
+
+
+def _stored(name: str) -> str:
+    return name.replace("/", "--") + ".json"
+
+
+def _job(name: str, folder: pathlib.Path, marker: str) -> forked.Job:
+    mine = folder / _stored(name)
+    forked.copy_project(mine / "project")
+
+    def work(folder: pathlib.Path) -> None:
+        contexts, durations = forked.Contexts(folder / "project"), forked.Durations()
+        contexts.measured.start()
+        forked.run_pytest([name, "-m", marker], contexts, durations)
+        contexts.measured.stop()
+        found = {"seconds": durations.seconds, "failed": durations.failed, "lines": contexts.lines()}
+        (folder / "map.json").write_text(json.dumps(found))
+
+    return forked.Job(name, mine, work, 1800)
+
+
+def load(folder: pathlib.Path) -> dict[str, FileMap]:
+    """{test file: what was measured of it}, the narrowest first: the likeliest to say what a fault breaks."""
+    maps = {}
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        lines = {
+            file: {int(number): tests for number, tests in here.items()}
+            for file, here in found["lines"].items()
+        }
+        maps[path.name.removesuffix(".json").replace("--", "/")] = FileMap(found["seconds"], lines)
+    return dict(sorted(maps.items(), key=lambda item: item[1].breadth))
