@@ -65,6 +65,7 @@ def _trained(fisher, steps=3):
     return params, opt_state, losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["sampled", "exact"])
 def test_trains_without_a_learning_rate(fisher, x64):
     """One trace, a falling loss, nothing rejected, and a state whose shapes and dtypes stay."""

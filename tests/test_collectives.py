@@ -92,10 +92,10 @@ def has_examples(collective: hlo.Collective) -> bool:
 
 
 # The compilations that stand for the others in a quick run.
-QUICK = {
-    *(("kfac", mode) for mode in MODES),
-    ("ekfac running", "pmap"),
-    ("ekfac batch", "jit"),
+QUICK = {("kfac", "shard_map"), ("ekfac running", "pmap"), ("ekfac batch", "jit")}
+SLOW = {
+    ("kfac", "pmap"),
+    ("kfac", "jit"),
     ("kpsvd", "shard_map"),
     ("two_level", "jit"),
     ("tridiagonal", "pmap"),
@@ -104,7 +104,11 @@ QUICK = {
 
 def cases(methods):
     pairs = [(method, mode) for method in methods for mode in MODES]
-    return [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.nightly) for pair in pairs]
+    tiers = dict.fromkeys(SLOW, pytest.mark.slow)
+    return [
+        pytest.param(*pair, marks=[] if pair in QUICK else tiers.get(pair, pytest.mark.nightly))
+        for pair in pairs
+    ]
 
 
 @pytest.mark.parametrize(("method", "mode"), cases(METHODS))

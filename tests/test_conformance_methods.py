@@ -30,7 +30,12 @@ def problem():
     return make_problem()
 
 
-@pytest.fixture(scope="module", params=CASES)
+# Of the methods' variants the plain ones do.
+VARIANTS = ("kfac exact", "ekfac qr", "soap with a tolerance", "kronecker of gradient")
+PLAIN = [name for name in CASES if name not in VARIANTS]
+
+
+@pytest.fixture(scope="module", params=quick(*PLAIN, slow=VARIANTS))
 def trainer(request, problem):
     """A compiled step of every method in turn; pytest groups the tests by it."""
     return Trainer(request.param, problem)
@@ -228,7 +233,7 @@ def test_checkpoints(trainer, good, tmp_path):
         assert_equal((resumed.updates, resumed.state), (expected.updates, expected.state))
 
 
-@pytest.mark.parametrize("trainer", quick("kfac", "tekfac", "lanczos", "soap"), indirect=True)
+@pytest.mark.parametrize("trainer", quick("kfac", slow=["tekfac", "soap"]), indirect=True)
 def test_all_wrappers_at_once(trainer):
     """MultiSteps of chain, apply_if_finite, masked, partition and inject_hyperparams: the bare update, on the second call."""
     problem = trainer.problem
@@ -259,7 +264,9 @@ def test_all_wrappers_at_once(trainer):
     assert update._cache_size() == 1
 
 
-@pytest.mark.parametrize("trainer", quick("kfac", "tekfac", "deflation", of=kfe.METHODS), indirect=True)
+@pytest.mark.parametrize(
+    "trainer", quick("tekfac", slow=["kfac", "deflation"], of=kfe.METHODS), indirect=True
+)
 def test_aliases_with_hyperparameters_in_the_state(trainer):
     """The optimizer of a line of the registry steps along its preconditioner; learning rate and λ change in the state."""
     problem = trainer.problem
@@ -300,7 +307,7 @@ def narrow():
     return make_problem(sizes=(3, 1, 2), examples=1)
 
 
-@pytest.mark.parametrize("name", quick("ekfac", "tekfac", "lanczos", "kfac_tridiagonal"))
+@pytest.mark.parametrize("name", quick("ekfac", "kfac_tridiagonal", slow=["tekfac", "lanczos"]))
 def test_one_example_and_a_layer_of_width_one(name, narrow):
     """Two refreshes without jax.jit around the update."""
     tx = CASES[name].make(narrow.layers)
@@ -316,7 +323,7 @@ def test_one_example_and_a_layer_of_width_one(name, narrow):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("name", quick("ekfac", "lanczos", "soap"))
+@pytest.mark.parametrize("name", quick("ekfac", slow=["soap"]))
 def test_half_precision_parameters(name, dtype):
     """Curvature is float32, updates have the gradient's dtype."""
     small = make_problem(dtype=dtype)

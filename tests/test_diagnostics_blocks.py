@@ -124,6 +124,7 @@ def test_exact_block_of_an_nnx_module(x64):
         assert_close(block, expected, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_both_ways_to_the_spectrum_are_taken(x64):
     gradients = {name: len(measured(name)[0].x) * 3 for name in MODELS}
     sizes = {name: measured(name)[3].shape[-1] for name in MODELS}
@@ -149,7 +150,7 @@ def test_errors(name, x64):
         assert (off <= expected + 1e-12).all()  # Hoffman and Wielandt
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("empirical", marks=pytest.mark.slow)])
 @every_model
 def test_other_targets(name, fisher, x64):
     """Three samples are averaged; the empirical Fisher is that of the examples' own gradients."""

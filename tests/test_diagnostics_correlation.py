@@ -13,9 +13,10 @@ from kfe_optax.kronecker import Eigenbasis
 
 from .curvatures import MODELS, make
 from .dense import assert_close
+from .methods import quick
 
 TOLERANCE = 1e-10
-every_model = pytest.mark.parametrize("name", MODELS)
+every_model = pytest.mark.parametrize("name", quick("positions", slow=MODELS, of=MODELS))
 
 
 def scaled(covariance):

@@ -184,6 +184,7 @@ def test_inside_jit_scan_and_vmap(x64):
     assert len(np.unique(expected[:, -1])) == 2
 
 
+@pytest.mark.slow
 def test_batch_size_may_change():
     """Layers found on one batch serve another; only the compilation is new."""
     loss_fn, params, (x, labels) = CASES["mlp"].make(jnp.float32)

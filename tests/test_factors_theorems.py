@@ -6,6 +6,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +51,7 @@ def errors(seed, size):
     return found, values
 
 
+@pytest.mark.slow
 @PROPERTY
 @given(**BATCHES)
 def test_order_of_the_errors(x64, seed, size):

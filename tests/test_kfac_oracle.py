@@ -12,6 +12,7 @@ import kfe_optax as kfe
 
 from . import dense, dense_optimizers, problems
 from .dense import assert_close
+from .methods import quick
 
 
 def damping(step):
@@ -20,7 +21,7 @@ def damping(step):
 
 
 @pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels"])
-@pytest.mark.parametrize("framework", problems.FRAMEWORKS)
+@pytest.mark.parametrize("framework", quick("plain", slow=["nnx"], of=problems.FRAMEWORKS))
 def test_factors(framework, kind, x64):
     problem = problems.make(framework, kind)
     layers = problem.layers()
@@ -37,7 +38,7 @@ def test_factors(framework, kind, x64):
 
 
 @pytest.mark.parametrize("damping_type", ["factored", "exact"])
-@pytest.mark.parametrize("framework", problems.FRAMEWORKS)
+@pytest.mark.parametrize("framework", quick("linen", slow=["nnx"], of=problems.FRAMEWORKS))
 def test_preconditioned_gradient_and_trajectory(framework, damping_type, x64):
     """Five steps with periods and a damping schedule; the first is the preconditioned gradient itself."""
     problem = problems.make(framework)

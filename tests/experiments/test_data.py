@@ -52,6 +52,7 @@ def test_the_digits_in_the_size_of_cifar(channels):
         load(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", "curves", "faces"])
 def test_images_keep_their_shape(name):
     if name == "faces":

@@ -419,6 +419,7 @@ def test_a_claim_that_fails_is_counted():
     assert checks(made_up(), 1)[-3].of == 0
 
 
+@pytest.mark.slow
 def test_the_table_of_means_leaves_out_what_is_not_known(tmp_path):
     console = Console(width=100, file=io.StringIO())
     console.print(means_table(made_up(kfac=0.8), 2, "made up"))
@@ -429,6 +430,7 @@ def test_the_table_of_means_leaves_out_what_is_not_known(tmp_path):
     assert (tmp_path / "errors.png").read_bytes()[:8] == PNG
 
 
+@pytest.mark.slow
 def test_one_compilation_serves_all_measurements(config, tmp_path, monkeypatch):
     traced = []
     original = diagnose_lib.make_measure

@@ -77,6 +77,7 @@ def test_the_network_is_linear_and_has_its_depth(config, batch_norm, depth):
     np.testing.assert_allclose(outputs, fit, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_initial_kernels_keep_the_size(config):
     config.model.update(width=40, depth=12)
     dataset = load(config)
@@ -134,6 +135,7 @@ def test_classes_are_not_targets(tiny_classifier, config):
         make_task(tiny_classifier, load(config))
 
 
+@pytest.mark.slow
 def test_weight_decay_is_an_l2_penaltys(config):
     """One step of SGD from the same start, with and without it."""
     config.sgd.momentum = None

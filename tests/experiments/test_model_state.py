@@ -125,6 +125,7 @@ def test_a_resumed_run_with_state_is_bit_exact(config, tmp_path, monkeypatch, op
     assert loss_curve(tmp_path / "parts") == loss_curve(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_comparison_evaluates_with_the_state(config, tmp_path):
     config.compare.update(optimizers="adam", steps=4)
     (run,) = compare(config, tmp_path / "compare", QUIET)
@@ -168,6 +169,7 @@ def test_a_layer_behind_batch_norm_is_diagnosed(config, tmp_path):
 # --- Dropout ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "kfac"])
 def test_the_key_of_a_step_draws_its_dropout(config, optimizer):
     config.model.update(dropout=0.5, batch_norm=False)

@@ -372,6 +372,7 @@ def test_a_sweep_that_only_diverges_has_no_best(config, tmp_path):
 # --- The results -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_a_table_a_picture_and_a_config_that_trains(tiny_config_file, tmp_path, capsys):
     folder = tmp_path / "found"
     arguments = [

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument(
         "--fresh",
         choices=["results", "all"],
-        help="forget the results first, or the map of what the tests execute too: it is as old as its folder",
+        help="forget the results first, or also the map of what the tests execute: it knows no test that is newer",
     )
     parser.add_argument("--state", type=pathlib.Path, default=STATE)
     given = parser.parse_args()
@@ -43,7 +43,7 @@ def main() -> None:
     for fault in everything:
         fault.planted((faults.ROOT / fault.file).read_text())
     coverage_map.measure(given.state / "map", given.marker, given.processes)
-    maps = coverage_map.load(given.state / "map")
+    maps = coverage_map.load(given.state / "map", coverage_map.collect(given.marker))
     chosen = [fault for fault in everything if given.only in fault.name or given.only in fault.area]
     for line in planting.run(chosen, maps, given.state / "results", given.processes):
         print(line, flush=True)

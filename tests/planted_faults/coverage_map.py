@@ -27,7 +27,7 @@ class FileMap(NamedTuple):
     @property
     def breadth(self) -> int:
         """How many lines of the library the whole file executes."""
-        return sum(len(lines) for lines in self.lines.values())
+        return sum(bool(tests) for lines in self.lines.values() for tests in lines.values())
 
 
 def measure(into: pathlib.Path, marker: str, processes: int) -> None:
@@ -77,14 +77,29 @@ def _job(name: str, folder: pathlib.Path, marker: str) -> forked.Job:
     return forked.Job(name, mine, work, 1800)
 
 
-def load(folder: pathlib.Path) -> dict[str, FileMap]:
-    """{test file: what was measured of it}, the narrowest first: the likeliest to say what a fault breaks."""
+def collect(marker: str) -> set[str]:
+    """The tests that there are now."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        forked.copy_project(folder / "project")
+
+        def work(folder: pathlib.Path) -> None:
+            collected = forked.Collected()
+            forked.run_pytest(["--collect-only", "-m", marker, "tests"], collected)
+            (folder / "collected.json").write_text(json.dumps(collected.tests))
+
+        list(forked.run([forked.Job(None, folder, work, 600)], 1))
+        return set(json.loads((folder / "collected.json").read_text()))
+
+
+def load(folder: pathlib.Path, tests: set[str]) -> dict[str, FileMap]:
+    """{test file: what was measured of these tests}, the narrowest first: the likeliest to say what a fault breaks."""
     maps = {}
     for path in sorted(folder.glob("*.json")):
         found = json.loads(path.read_text())
         lines = {
-            file: {int(number): tests for number, tests in here.items()}
-            for file, here in found["lines"].items()
+            file: {int(number): [test for test in here if test in tests] for number, here in its.items()}
+            for file, its in found["lines"].items()
         }
         maps[path.name.removesuffix(".json").replace("--", "/")] = FileMap(found["seconds"], lines)
     return dict(sorted(maps.items(), key=lambda item: item[1].breadth))

@@ -109,6 +109,16 @@ class Durations:
             self.failed.append(report.nodeid)
 
 
+class Collected:
+    """The tests that a run would run."""
+
+    def __init__(self):
+        self.tests: list[str] = []
+
+    def pytest_collection_finish(self, session):
+        self.tests = [item.nodeid for item in session.items]
+
+
 class Contexts:
     """Coverage of the library, by test."""
 
