@@ -14,13 +14,13 @@ from .coverage_map import FileMap
 from .faults import ROOT, Fault
 
 # A test file that sees a fault mostly does so in its first tests: the quickest, as many as fit in this.
-SECONDS_A_FILE = 10.0
+SECONDS_A_FILE = 8.0
 # What executes a line of the core takes the whole suite: the narrowest files tell.
-FILES = 6
+FILES = 5
 # A fault that none of those sees is shown to all the tests that execute it, for so long.
-SECONDS_UNSEEN = 240.0
+SECONDS_UNSEEN = 60.0
 # After this a run hangs (a fault may make a loop endless), which is not overlooked either.
-SECONDS = 900.0
+SECONDS = 600.0
 
 
 def choose(fault: Fault, maps: dict[str, FileMap]) -> tuple[list[str], list[str]]:
