@@ -15,7 +15,7 @@ from kfe_optax.experiments.data import load
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.growth import refuse_growth
-from kfe_optax.experiments.job import Job, TrainState, make_job
+from kfe_optax.experiments.job import Job, TrainState, check_optimizers, make_job
 from kfe_optax.experiments.optimizers import find_method, optimizer_settings
 from kfe_optax.experiments.parallel import refuse_processes
 from kfe_optax.experiments.plots import plot_runs
@@ -49,6 +49,7 @@ def compare(config: ConfigDict, workdir: str | Path, console: Console | None = N
     check_positive(config, "steps", "log_every")
     dataset = load(config)
     console.print(f"data       {dataset.summary()}", highlight=False, soft_wrap=True)
+    check_optimizers(config, names, dataset, config.compare.steps or config.steps)
     workdir = make_workdir(workdir)
     runs = []
     for name in names:

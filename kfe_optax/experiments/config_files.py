@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import traceback
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -23,11 +24,18 @@ def load_config(name: str) -> ConfigDict:
     """
     path = _find(name)
     try:
-        namespace = runpy.run_path(str(path))
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = get_config() if callable(get_config) else None
     except SyntaxError as error:
         raise ExperimentError(f"'{path}' is not valid Python (line {error.lineno}: {error.msg}).") from error
-    get_config = namespace.get("get_config")
-    config = get_config() if callable(get_config) else None
+    except Exception as error:  # whatever the file's own code raises
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)
+        ]
+        where = f" in line {lines[-1]}" if lines else ""
+        raise ExperimentError(
+            f"'{path}' raises {type(error).__name__}{where}: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(config, ConfigDict):
         raise ExperimentError(
             f"'{path}' is not a config file; it needs a function get_config() that returns an "
@@ -37,9 +45,12 @@ def load_config(name: str) -> ConfigDict:
 
 
 def _find(name: str) -> Path:
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError) as error:  # a name that is too long, the home of an unknown user
+        raise ExperimentError(f"The config '{name}' cannot be looked for ({error}).") from error
     bare = path.name == name and path.suffix == ""
     # Beside the package as well: there a clone that was installed in place keeps its configs.
     for folder in (Path("configs"), Path(__file__).parents[2] / "configs"):

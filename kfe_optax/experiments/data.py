@@ -13,6 +13,7 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.faces import embedded_faces
 from kfe_optax.experiments.normalization import normalize
 from kfe_optax.experiments.planted import planted_targets
+from kfe_optax.experiments.ranges import check_config
 from kfe_optax.experiments.readers import read_data_dir
 from kfe_optax.experiments.texts import embedded_topics
 
@@ -29,16 +30,26 @@ def load(config: ConfigDict) -> Dataset:
     has fewer gives what it has. ``config.data.normalize`` then gives every channel mean 0 and standard
     deviation 1 over the training images that were kept.
 
+    Raises:
+      ExperimentError: the data cannot be read, or a number of the config cannot be, see ``ranges.check_config``.
+
     Example::
 
         config.data_dir = "/data/mnist"
         print(load(config).summary())
     """
+    check_config(config)
     settings = config.data
     if config.data_dir:
         dataset = read_data_dir(config.data_dir, settings.length)
     elif settings.name in _EMBEDDED:
-        dataset = _EMBEDDED[settings.name](settings)
+        make, fields = _EMBEDDED[settings.name]
+        for field in fields:
+            if field not in settings:
+                raise ExperimentError(
+                    f"config.data.name is '{settings.name}', which needs config.data.{field}; set it in the config's file."
+                )
+        dataset = make(settings)
     else:
         raise ExperimentError(
             f"config.data.name is '{settings.name}'; choose one of {', '.join(_EMBEDDED)}, or set "
@@ -124,11 +135,12 @@ def _planted(settings: ConfigDict) -> Dataset:
     return planted_targets(train_size, test_size, settings.inputs, settings.outputs, settings.noise)
 
 
-_EMBEDDED: dict[str, Callable[[ConfigDict], Dataset]] = {
-    "mnist": _digits,
-    "curves": _curves,
-    "faces": _faces,
-    "digits32": _digits_of_32,
-    "topics": _topics,
-    "planted": _planted,
+# Each with the fields of config.data that it alone reads.
+_EMBEDDED: dict[str, tuple[Callable[[ConfigDict], Dataset], tuple[str, ...]]] = {
+    "mnist": (_digits, ()),
+    "curves": (_curves, ()),
+    "faces": (_faces, ("variations",)),
+    "digits32": (_digits_of_32, ("channels",)),
+    "topics": (_topics, ("length",)),
+    "planted": (_planted, ("inputs", "outputs", "noise")),
 }

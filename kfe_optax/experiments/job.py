@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from kfe_optax.experiments.optimizers import (
     find_method,
     make_optimizer,
     optimizer_settings,
+    refusals,
     tap_options,
 )
 from kfe_optax.experiments.parallel import Devices, check_divisible, distribution, make_devices
@@ -88,9 +89,10 @@ def make_jobs(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: i
     init = jax.jit(task.init)
     params, model_state = init(jax.random.key(config.seed), batch["image"])
     settings = optimizer_settings(config, optimizer)
-    layers = find_layers(task, params, model_state, batch) if find_method(optimizer).curvature else None
-    transform = make_optimizer(optimizer, settings, run_steps, layers, distribution(config))
-    update = make_update(task, optimizer, settings, layers, devices.axis_name)
+    with refusals(optimizer, settings):
+        layers = find_layers(task, params, model_state, batch) if find_method(optimizer).curvature else None
+        transform = make_optimizer(optimizer, settings, run_steps, layers, distribution(config))
+        update = make_update(task, optimizer, settings, layers, devices.axis_name)
 
     def step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, jax.Array]:
         params, opt_state, model_state, loss = update(
@@ -109,12 +111,15 @@ def make_jobs(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: i
 
     # Compiled ahead of the first step, so that no clock below ever contains a compilation.
     started = time.perf_counter()
-    shapes = jax.eval_shape(start, params, model_state)
-    # A growing batch has several sizes, and each of them its own program.
-    compiled = {
-        batches.batch_size(first): devices.compile(step, shapes, batches(first), _key_data(jax.random.key(0)))
-        for first in batches.first_steps(run_steps)
-    }
+    with refusals(optimizer, settings):
+        shapes = jax.eval_shape(start, params, model_state)
+        # A growing batch has several sizes, and each of them its own program.
+        compiled = {
+            batches.batch_size(first): devices.compile(
+                step, shapes, batches(first), _key_data(jax.random.key(0))
+            )
+            for first in batches.first_steps(run_steps)
+        }
     seconds = time.perf_counter() - started
 
     def job(seed: int) -> Job:
@@ -190,6 +195,18 @@ def find_layers(task: Task, params: Params, model_state: State, batch: Batch) ->
     """The layers that the library finds in the task's loss."""
     key = jax.random.key(0)
     return kfe.find_layers(task.loss_fn, params, batch, model_state, key, has_aux=task.has_state)
+
+
+def check_optimizers(config: ConfigDict, names: Sequence[str], dataset: Dataset, run_steps: int) -> None:
+    """Builds each optimizer and its differentiation, and so refuses settings that cannot be, before a run of any."""
+    task, layers = make_task(config, dataset), None
+    if any(find_method(name).curvature for name in names):
+        layers = make_layers(config, dataset)
+    for name in names:
+        settings, own = optimizer_settings(config, name), layers if find_method(name).curvature else None
+        with refusals(name, settings):
+            make_optimizer(name, settings, run_steps, own)
+            make_update(task, name, settings, own)
 
 
 def make_layers(config: ConfigDict, dataset: Dataset) -> kfe.Layers:

@@ -35,6 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ExperimentError as error:
         print(f"kfe-optax: {error}", file=sys.stderr)
         return 2
+    except (TypeError, ValueError) as error:
+        from kfe_optax.experiments.optimizers import of_library
+
+        if not of_library(error):
+            raise
+        print(f"kfe-optax: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("kfe-optax: interrupted.", file=sys.stderr)
         return INTERRUPTED

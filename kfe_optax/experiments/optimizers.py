@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import re
+import traceback
+from collections.abc import Callable, Generator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +16,7 @@ from ml_collections import ConfigDict
 
 import kfe_optax as kfe
 from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.ranges import check_settings
 from kfe_optax.experiments.schedules import Schedule, make_schedule
 from kfe_optax.transforms import layerwise
 
@@ -105,7 +110,7 @@ def make_optimizer(
 
     Raises:
       ExperimentError: there is no such optimizer, a learning rate is missing, or is given to an optimizer
-        that has none.
+        that has none, a number cannot be, or the constructor refuses its options.
 
     Example::
 
@@ -113,6 +118,14 @@ def make_optimizer(
     """
     method = find_method(name)
     _check_learning_rate(name, method, settings)
+    check_settings(name, settings, run_steps)
+    with refusals(name, settings, constructing=True):
+        return _constructed(name, method, settings, run_steps, layers, distribute)
+
+
+def _constructed(
+    name: str, method: Method, settings: ConfigDict, run_steps: int, layers: Any, distribute: str
+) -> optax.GradientTransformationExtraArgs:
     options = {
         field: make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
         for field, value in settings.items()
@@ -131,6 +144,50 @@ def make_optimizer(
             options["max_kl"] = _clip_bound(settings.max_kl, run_steps)
         return method.make(learning_rate, layers, **options)
     return optax.with_extra_args_support(method.make(learning_rate, **options))
+
+
+@contextlib.contextmanager
+def refusals(name: str, settings: ConfigDict, *, constructing: bool = False) -> Generator[None, None, None]:
+    """Where the library refuses what it is given, its sentence with the field of ``config.<name>`` that it speaks of.
+
+    Only what the library itself raises: an error from anywhere else is a defect and keeps its traceback. While
+    ``constructing`` an optimizer nothing is computed, and all that is wrong is what the config says.
+
+    Example::
+
+        with refusals("kfac", config.kfac):
+            state = transform.init(params)
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        # Subclasses are our own sentences, or JAX's about tracing.
+        if not (of_library(error) or (constructing and type(error) in (TypeError, ValueError))):
+            raise
+        sentence = " ".join(str(error).split())
+        raise ExperimentError(
+            f"config.{_spoken_of(name, settings, sentence)} cannot be used: {sentence}"
+        ) from error
+
+
+def _spoken_of(name: str, settings: ConfigDict, sentence: str) -> str:
+    """The field of the sub-config ``name`` that a sentence names first, or the sub-config where it names none."""
+    # What `kfac_adaptive` calls damping_floor is the floor of the transform inside it.
+    for prefix in ("", "damping_"):
+        words = {field: re.search(rf"\b{field.removeprefix(prefix)}\b", sentence) for field in settings}
+        places = {match.start(): field for field, match in words.items() if match}
+        if places:
+            return f"{name}.{places[min(places)]}"
+    return name
+
+
+def of_library(error: Exception) -> bool:
+    """Whether it is a refusal of the library, whose sentence says all."""
+    if type(error) not in (TypeError, ValueError):
+        return False
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    experiments = Path(__file__).parent
+    return raised_in.is_relative_to(experiments.parent) and not raised_in.is_relative_to(experiments)
 
 
 def _check_learning_rate(name: str, method: Method, settings: ConfigDict) -> None:

@@ -20,6 +20,7 @@ from kfe_optax.experiments.optimizers import (
     find_method,
     make_optimizer,
     optimizer_settings,
+    refusals,
 )
 from kfe_optax.experiments.sweep_space import Trial, with_values
 from kfe_optax.experiments.task import Params, State, Task, make_task
@@ -74,7 +75,9 @@ def make_program(
       ExperimentError: a field cannot vary within one program, because it fixes shapes.
     """
     task = make_task(config, dataset)
-    train = _trainer(config, fields, dataset, task, steps)
+    settings = optimizer_settings(config, config.optimizer)
+    with refusals(config.optimizer, settings):
+        train = _trainer(config, fields, dataset, task, steps)
     examples = min(config.sweep.examples or len(dataset.train_images), len(dataset.train_images))
     sets = jax.device_put(
         {
@@ -102,7 +105,8 @@ def make_program(
     try:
         # The values of this call do not matter: only their shapes do.
         probe = arguments([Trial(0, (1.0,) * len(fields), config.seed)])
-        compiled = jax.jit(trials_in_turn).lower(sets, probe).compile()
+        with refusals(config.optimizer, settings):
+            compiled = jax.jit(trials_in_turn).lower(sets, probe).compile()
     except _NOT_TRACEABLE as error:
         raise ExperimentError(
             f"One of the fields {', '.join(fields)} fixes the form of the program and cannot vary within it; "

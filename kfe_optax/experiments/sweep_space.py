@@ -16,6 +16,7 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.growth import refuse_growth
 from kfe_optax.experiments.optimizers import STEP_FIELDS, optimizer_settings
 from kfe_optax.experiments.parallel import refuse_devices
+from kfe_optax.experiments.ranges import check_config, check_settings
 from kfe_optax.experiments.schedules import make_schedule
 
 SWEEP_HELP = """\
@@ -100,6 +101,7 @@ def make_space(config: ConfigDict) -> Space:
         config.sweep.damping = "0.1,1,10"
         len(make_space(config).trials)                      # 15
     """
+    check_config(config)
     _check_data(config)
     refuse_growth(config, "sweep")
     refuse_devices(config, "sweep")
@@ -131,7 +133,10 @@ def make_space(config: ConfigDict) -> Space:
         for values in chosen
     ]
     for values in settings_of_trials:
-        _check_schedules(with_values(settings, dict(zip(texts, values, strict=True))))
+        of_trial = with_values(settings, dict(zip(texts, values, strict=True)))
+        # In the compiled program they are traced, and the library can no longer tell.
+        check_settings(config.optimizer, of_trial, sweep.steps or config.steps)
+        _check_schedules(of_trial)
     runs = itertools.product(dict.fromkeys(settings_of_trials), seeds)
     return Space(
         tuple(texts),
