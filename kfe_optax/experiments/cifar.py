@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kfe_optax.experiments.dataset import Dataset, flat_images, flat_labels
+from kfe_optax.experiments.dataset import Dataset, check_size, flat_images, flat_labels
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.safe_pickle import read_dictionary
 
@@ -19,6 +19,7 @@ _SUBFOLDERS = ("", "cifar-10-batches-bin", "cifar-10-batches-py")
 _CHANNELS_ROWS_COLUMNS = (3, 32, 32)
 _VALUES = 3 * 32 * 32
 _CLASSES = 10
+_FILES = 6
 
 _Part = tuple[np.ndarray, np.ndarray]  # (n, 3072) bytes with the channels first, and n labels
 
@@ -62,6 +63,7 @@ def _read_part(path: Path, read: Callable[[bytes, str], _Part]) -> _Part:
             f"'{path.parent}' lacks '{path.name}'; the training job needs the six files of CIFAR-10."
         )
     try:
+        check_size(4 * _FILES * path.stat().st_size, where)
         content = path.read_bytes()
     except OSError as error:
         raise ExperimentError(f"{where} cannot be read ({error}); fetch it again.") from error

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kfe_optax.experiments.curves import SIDE, curve_images
-from kfe_optax.experiments.dataset import Dataset, flat_images, flat_labels, split_off_test
+from kfe_optax.experiments.dataset import Dataset, check_size, flat_images, flat_labels, split_off_test
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.faces import embedded_faces
 from kfe_optax.experiments.normalization import normalize
@@ -108,6 +108,7 @@ def _digits_of_32(settings: ConfigDict) -> Dataset:
 def _curves(settings: ConfigDict) -> Dataset:
     """Generated curves: ``train_size`` and ``test_size`` of them, from two different seeds."""
     train_size, test_size = settings.train_size or 20_000, settings.test_size or 2_000
+    check_size(4 * (train_size + test_size) * SIDE**2, "The curves of config.data")
     train, test = curve_images(train_size, seed=0), curve_images(test_size, seed=1)
     return Dataset(
         train,
@@ -132,6 +133,8 @@ def _topics(settings: ConfigDict) -> Dataset:
 def _planted(settings: ConfigDict) -> Dataset:
     """Inputs of ``settings.inputs`` numbers and as many targets as ``settings.outputs`` of a planted map."""
     train_size, test_size = settings.train_size or 25_000, settings.test_size or 2_500
+    width = settings.inputs + settings.outputs
+    check_size(4 * width * max(train_size + test_size, settings.inputs), "The targets of config.data")
     return planted_targets(train_size, test_size, settings.inputs, settings.outputs, settings.noise)
 
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from kfe_optax.experiments.errors import ExperimentError
+
+LARGEST = 2**32  # bytes of a data set as float32; CIFAR-10, the largest of the published ones, takes 740 MB
+_LARGEST_LABEL = 2**31 - 1
+
+
+def check_size(size: int, where: str) -> None:
+    """Refuses ``size`` bytes of data, before they are read or made, where memory may not hold them."""
+    if size > LARGEST:
+        raise ExperimentError(
+            f"{where} would take {size / 2**30:,.1f} GiB in memory, and at most {LARGEST / 2**30:g} are read; take fewer "
+            "or smaller examples."
+        )
 
 
 class Dataset(NamedTuple):
@@ -71,10 +84,10 @@ def flat_images(array: np.ndarray, where: str) -> np.ndarray:
     they are plainly bytes stored as floats; any other range is refused, because a cross-entropy
     on it would be meaningless and would not say so.
     """
-    if array.ndim < 2 or len(array) == 0:
+    if array.ndim < 2 or array.size == 0:
         raise ExperimentError(
             f"{where} has shape {array.shape}; images need shape (count, height, width) or "
-            "(count, pixels) with at least one image."
+            "(count, pixels) with at least one image and one pixel."
         )
     if array.dtype.kind not in "uif":
         raise ExperimentError(
@@ -105,6 +118,16 @@ def shape_of_images(array: np.ndarray, where: str) -> tuple[int, ...]:
     return shape
 
 
+def check_same_shape(train: np.ndarray, test: np.ndarray, where: str) -> None:
+    """Refuses training and test images of different sizes."""
+    if train.shape[1:] != test.shape[1:]:
+        sizes = [math.prod(array.shape[1:]) for array in (train, test)]
+        raise ExperimentError(
+            f"{where} holds training images of {sizes[0]} pixels and test images of {sizes[1]}, of shapes "
+            f"{train.shape[1:]} and {test.shape[1:]}; they must agree."
+        )
+
+
 def flat_labels(array: np.ndarray | None, count: int, where: str) -> np.ndarray:
     """Labels as int32, or zeros when a source has none (an autoencoder needs none)."""
     if array is None:
@@ -115,6 +138,12 @@ def flat_labels(array: np.ndarray | None, count: int, where: str) -> np.ndarray:
         raise ExperimentError(
             f"{where} has shape {array.shape} and type {array.dtype}; {count} images need "
             f"integer labels of shape ({count},)."
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > _LARGEST_LABEL:
+        # As int32, 2**32 + 1 would be class 1.
+        raise ExperimentError(
+            f"{where} has labels from {low} to {high}; number the classes from 0, or leave the labels out."
         )
     return array.astype(np.int32)
 

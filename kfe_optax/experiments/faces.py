@@ -11,7 +11,7 @@ import importlib
 
 import numpy as np
 
-from kfe_optax.experiments.dataset import Dataset
+from kfe_optax.experiments.dataset import Dataset, check_size
 from kfe_optax.experiments.errors import ExperimentError
 
 SIDE = 25
@@ -25,6 +25,7 @@ def embedded_faces(variations: int, seed: int = 0) -> Dataset:
     No person is in both sets: variations of one photograph would make the test loss meaningless.
     """
     faces = _read_embedded()
+    check_size(4 * faces.size * variations, "The faces of config.data.variations")
     generator = np.random.default_rng(seed)
     people = generator.permutation(len(faces))
     train = augmented(faces[people[:-_TEST_FACES]], variations, generator)

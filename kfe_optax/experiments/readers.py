@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import gzip
 import math
-import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
 
+from kfe_optax.experiments.archives import Archive
 from kfe_optax.experiments.cifar import find_cifar, read_cifar_folder
 from kfe_optax.experiments.dataset import (
     Dataset,
+    check_same_shape,
+    check_size,
     flat_images,
     flat_labels,
     shape_of_images,
@@ -50,7 +52,19 @@ def read_data_dir(data_dir: str, text_length: int = 128) -> Dataset:
         dataset = read_data_dir("/data/fashion-mnist")
         dataset.train_images.shape                      # (60000, 784)
     """
-    path = Path(data_dir).expanduser()
+    try:
+        return _read(Path(data_dir).expanduser(), text_length)
+    except ExperimentError:
+        raise
+    # What a path, a file system and damaged bytes can raise has no end.
+    except Exception as error:
+        raise ExperimentError(
+            f"'{data_dir}' cannot be read ({type(error).__name__}: {error}); set config.data_dir to readable data."
+        ) from error
+
+
+def _read(path: Path, text_length: int) -> Dataset:
+    """The data set at ``path``."""
     if not path.exists():
         raise ExperimentError(
             f"There is nothing at '{path}'; set config.data_dir to a folder with the four IDX "
@@ -88,6 +102,7 @@ def read_idx_folder(folder: Path) -> Dataset:
                     "the training job needs the four files of the data set."
                 )
             arrays[f"{prefix}-{kind}"] = read_idx(path, rank)
+    check_same_shape(arrays["train-images"], arrays["t10k-images"], f"'{folder}'")
     train = flat_images(arrays["train-images"], f"'{folder}/train-images'")
     test = flat_images(arrays["t10k-images"], f"'{folder}/t10k-images'")
     return Dataset(
@@ -106,70 +121,87 @@ def read_idx(path: Path, rank: int) -> np.ndarray:
     The format is two zero bytes, the type, the rank, the extents as big-endian 32-bit integers,
     and the values.
     """
-    content = _decompressed(path)
-    if len(content) < 4 or content[0] != 0 or content[1] != 0:
-        raise ExperimentError(f"'{path}' is not an IDX file; fetch it again.")
-    if content[2] != _UNSIGNED_BYTE or content[3] != rank:
+    try:
+        with path.open("rb") as raw:
+            packed = raw.peek(2)[:2] == b"\x1f\x8b"  # whatever the file's name says
+            file = gzip.GzipFile(fileobj=raw) if packed else raw
+            header = file.read(4 + 4 * rank)
+            expected = math.prod(shape := _idx_shape(header, rank, path))
+            check_size(4 * expected, f"'{path}'")
+            content = file.read(expected + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ExperimentError(f"'{path}' cannot be read or unpacked ({error}); fetch it again.") from error
+    if len(content) != expected:
+        more = " or more" if len(content) > expected else ""
         raise ExperimentError(
-            f"'{path}' is an IDX file of type 0x{content[2]:02x} with {content[3]} axes; "
+            f"'{path}' announces {expected:,} values and holds {len(content):,}{more}; fetch it again."
+        )
+    return np.frombuffer(content, np.uint8).reshape(shape)
+
+
+def _idx_shape(header: bytes, rank: int, path: Path) -> tuple[int, ...]:
+    """The extents that the header of an IDX file announces."""
+    if len(header) < 4 or header[0] != 0 or header[1] != 0:
+        raise ExperimentError(f"'{path}' is not an IDX file; fetch it again.")
+    if header[2] != _UNSIGNED_BYTE or header[3] != rank:
+        raise ExperimentError(
+            f"'{path}' is an IDX file of type 0x{header[2]:02x} with {header[3]} axes; "
             f"expected unsigned bytes (0x08) with {rank}."
         )
-    start = 4 + 4 * rank
-    if len(content) < start:
+    if len(header) < 4 + 4 * rank:
         raise ExperimentError(f"'{path}' ends within its header; fetch it again.")
-    shape = tuple(int(extent) for extent in np.frombuffer(content, ">u4", rank, 4))
-    expected = math.prod(shape)
-    if len(content) - start != expected:
-        raise ExperimentError(
-            f"'{path}' announces {expected:,} values and holds {len(content) - start:,}; fetch it again."
-        )
-    return np.frombuffer(content, np.uint8, expected, start).reshape(shape)
+    return tuple(int(extent) for extent in np.frombuffer(header, ">u4", rank, 4))
 
 
 def read_npz(path: Path) -> Dataset:
     """Reads an ``.npz`` of four arrays (Keras' ``x_train`` ...) or of one undivided set."""
     try:
-        # Pickled objects stay forbidden: a data file must not be able to run code.
         with path.open("rb") as file:
-            archive = np.load(file, allow_pickle=False)
-            if isinstance(archive, np.ndarray):
+            if file.read(6) == np.lib.format.MAGIC_PREFIX:
                 raise ExperimentError(f"'{path}' is a single array; save it with numpy.savez.")
-            arrays = {name: archive[name] for name in archive}
+        with Archive(path) as archive:
+            return _of_archive(archive, path)
     except ExperimentError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    # Damaged or encrypted members can raise whatever zipfile, its codecs and numpy's headers do.
+    except Exception as error:
         raise ExperimentError(f"'{path}' is not a readable .npz file of plain arrays ({error}).") from error
-    images = _first(arrays, _TRAIN_IMAGES)
+
+
+def _of_archive(archive: Archive, path: Path) -> Dataset:
+    """The data set in an open archive, whose arrays are read only where they are needed."""
+
+    def read(names: tuple[str, ...]) -> np.ndarray | None:
+        name = _first(archive.names, names)
+        return None if name is None else archive.read(name)
+
+    images = read(_TRAIN_IMAGES)
     if images is not None:
-        train = flat_images(images, f"The training images in '{path}'")
-        test_images = _first(arrays, _TEST_IMAGES)
+        test_images = read(_TEST_IMAGES)
         if test_images is None:
             raise ExperimentError(
                 f"'{path}' holds training images and no test images; add an array 'x_test'."
             )
+        check_same_shape(images, test_images, f"'{path}'")
+        train = flat_images(images, f"The training images in '{path}'")
         test = flat_images(test_images, f"The test images in '{path}'")
-        if images.shape[1:] != test_images.shape[1:]:
-            raise ExperimentError(
-                f"'{path}' holds training images of {train.shape[1]} pixels and test images of "
-                f"{test.shape[1]}, of shapes {images.shape[1:]} and {test_images.shape[1:]}; they must agree."
-            )
         train_where, test_where = f"'y_train' of '{path}'", f"'y_test' of '{path}'"
         return Dataset(
             train,
-            flat_labels(_first(arrays, _TRAIN_LABELS), len(train), train_where),
+            flat_labels(read(_TRAIN_LABELS), len(train), train_where),
             test,
-            flat_labels(_first(arrays, _TEST_LABELS), len(test), test_where),
+            flat_labels(read(_TEST_LABELS), len(test), test_where),
             str(path),
             image_shape=shape_of_images(images, f"The array of training images in '{path}'"),
         )
-    images = _first(arrays, _ALL_IMAGES)
+    images = read(_ALL_IMAGES)
     if images is None:
         raise ExperimentError(
-            f"'{path}' holds {', '.join(map(repr, arrays)) or 'nothing'}; expected arrays "
+            f"'{path}' holds {', '.join(map(repr, archive.names)) or 'nothing'}; expected arrays "
             "'x_train', 'y_train', 'x_test' and 'y_test', or one array 'images'."
         )
     flat = flat_images(images, f"The images in '{path}'")
-    labels = flat_labels(_first(arrays, _ALL_LABELS), len(flat), f"The labels in '{path}'")
+    labels = flat_labels(read(_ALL_LABELS), len(flat), f"The labels in '{path}'")
     if len(flat) < 2:
         raise ExperimentError(f"'{path}' holds one image; training and testing need one each.")
     shape = shape_of_images(images, f"The array of images in '{path}'")
@@ -187,9 +219,9 @@ def _only(folder: Path, suffix: str) -> Path | None:
     return found[0] if found else None
 
 
-def _first(arrays: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray | None:
+def _first(found: Collection[str], names: tuple[str, ...]) -> str | None:
     """The first of ``names`` that the archive holds."""
-    return next((arrays[name] for name in names if name in arrays), None)
+    return next((name for name in names if name in found), None)
 
 
 def _find_idx(folder: Path, stem: str, rank: int) -> Path | None:
@@ -200,12 +232,3 @@ def _find_idx(folder: Path, stem: str, rank: int) -> Path | None:
             if path.is_file():
                 return path
     return None
-
-
-def _decompressed(path: Path) -> bytes:
-    """The bytes of a file, unpacked if they are a gzip stream, whatever the file's name says."""
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise ExperimentError(f"'{path}' cannot be read or unpacked ({error}); fetch it again.") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 import re
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from kfe_optax.experiments.errors import ExperimentError
 
+_MOST_TUPLES = 10_000
 _NUMERIC = re.compile(r"[<>=|]?(b1|[ui][1248]|f[248])")
 
 
@@ -33,6 +35,7 @@ def read_dictionary(content: bytes, where: str) -> dict[str, Any]:
         read_dictionary(Path("data_batch_1").read_bytes(), "'data_batch_1'")["data"].shape  # (10000, 3072)
     """
     try:
+        _check_opcodes(content)
         found = _Reader(content, where).load()
     except ExperimentError:
         raise
@@ -47,6 +50,20 @@ def read_dictionary(content: bytes, where: str) -> dict[str, Any]:
             "expected: fetch it again."
         )
     return {_text(key): getattr(value, "array", value) for key, value in found.items()}
+
+
+def _check_opcodes(content: bytes) -> None:
+    """Raises where a few bytes would ask for much memory: data longer than the file, places in the memo far out."""
+    tuples = 0
+    # This reads the arguments, and raises where fewer bytes are left than one of them announces.
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        # A pickler numbers what it keeps from 0 or 1 on.
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= (argument or 0) <= count + 1:
+            raise pickle.UnpicklingError(f"place {argument} in a memo of at most {count + 1}")
+        tuples += opcode.name.startswith("TUPLE")
+    # Python hashes a tuple within a tuple by recursion, and has no guard against depth there.
+    if tuples > _MOST_TUPLES:
+        raise pickle.UnpicklingError(f"{tuples} tuples")
 
 
 def _text(value: object) -> str:
@@ -112,15 +129,26 @@ class _Flat(_Array):
         self.__setstate__((1, shape, kind, order == "F", content))
 
 
-class _Bytes(_StandIn):
-    """``_codecs.encode(text, "latin1")``: bytes in a pickle of protocol 2 that Python 3 wrote."""
+class _Encode(_StandIn):
+    """``_codecs.encode(text, "latin1")``: bytes in a pickle of protocol 2 that Python 3 wrote.
 
-    __slots__ = ()
+    The same text is encoded once, however often a pickle asks.
+    """
 
-    def __new__(cls, text: str, encoding: str) -> Any:
+    __slots__ = ("_known",)
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[str, bytes]] = {}
+
+    def __call__(self, text: str, encoding: str) -> bytes:
         if encoding != "latin1":
             raise pickle.UnpicklingError(f"bytes in the encoding '{encoding}'")
-        return text.encode("latin1")
+        if id(text) not in self._known:
+            self._known[id(text)] = (
+                text,
+                text.encode("latin1"),
+            )  # the text too, so that its id stays its own
+        return self._known[id(text)][1]
 
 
 # numpy 2 renamed its module 'core'; both names are found in files.
@@ -131,7 +159,7 @@ _ADMITTED: dict[tuple[str, str], type[_StandIn]] = {
     ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy.core.numeric", "_frombuffer"): _Flat,
     ("numpy._core.numeric", "_frombuffer"): _Flat,
-    ("_codecs", "encode"): _Bytes,
+    ("_codecs", "encode"): _Encode,
 }
 
 
@@ -142,11 +170,13 @@ class _Reader(pickle.Unpickler):
         # Python 2 made no difference between strings and bytes: its strings come back as bytes.
         super().__init__(io.BytesIO(content), encoding="bytes")
         self._where = where
+        self._encode = _Encode()
 
-    def find_class(self, module: str, name: str, /) -> type[_StandIn]:
+    def find_class(self, module: str, name: str, /) -> type[_StandIn] | _Encode:
         if (module, name) not in _ADMITTED:
             raise ExperimentError(
                 f"{self._where} is a pickle that asks for '{module}.{name}', which a data set does not need: "
                 "it is not read; fetch the file again from where the data set is published."
             )
-        return _ADMITTED[module, name]
+        found = _ADMITTED[module, name]
+        return self._encode if found is _Encode else found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kfe_optax.experiments.dataset import Dataset
+from kfe_optax.experiments.dataset import Dataset, check_size
 from kfe_optax.experiments.errors import ExperimentError
 
 
@@ -35,6 +35,8 @@ def embedded_topics(length: int) -> Dataset:
 def read_text(path: Path, length: int) -> Dataset:
     """Reads a text file in UTF-8."""
     try:
+        # A character is four bytes as a code and as many as a token.
+        check_size(8 * path.stat().st_size, f"'{path}'")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(

@@ -221,3 +221,17 @@ def test_an_epoch_shows_each_image_at_most_once_and_drops_the_rest():
 def test_an_impossible_batch_size_is_one_sentence(batch_size):
     with pytest.raises(ExperimentError, match="choose a batch size from 1 to 50"):
         Batches(np.zeros((50, 1), np.float32), np.zeros(50), batch_size, seed=0)
+
+
+def test_generated_data_that_no_memory_holds_are_one_sentence():
+    config = settings.base_config("large")
+    config.data.update(name="curves", train_size=2**31 - 1)
+    with pytest.raises(ExperimentError, match=r"curves of config.data would take 6,2.*GiB in memory"):
+        load(config)
+    config.data.update(name="planted", inputs=10**6, outputs=1, noise=0.0, train_size=10)
+    with pytest.raises(ExperimentError, match=r"targets of config.data would take .* GiB"):
+        load(config)
+    pytest.importorskip("skimage")
+    config.data.update(name="faces", variations=10**6)
+    with pytest.raises(ExperimentError, match=r"faces of config.data.variations would take .* GiB"):
+        load(config)

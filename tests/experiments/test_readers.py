@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import io
 import struct
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kfe_optax.experiments import dataset as dataset_lib
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.readers import read_data_dir, read_idx
 
@@ -151,6 +155,12 @@ def test_floats_up_to_255_are_bytes(tmp_path):
         ({"x": IMAGES[:1]}, "holds one image"),
         ({"x": IMAGES, "y": LABELS / 2}, "need integer labels"),
         ({"x": np.array([None, {}])}, "not a readable .npz file of plain arrays"),
+        ({"x": np.zeros((4, 0), np.uint8)}, "at least one image and one pixel"),
+        ({"x": IMAGES, "y": LABELS.astype(np.int64) - 1}, "labels from -1 to 8; number the classes from 0"),
+        ({"x": IMAGES, "y": LABELS + np.int64(2**32)}, "labels from 4294967296 to 4294967305"),
+        ({"x": IMAGES, "y": LABELS + np.uint64(2**63)}, "labels from 9223372036854775808 to"),
+        ({"x": IMAGES, "y": LABELS.astype(np.int8) - 9}, "labels from -9 to 0"),
+        ({"x": IMAGES, "y": LABELS.astype(np.uint32) * 2**28}, "labels from 0 to 2415919104"),
     ],
 )
 def test_unsuitable_archives_are_one_sentence(tmp_path, arrays, sentence):
@@ -181,3 +191,129 @@ def test_broken_archives_and_missing_places(tmp_path):
     np.savez(tmp_path / "other.npz", x=IMAGES)
     with pytest.raises(ExperimentError, match=r"several \.npz files \(data\.npz, other\.npz\)"):
         read_data_dir(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint16, np.int64, np.uint64])
+def test_labels_of_every_whole_type_are_themselves(tmp_path, kind):
+    np.savez(tmp_path / "data.npz", x_train=IMAGES, y_train=LABELS.astype(kind), x_test=IMAGES, y_test=LABELS)
+    dataset = read_data_dir(str(tmp_path))
+    np.testing.assert_array_equal(dataset.train_labels, LABELS)
+    assert dataset.train_labels.dtype == np.int32
+
+
+def test_idx_test_images_of_another_size_are_one_sentence(tmp_path):
+    write_idx_folder(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(IMAGES[:, :4]))
+    with pytest.raises(
+        ExperimentError, match=r"images of 64 pixels and test images of 32, of shapes \(8, 8\) and"
+    ):
+        read_data_dir(str(tmp_path))
+
+
+def npz_bytes(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def member_of(content: bytes, **info: int) -> bytes:
+    """An ``.npz`` whose one member 'x.npy' has these bytes, with fields of its directory entry set afterwards."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", content)
+        for field, value in info.items():
+            setattr(archive.filelist[0], field, value)
+    return file.getvalue()
+
+
+def header(text: str, version: bytes = b"\x01\x00") -> bytes:
+    return b"\x93NUMPY" + version + struct.pack("<H", len(text)) + text.encode()
+
+
+def announced(shape: object) -> bytes:
+    return header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (member_of(announced((2, 8)) + bytes(16), flag_bits=1), "encrypted"),
+        (member_of(announced((2, 8)) + bytes(16), compress_type=99), "not a readable"),
+        (member_of(announced((2, 8)) + bytes(16), CRC=1), "Bad CRC-32"),
+        (member_of(announced((2, 8)) + bytes(15)), "'x' announces 16 bytes and holds 15"),
+        (member_of(announced((2, 8)) + bytes(17)), "'x' announces 16 bytes and holds 17"),
+        (member_of(announced((-2, -8)) + bytes(16)), r"'x' has shape \(-2, -8\)"),
+        (member_of(announced("(2, 'a')")), "not a readable"),
+        (member_of(announced("(" * 5000)), "not a readable"),
+        (member_of(header("{'descr': 'z9'}")), "not a readable"),
+        (member_of(header("", b"\x07\x00")), "not a readable"),
+        (member_of(b""), "not a readable"),
+        (member_of(announced((2**40, 2**40))), "would take .* GiB in memory, and at most 4 are read"),
+        (member_of(announced((10**5, 10**5)), file_size=10**10 + 74), "would take .* GiB in memory"),
+    ],
+)
+def test_malformed_members_are_one_sentence(tmp_path, content, sentence):
+    path = tmp_path / "data.npz"
+    path.write_bytes(content)
+    with pytest.raises(ExperimentError, match=sentence) as caught:
+        read_data_dir(str(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [npz_bytes(x=IMAGES, y=LABELS), gzip.compress(idx_bytes(IMAGES))])
+def test_a_changed_byte_gives_images_or_a_sentence(tmp_path, content):
+    write_idx_folder(tmp_path)
+    path = tmp_path / ("data.npz" if content[:2] == b"PK" else "train-images-idx3-ubyte")
+    place = path if path.suffix else tmp_path
+    refused = 0
+    for index in range(0, len(content), 5):
+        damaged = bytearray(content)
+        damaged[index] ^= 0x41
+        path.write_bytes(damaged)
+        try:
+            read_data_dir(str(place))
+        except ExperimentError:
+            refused += 1
+    assert refused > len(content) / 20
+
+
+def test_nothing_is_unpacked_beyond_what_is_admitted(tmp_path, monkeypatch):
+    """A few kilobytes that unpack to 50 MB; neither an array, nor what no array is made of, is unpacked."""
+    zeros, limit = np.zeros((50, 2**20), np.uint8), 2**20
+    bombs = {
+        "large.npz": npz_bytes(x=zeros),
+        "unused.npz": npz_bytes(x=IMAGES, y=LABELS, other=zeros),
+        "short_header.npz": member_of(announced((2, 8)) + zeros.tobytes()),
+        "idx": gzip.compress(idx_bytes(zeros[None])),
+        "tail": gzip.compress(idx_bytes(IMAGES) + zeros.tobytes()),
+    }
+    del zeros
+    monkeypatch.setattr(dataset_lib, "LARGEST", limit)
+    for name, content in bombs.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        tracemalloc.start()
+        if name == "unused.npz":
+            assert len(read_data_dir(str(path)).train_images) == 18
+        else:
+            sentence = r"announces 1,280 .* or more" if name == "tail" else "would take"
+            with pytest.raises(ExperimentError, match=sentence):
+                read_data_dir(str(path)) if path.suffix else read_idx(path, 3)
+        assert tracemalloc.get_traced_memory()[1] < 2 * limit
+        tracemalloc.stop()
+    # Of bytes there will be four times as many: what is admitted is what they become.
+    monkeypatch.setattr(dataset_lib, "LARGEST", 4 * IMAGES.size + 1000)
+    np.savez(tmp_path / "just.npz", x=IMAGES)
+    assert len(read_data_dir(str(tmp_path / "just.npz")).train_images) == 18
+    monkeypatch.setattr(dataset_lib, "LARGEST", 4 * IMAGES.size - 1)
+    with pytest.raises(ExperimentError, match="would take"):
+        read_data_dir(str(tmp_path / "just.npz"))
+    (tmp_path / "large.txt").write_text("a" * 5000)
+    with pytest.raises(ExperimentError, match="would take"):
+        read_data_dir(str(tmp_path / "large.txt"))
+
+
+@pytest.mark.parametrize("place", ["x" * 5000, "~no_such_user/data", "a\0b", "/dev/null"])
+def test_absurd_places_are_one_sentence(place):
+    with pytest.raises(ExperimentError, match="config.data_dir"):
+        read_data_dir(place)

@@ -150,3 +150,31 @@ def test_damaged_pickles_are_one_sentence():
         except ExperimentError:
             refused += 1
     assert refused > len(content) / 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"}r\xff\xff\xff\x7f",  # LONG_BINPUT, a memo of 2^31 places
+        b"}p2147483647\n",  # the same in text
+        b"]" * 10 + b"r\x00\x00\x00\x01",  # of 2^24
+        b"\x8e" + struct.pack("<Q", 2**40) + b"abc",  # BINBYTES8
+        b"\x96" + struct.pack("<Q", 2**40) + b"abc",  # BYTEARRAY8
+        b"B" + struct.pack("<I", 2**31) + b"abc",  # BINBYTES
+        b"\x8b" + struct.pack("<i", 2**31 - 1) + b"abc",  # LONG4
+        b"})" + b"\x85" * 2_000_000 + b"Ns",  # a key of tuples within tuples, at whose hash Python crashes
+    ],
+)
+def test_a_few_bytes_cannot_ask_for_much_memory(body):
+    with pytest.raises(ExperimentError, match="not a readable pickle"):
+        read_dictionary(b"\x80\x05" + body + b".", "it")
+
+
+def test_a_text_is_encoded_once_however_often_a_pickle_asks():
+    call = b"c_codecs\nencode\n"
+    text = b"X" + struct.pack("<I", 1000) + b"a" * 1000 + b"q\x00"
+    encode = call + b"h\x00X\x06\x00\x00\x00latin1\x86R"
+    content = b"\x80\x02" + text + b"0}X\x01\x00\x00\x00k](" + encode * 3 + b"es."
+    found = read_dictionary(content, "it")["k"]
+    assert found == [b"a" * 1000] * 3
+    assert found[0] is found[1] is found[2]
