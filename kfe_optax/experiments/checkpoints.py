@@ -10,9 +10,11 @@ import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from kfe_optax.experiments.checksums import find_damage, write_checksums
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import TrainState
 from kfe_optax.experiments.optimizers import METHODS
+from kfe_optax.experiments.processes import wait_for_all, writes
 
 # Settings that say how long a run is, what it writes, on which devices it runs, and where its data lie
 # (the data themselves are compared); all others fix its trajectory.
@@ -32,18 +34,22 @@ _FREE_FIELDS = (
 
 
 class Restored(NamedTuple):
-    """What a checkpoint gives back: the state, and the training seconds spent up to it."""
+    """What a checkpoint gives back: the state, and the training seconds spent up to it.
+
+    ``damaged`` says of newer checkpoints why they were not taken, and where they are now.
+    """
 
     state: TrainState
     step: int
     seconds: float
+    damaged: tuple[str, ...] = ()
 
 
 class Checkpoints:
     """The checkpoints of one run, in ``<workdir>/checkpoints/<step>``; the last two are kept.
 
-    Writes are synchronous and atomic: a checkpoint that is listed is whole, whatever interrupted
-    the program. Several processes call every method together, and write each array once.
+    Writes are synchronous and atomic: a checkpoint that is listed was whole, whatever interrupted
+    the program, and checksums tell whether it still is. Several processes call every method together, and write each array once.
 
     Example::
 
@@ -55,8 +61,10 @@ class Checkpoints:
         self._config = _trajectory_settings(config)
         self._data_fingerprint = data_fingerprint
         self._seed = config.seed
+        self._folder = (workdir / "checkpoints").absolute()
+        self._folder.mkdir(exist_ok=True)
         self._manager = ocp.CheckpointManager(
-            (workdir / "checkpoints").absolute(),
+            self._folder,
             options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
         )
 
@@ -74,43 +82,90 @@ class Checkpoints:
         """Writes a checkpoint unless the newest one is of this very step."""
         if step == self.latest_step():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                run=ocp.args.JsonSave(
-                    {
-                        "seed": self._seed,
-                        "seconds": seconds,
-                        "config": self._config,
-                        "data_fingerprint": self._data_fingerprint,
-                    }
-                ),
-            ),
-        )
+        run = {
+            "seed": self._seed,
+            "seconds": seconds,
+            "config": self._config,
+            "data_fingerprint": self._data_fingerprint,
+        }
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        try:
+            self._manager.save(step, args=items)
+            if writes():
+                write_checksums(self._folder / str(step))
+        except Exception as error:  # a full disk is of another class from library to library
+            raise ExperimentError(
+                f"The checkpoint of step {step} cannot be written to '{self._folder}' ({_in_short(error)}); the earlier "
+                "ones stand: make room, and continue with --resume."
+            ) from error
 
     def restore(self, like: TrainState) -> Restored:
-        """Reads the newest checkpoint into the structure of ``like``, onto the devices on which that lies.
+        """Reads the newest whole checkpoint into the structure of ``like``, onto the devices on which that lies.
 
-        Refuses when the data or a setting that fixes the trajectory has changed: continuing would
-        give a run that no single config describes.
+        Damaged ones are put aside, so that the run writes theirs again. Refuses when the data or a setting that
+        fixes the trajectory has changed: continuing would give a run that no single config describes.
         """
-        step = self.latest_step()
-        if step is None:
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            damage = find_damage(self._folder / str(step))
+            if damage is not None:
+                damaged[step] = damage
+                continue
+            # The record first: a changed model or optimizer would not fit the arrays.
+            run = self._read(step, run=ocp.args.JsonRestore())
+            _refuse_changes(run["config"], self._config)
+            if run["data_fingerprint"] != self._data_fingerprint:
+                raise ExperimentError(
+                    "The checkpoint was made with other training images; point config.data_dir at the "
+                    "same data, or start afresh in another --workdir."
+                )
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            state = self._read(step, state=ocp.args.StandardRestore(abstract))
+            if int(state.step) != step:  # a folder under another's name
+                damaged[step] = f"it holds step {int(state.step)}"
+                continue
+            return Restored(state, step, run["seconds"], self._put_aside(damaged))
+        if not damaged:
             raise ExperimentError("There is no checkpoint to continue from; start the run without --resume.")
-        # The record first: a changed model or optimizer would not fit the arrays.
-        items = ocp.args.Composite(run=ocp.args.JsonRestore())
-        run = self._manager.restore(step, args=items)["run"]
-        _refuse_changes(run["config"], self._config)
-        if run["data_fingerprint"] != self._data_fingerprint:
+        step, damage = max(damaged.items())
+        raise ExperimentError(
+            f"No checkpoint in '{self._folder}' is whole (of that of step {step}, {damage}); restore the folder from a "
+            "copy, or start afresh in another --workdir."
+        )
+
+    def _read(self, step: int, **item: Any) -> Any:
+        """One item of a checkpoint whose files are as they were written."""
+        try:
+            (found,) = self._manager.restore(step, args=ocp.args.Composite(**item)).values()
+        except Exception as error:
             raise ExperimentError(
-                "The checkpoint was made with other training images; point config.data_dir at the "
-                "same data, or start afresh in another --workdir."
-            )
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        state = self._manager.restore(step, args=items)["state"]
-        return Restored(state, step, run["seconds"])
+                f"The checkpoint of step {step} in '{self._folder}' is whole and does not fit this program "
+                f"({_in_short(error)}); continue with the versions that wrote it, or start afresh in another --workdir."
+            ) from error
+        return found
+
+    def _put_aside(self, damaged: dict[int, str]) -> tuple[str, ...]:
+        """Moves damaged checkpoints out of the list; what became of them in words."""
+        said = []
+        for step, damage in damaged.items():
+            target = self._folder.with_name(f"damaged_checkpoint_{step}")
+            if writes():
+                number = 1
+                while target.exists():
+                    number += 1
+                    target = target.with_name(f"damaged_checkpoint_{step}_{number}")
+                (self._folder / str(step)).rename(target)
+            said.append(f"the checkpoint of step {step} ({damage}), now '{target}'")
+        if damaged:
+            wait_for_all()
+            self._manager.reload()
+        return tuple(said)
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of an exception's message, of which Orbax and TensorStore write many."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:400] if lines else type(error).__name__
 
 
 def _trajectory_settings(config: ConfigDict) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from kfe_optax.experiments.config_files import load_config
 from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.interruption import INTERRUPTED
 
 _HELP = """\
 usage: kfe-optax COMMAND --config=FILE [--workdir=FOLDER] [--config.FIELD=VALUE ...]
@@ -56,15 +57,12 @@ _COMMANDS = ("train", "compare", "layers", "sweep", "diagnose")
 _RESUMABLE = ("train", "sweep")
 _HELP_FLAGS = ("-h", "-help", "--help")
 
-# The shell's status of a program that Ctrl-C ended.
-INTERRUPTED = 130
-
 
 def run_command(arguments: list[str]) -> int:
     """Runs the command that ``arguments`` describe and returns its exit status."""
     console = Console()
-    # Orbax reports every file that it writes.
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    # Orbax reports every file that it writes, and every error with its stack, which here becomes a sentence.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     wants_help = any(argument in _HELP_FLAGS for argument in arguments)
     others = [argument for argument in arguments if argument not in _HELP_FLAGS]
     if wants_help or not others:
@@ -114,7 +112,9 @@ def _train(config: ConfigDict, workdir: str, resume: bool, console: Console) -> 
     if outcome.interrupted:
         console.print(
             f"Interrupted after step {outcome.step}; the same command with --resume continues "
-            f"from the checkpoint in '{folder}'.",
+            f"from the checkpoint in '{folder}'."
+            if outcome.step
+            else "Interrupted before the first checkpoint; the same command starts again.",
             highlight=False,
             soft_wrap=True,
         )

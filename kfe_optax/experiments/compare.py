@@ -22,7 +22,8 @@ from kfe_optax.experiments.plots import plot_runs
 from kfe_optax.experiments.progress import ProgressDisplay
 from kfe_optax.experiments.report import comparison_table
 from kfe_optax.experiments.runs import Point, Run
-from kfe_optax.experiments.train import check_positive, evaluate, make_workdir
+from kfe_optax.experiments.train import check_positive, evaluate
+from kfe_optax.experiments.workdirs import claimed
 
 # The share of a budget in seconds that is first spent on finding an optimizer's speed, with so many
 # steps at least, and the first steps, which do not count: the curvature is refreshed in each of them.
@@ -50,22 +51,22 @@ def compare(config: ConfigDict, workdir: str | Path, console: Console | None = N
     dataset = load(config)
     console.print(f"data       {dataset.summary()}", highlight=False, soft_wrap=True)
     check_optimizers(config, names, dataset, config.compare.steps or config.steps)
-    workdir = make_workdir(workdir)
-    runs = []
-    for name in names:
-        run = _run(config, name, dataset, console)
-        runs.append(run)
-        console.print(
-            f"{name:<10} training loss {run.measures['train_loss']:.5f} after {run.steps} steps "
-            f"in {run.seconds:.1f} s (compiled in {run.compile_seconds:.1f} s)",
-            highlight=False,
-            soft_wrap=True,
-        )
-    _write_curves(runs, workdir / "compare.csv")
-    plot_runs(runs, workdir / "compare.png", title=config.title)
-    console.print(comparison_table(runs, title=config.title))
-    for label, name in (("figure", "compare.png"), ("curves", "compare.csv")):
-        console.print(f"{label:<10} {workdir / name}", highlight=False, soft_wrap=True)
+    with claimed(workdir, "compare", ("compare.csv", "compare.png")) as workdir:
+        runs = []
+        for name in names:
+            run = _run(config, name, dataset, console)
+            runs.append(run)
+            console.print(
+                f"{name:<10} training loss {run.measures['train_loss']:.5f} after {run.steps} steps "
+                f"in {run.seconds:.1f} s (compiled in {run.compile_seconds:.1f} s)",
+                highlight=False,
+                soft_wrap=True,
+            )
+        _write_curves(runs, workdir / "compare.csv")
+        plot_runs(runs, workdir / "compare.png", title=config.title)
+        console.print(comparison_table(runs, title=config.title))
+        for label, name in (("figure", "compare.png"), ("curves", "compare.csv")):
+            console.print(f"{label:<10} {workdir / name}", highlight=False, soft_wrap=True)
     return runs
 
 

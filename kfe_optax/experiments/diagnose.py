@@ -32,7 +32,8 @@ from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import Job, find_layers, make_job
 from kfe_optax.experiments.parallel import refuse_devices
 from kfe_optax.experiments.progress import ProgressDisplay
-from kfe_optax.experiments.train import check_positive, make_workdir
+from kfe_optax.experiments.train import check_positive
+from kfe_optax.experiments.workdirs import claimed
 
 
 class Diagnosis(NamedTuple):
@@ -65,30 +66,30 @@ def diagnose(config: ConfigDict, workdir: str | Path, *, console: Console | None
     refuse_devices(config, "diagnose")
     dataset = load(config)
     _say(console, "data", dataset.summary())
-    folder = make_workdir(workdir)
-    job = make_job(config, plan.optimizer, dataset, max(config.steps, plan.steps))
-    with jax.enable_x64(True):
-        first = (_double(job.state.params), _double(job.state.model_state), _double(job.batches(0)))
-        layers = find_layers(job.task, *first)
-    plan = plan._replace(layer=find_layer(layers, plan.layer))
-    d_in, d_out = layers[plan.layer].sides
-    measure, state, seconds = _compiled(plan, job, layers)
-    _say(
-        console,
-        "layer",
-        f"{plan.layer}, {d_in} x {d_out}, F has {d_in * d_out} rows; compiled in {seconds + job.compile_seconds:.1f} s",
-    )
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    series, correlations, interrupted = _run(plan, job, measure, state, key, folder, console)
-    found = checks(series, plan.basis_update_period)
-    title = f"{config.title}\n{plan.layer}, {d_in} x {d_out}, while {plan.optimizer} trains"
-    plot_errors(series, folder / "diagnose.png", title, plan.basis_update_period)
-    plot_correlations(correlations, folder / "correlation.png", f"{title}, step {series.steps[-1]}")
-    console.print(means_table(series, plan.basis_update_period, title))
-    console.print(checks_table(found))
-    _say(console, "gradient", correlation_sentence(series))
-    for name in ("diagnose.csv", "diagnose.png", "correlation.png"):
-        _say(console, "written", str(folder / name))
+    with claimed(workdir, "diagnose", ("diagnose.csv", "diagnose.png", "correlation.png")) as folder:
+        job = make_job(config, plan.optimizer, dataset, max(config.steps, plan.steps))
+        with jax.enable_x64(True):
+            first = (_double(job.state.params), _double(job.state.model_state), _double(job.batches(0)))
+            layers = find_layers(job.task, *first)
+        plan = plan._replace(layer=find_layer(layers, plan.layer))
+        d_in, d_out = layers[plan.layer].sides
+        measure, state, seconds = _compiled(plan, job, layers)
+        _say(
+            console,
+            "layer",
+            f"{plan.layer}, {d_in} x {d_out}, F has {d_in * d_out} rows; compiled in {seconds + job.compile_seconds:.1f} s",
+        )
+        key = jax.random.fold_in(jax.random.key(config.seed), 1)
+        series, correlations, interrupted = _run(plan, job, measure, state, key, folder, console)
+        found = checks(series, plan.basis_update_period)
+        title = f"{config.title}\n{plan.layer}, {d_in} x {d_out}, while {plan.optimizer} trains"
+        plot_errors(series, folder / "diagnose.png", title, plan.basis_update_period)
+        plot_correlations(correlations, folder / "correlation.png", f"{title}, step {series.steps[-1]}")
+        console.print(means_table(series, plan.basis_update_period, title))
+        console.print(checks_table(found))
+        _say(console, "gradient", correlation_sentence(series))
+        for name in ("diagnose.csv", "diagnose.png", "correlation.png"):
+            _say(console, "written", str(folder / name))
     return Diagnosis(series, found, correlations, interrupted)
 
 

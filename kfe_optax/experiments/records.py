@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
+import time
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
 
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+
+_FLUSH_SECONDS = 10
+_events: Any = event_pb2  # protobuf makes its classes while it is imported
 
 
 class Record(NamedTuple):
@@ -64,20 +72,27 @@ class Recorder:
     def __init__(self, workdir: Path, resume_at: int | None = None):
         path = workdir / "metrics.csv"
         kept = _rows_up_to(path, resume_at) if resume_at is not None and path.exists() else []
-        self._file = path.open("w", newline="", encoding="utf-8")
+        # Written afresh beside the old file and then moved, so that no moment is without the rows.
+        fresh = path.with_suffix(".csv.new")
+        with fresh.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([Record._fields, *kept])
+        fresh.replace(path)
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._rows = csv.writer(self._file)
-        self._rows.writerow(Record._fields)
-        self._rows.writerows(kept)
-        self._file.flush()
-        purge = None if resume_at is None else resume_at + 1
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=purge)
+        self._board = _Board(workdir / "tensorboard", None if resume_at is None else resume_at + 1)
 
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._board.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        # An error that is on its way says more than that these files cannot be closed either.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
 
     def write(self, record: Record) -> None:
         """Appends a record and flushes it, so that a killed run keeps its history."""
@@ -92,6 +107,37 @@ class Recorder:
         """Writes the final evaluation to TensorBoard."""
         for name, value in measures.items():
             self._board.add_scalar(f"final/{name}", value, step)
+
+
+class _Board:
+    """TensorBoard's file, written by the one who calls.
+
+    tensorboardX's ``SummaryWriter`` leaves it to a thread: when a full disk ends that one, the caller waits for ever.
+    Steps from ``purge_step`` on that earlier files hold are hidden.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        self._flushed = time.monotonic()
+        if purge_step is not None:
+            self._writer.write_event(_events.Event(step=purge_step, file_version="brain.Event:2"))
+            self._writer.write_event(
+                _events.Event(
+                    step=purge_step, session_log=_events.SessionLog(status=_events.SessionLog.START)
+                )
+            )
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._writer.write_event(
+            _events.Event(wall_time=time.time(), step=step, summary=summary.scalar(name, value))
+        )
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _rows_up_to(path: Path, step: int) -> list[list[str]]:

@@ -25,7 +25,8 @@ from kfe_optax.experiments.sweep_program import Program, make_program
 from kfe_optax.experiments.sweep_records import Row, SweepRecords
 from kfe_optax.experiments.sweep_space import Trial, chunks, make_space
 from kfe_optax.experiments.task import make_task
-from kfe_optax.experiments.train import check_positive, make_workdir
+from kfe_optax.experiments.train import check_positive
+from kfe_optax.experiments.workdirs import claimed
 
 
 class SweepOutcome(NamedTuple):
@@ -65,29 +66,29 @@ def sweep(
     _say(console, "data", dataset.summary())
     for name in space.unused:
         _say(console, "note", f"{config.optimizer} has no {name}; config.sweep.{name} is not used")
-    folder = make_workdir(workdir)
-    fingerprint = dataset.fingerprint()
-    with SweepRecords(folder, config, space.fields, fingerprint, resume=resume) as records:
-        done = {row.trial.index for row in records.rows}
-        left = [trial for trial in space.trials if trial.index not in done]
-        if done:
-            _say(console, "resumed", f"{len(done)} of {len(space.trials)} trials are already recorded")
-        size = min(config.sweep.chunk, len(left))
-        interrupted = False
-        if left:
-            program = make_program(config, space.fields, dataset, steps, size)
-            _say(
-                console,
-                "sweep",
-                f"{config.optimizer}, {len(left)} trials of {steps} steps over {', '.join(space.fields)}, "
-                f"compiled in {program.compile_seconds:.1f} s",
-            )
-            interrupted = _run(config, program, records, left, size, steps, console)
-    settings = rank_settings(records.rows)
-    outcome = SweepOutcome(settings, len(records.rows), interrupted)
-    if not interrupted:
-        loss_name = make_task(config, dataset).loss_name
-        _report(config, outcome, space.fields, steps, loss_name, folder, console)
+    with claimed(workdir, "sweep", ("sweep.csv", "sweep.json", "sweep.png", "best.py")) as folder:
+        fingerprint = dataset.fingerprint()
+        with SweepRecords(folder, config, space.fields, fingerprint, resume=resume) as records:
+            done = {row.trial.index for row in records.rows}
+            left = [trial for trial in space.trials if trial.index not in done]
+            if done:
+                _say(console, "resumed", f"{len(done)} of {len(space.trials)} trials are already recorded")
+            size = min(config.sweep.chunk, len(left))
+            interrupted = False
+            if left:
+                program = make_program(config, space.fields, dataset, steps, size)
+                _say(
+                    console,
+                    "sweep",
+                    f"{config.optimizer}, {len(left)} trials of {steps} steps over {', '.join(space.fields)}, "
+                    f"compiled in {program.compile_seconds:.1f} s",
+                )
+                interrupted = _run(config, program, records, left, size, steps, console)
+        settings = rank_settings(records.rows)
+        outcome = SweepOutcome(settings, len(records.rows), interrupted)
+        if not interrupted:
+            loss_name = make_task(config, dataset).loss_name
+            _report(config, outcome, space.fields, steps, loss_name, folder, console)
     return outcome
 
 

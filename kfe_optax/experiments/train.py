@@ -21,13 +21,15 @@ from kfe_optax.experiments.processes import any_process, writes
 from kfe_optax.experiments.progress import ProgressDisplay
 from kfe_optax.experiments.records import NoRecorder, Record, Recorder, Records
 from kfe_optax.experiments.task import Params, State, Task
+from kfe_optax.experiments.workdirs import claimed
 
 
 class Outcome(NamedTuple):
     """How a run ended.
 
     ``measures`` holds ``train_loss``, ``test_loss`` and the task's other measures over the whole
-    sets, or nothing when the run was interrupted. ``state`` is as one device has it.
+    sets, or nothing when the run was interrupted. ``state`` is as one device has it, and ``step`` the one
+    from which a resumed run continues, 0 where it begins.
     """
 
     state: TrainState
@@ -49,11 +51,17 @@ def train(
     The folder receives ``metrics.csv``, TensorBoard's files, ``checkpoints/`` and ``config.txt``.
     With ``resume`` the run continues from the newest checkpoint, bit for bit as if it had never
     stopped; ``config.steps`` may have grown meanwhile, which stretches the schedules that span the
-    run. Ctrl-C ends a run after the current step with a checkpoint.
+    run. Ctrl-C, SIGTERM and SIGHUP end a run after the current step with a checkpoint, and a second one at once.
+    A checkpoint that is damaged is put aside, and the one before it taken.
 
     ``config.devices`` may differ from one resumption to the next: a checkpoint fits any number of devices
     and of processes. Several processes call this together, each with its own part of the data;
     they stop together, after a logged step, and the first of them writes.
+
+    Raises:
+      ExperimentError: the config or the data cannot be, or ``workdir`` is in use, another's, or without a
+        whole checkpoint.
+      OSError: a record cannot be written; where it still could, a checkpoint of the last step was.
 
     Example::
 
@@ -64,8 +72,10 @@ def train(
     check_positive(config, "steps", "log_every", "checkpoint_every")
     dataset = load(config)
     console.print(f"data       {dataset.summary()}", highlight=False, soft_wrap=True)
-    workdir = make_workdir(workdir)
-    with Checkpoints(workdir, config, dataset.fingerprint()) as checkpoints:
+    with (
+        claimed(workdir, "train", ("metrics.csv", "config.txt", "checkpoints")) as workdir,
+        Checkpoints(workdir, config, dataset.fingerprint()) as checkpoints,
+    ):
         if not resume and checkpoints.latest_step() is not None:
             raise ExperimentError(
                 f"'{workdir}' already holds a run; add --resume to continue it, or choose another --workdir."
@@ -79,8 +89,10 @@ def train(
         state, step, seconds = job.state, 0, 0.0
         # A job that may be restarted at any time passes --resume always, its first start included.
         if resume and checkpoints.latest_step() is not None:
-            restored, step, seconds = checkpoints.restore(job.devices.whole(job.state))
-            state = job.devices.place(restored)
+            restored = checkpoints.restore(job.devices.whole(job.state))
+            state, step, seconds = job.devices.place(restored.state), restored.step, restored.seconds
+            for words in restored.damaged:
+                console.print(f"damaged    {words}", highlight=False, soft_wrap=True)
             console.print(f"resumed    at step {step}", highlight=False, soft_wrap=True)
         if writes():
             (workdir / "config.txt").write_text(f"{config}\n", encoding="utf-8")
@@ -110,18 +122,6 @@ def evaluate(
     return measures
 
 
-def make_workdir(workdir: str | Path) -> Path:
-    """Creates the folder that receives a command's files."""
-    path = Path(workdir).expanduser()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ExperimentError(
-            f"Cannot write to --workdir '{path}' ({error.strerror}); choose another."
-        ) from error
-    return path
-
-
 def check_positive(config: ConfigDict, *fields: str) -> None:
     """Refuses a config in which one of ``fields`` is not a positive count."""
     for field in fields:
@@ -141,6 +141,11 @@ def _run(
 ) -> Outcome:
     """The training loop, from ``step`` to ``config.steps`` or to an interruption."""
     interrupted, devices = False, job.devices
+
+    def save() -> None:
+        with interruption.deferred():
+            checkpoints.save(step, devices.whole(state), seconds)
+
     clock = time.perf_counter()
     logged_step, logged_seconds = step, seconds
     with (
@@ -167,25 +172,37 @@ def _run(
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     jax.block_until_ready(state)
                     seconds += time.perf_counter() - clock
-                    checkpoints.save(step, devices.whole(state), seconds)
+                    save()
                     clock = time.perf_counter()
             interrupted = step < config.steps
             if interrupted:
                 # Not in the loop: the signal may come after all of a step that could ask for it.
                 jax.block_until_ready(state)
                 seconds += time.perf_counter() - clock
-                checkpoints.save(step, devices.whole(state), seconds)
+                save()
         except KeyboardInterrupt:
             # Raised between steps (by a batch source, or outside the main thread): the state is
             # whole. Within a step its buffers are already donated, and the last checkpoint stands; so it
             # does where other processes would have to save as well.
             interrupted = True
-            if any(leaf.is_deleted() for leaf in jax.tree.leaves(state)):
-                return Outcome(state, step, seconds, interrupted, {})
-            if jax.process_count() == 1:
+            if not _savable(state):
+                whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+                last = devices.local(state) if whole else state
+                return Outcome(last, checkpoints.latest_step() or 0, seconds, interrupted, {})
+            step, seconds = int(devices.local(state.step)), seconds + time.perf_counter() - clock
+            save()
+        except OSError:
+            # A record, or a line on a terminal that is gone, could not be written: the state still may.
+            if _savable(state):
                 step = int(devices.local(state.step))
-                checkpoints.save(step, devices.whole(state), seconds + time.perf_counter() - clock)
+                save()
+            raise
     return Outcome(devices.local(state), step, seconds, interrupted, {})
+
+
+def _savable(state: TrainState) -> bool:
+    """Whether the state is whole, and of a process that need not wait for others to save it."""
+    return jax.process_count() == 1 and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def _asked_to_stop(interruption: Interruption, step: int, every: int) -> bool:
