@@ -25,7 +25,8 @@ class Info(NamedTuple):
 
     Attributes:
       damping: λ of the last step, of `adaptive_damping` that of the next one; None for `in_kfe`, which has none.
-      failures: factors and factorizations that were not finite; the last good ones were kept.
+      failures: factors and factorizations that were not finite, of which the last good ones were kept, and estimates of more
+        than 100 times the running average, which count as 100 times.
       last_refresh: the step of the last refresh of the inverses or the basis, −1 before the first.
       kl_factor: ν of the last `clip_by_kl`, 1 when it did not clip.
       nonfinite: steps whose gradient was not finite; their update was zero.

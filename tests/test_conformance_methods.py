@@ -74,6 +74,27 @@ def descends(result, name: str) -> bool:
     return sum(float(jnp.vdot(*pair)) for pair in pairs) > 0
 
 
+def aged(state):
+    """The state as if a thousand batches were in its averages, whose ρ is then the decay."""
+    method = state.method._replace(factors=state.method.factors._replace(updates=jnp.int32(1000)))
+    state = state._replace(method=method)
+    if hasattr(state, "coarse"):
+        state = state._replace(coarse=state.coarse._replace(updates=jnp.int32(1000)))
+    return state
+
+
+def averages(state):
+    """All that a state keeps as running averages of curvature."""
+    coarse = state.coarse.averages if hasattr(state, "coarse") else ()
+    return {"factors": state.method.factors, "scale": getattr(state.method, "scale", {}), "coarse": coarse}
+
+
+def sizes(tree, name) -> list[float]:
+    """The largest entries of a layer's arrays, or of all of them."""
+    leaves = jax.tree.leaves(tree) if name is None else of_layer(tree, name)
+    return [float(jnp.abs(leaf).max()) for leaf in leaves]
+
+
 def same_method(state, other):
     """The curvature is as it was; the damping of a step is reported whatever became of the step."""
     ours, theirs = state.method, other.method
@@ -152,6 +173,28 @@ def test_overflowing_statistics_are_left_out(trainer, good):
     assert finite((result.updates, result.state.method.factors, factorized(result.state, "head", 0)))
     failures, nonfinite, refresh = counts(result.state)
     assert (failures > 0, nonfinite, refresh) == (True, 0, REFRESH)
+
+
+@pytest.mark.parametrize("factor", [1e6, 1e18])
+def test_a_huge_batch_is_bounded(trainer, good, factor):
+    """Finite and out of all proportion: factors, scales and coarse averages grow 1 + 0.05 · 100 times at most, counted."""
+    problem = trainer.problem
+    old = aged(good)
+    result = trainer.step(old, problem.batch(2, x=problem.x * factor), 0)
+    assert finite((result.grads, result.updates, averages(result.state)))
+    # A scale that restarts from the factors grows once with them and once by itself.
+    growth = 36.01 if trainer.case.options.get("on_refresh") == "restart" else 6.001
+    for name in problem.layers:
+        before, after = (sizes(averages(state), name) for state in (old, result.state))
+        assert all(new <= growth * max(before) for new in after)
+    failures, nonfinite, refresh = counts(result.state)
+    assert failures > counts(good)[0] and (nonfinite, refresh) == (0, 0)
+    after, expected = (trainer.step(state, problem.batch(3), 0) for state in (result.state, old))
+    assert counts(after.state)[0] == failures and finite((after.updates, after.state))
+    if trainer.case.damped:  # the moments of an inner transformation are its own
+        for name in problem.layers:
+            ours, theirs = (sum(sizes(r.updates[name], None)) for r in (after, expected))
+            assert theirs / 40 < ours < 40 * theirs
 
 
 @pytest.mark.release

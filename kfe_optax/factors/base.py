@@ -61,7 +61,8 @@ class Factors(Protocol):
         """The state before the first batch; a side larger than `max_dim` is diagonal."""
 
     def update(self, state: Any, source: Source, count: jax.Array) -> Any:
-        """The state with one more batch, at step `count`; an estimate that is not finite is left out, and counted."""
+        """The state with one more batch, at step `count`; an estimate that is not finite is left out, one
+        out of all proportion bounded (see `EXCESS`), and both are counted."""
 
     def terms(self, state: Any, layers: Layers) -> dict[str, tuple[Term, ...]]:
         """{layer: Kronecker terms}; the first one is positive semi-definite on both sides."""
@@ -170,20 +171,64 @@ def rho_of(old: Any, rho: jax.Array) -> jax.Array:
     return jnp.where(known, rho, 0)
 
 
-def average(old: dict[str, T], new: dict[str, T], rho: jax.Array) -> tuple[dict[str, T], jax.Array]:
-    """ρ old + (1 − ρ) new for every layer, the old one where the new one is not finite, and how many were not.
+EXCESS = 100.0
+"""How many times larger than the running average an estimate counts at most."""
+
+
+class Weights(NamedTuple):
+    """What the running average and a new estimate weigh; `excessive`: whether the estimate had to be bounded."""
+
+    past: jax.Array
+    new: jax.Array
+    excessive: jax.Array
+
+
+def weights(rho: jax.Array, proportion: jax.Array) -> Weights:
+    """ρ and (1 − ρ) min(1, EXCESS/p) for an estimate that is p times as large as the running average.
+
+    A batch out of all proportion, with an example in other units or with a wrong exponent, would stay in an average for hundreds
+    of updates. It weighs less as a whole, so that what belongs together stays so. A rise that lasts is followed: an update lets
+    the average grow 1 + (1 − ρ) EXCESS times.
+    """
+    excessive = (rho > 0) & (proportion > EXCESS)
+    new = jnp.where(excessive, (1 - rho) * (EXCESS / proportion).astype(rho.dtype), 1 - rho)
+    return Weights(jnp.where(excessive, 1 - new, rho), new, excessive)
+
+
+def proportion(old: Any, new: Any) -> jax.Array:
+    """How many times larger an estimate is than the running one, by the largest entry of an array; of several the most."""
+    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    # A side that was zero has nothing to be measured by.
+    sizes = [(jnp.abs(a).max(), jnp.abs(b).max().astype(a.dtype)) for a, b in pairs]
+    return jnp.stack([jnp.where(a > 0, b / jnp.where(a > 0, a, 1), 0) for a, b in sizes]).max()
+
+
+def average(
+    old: dict[str, T], new: dict[str, T], rho: jax.Array, leading: Callable[[T], Any] = lambda entry: entry
+) -> tuple[dict[str, T], jax.Array]:
+    """ρ old + (1 − ρ) new for every layer, the old one where the new one is not finite; see `weights`.
 
     A layer that has no estimate yet takes the new one in full: a batch that was left out must not weigh as zeros.
+
+    Args:
+      old: the running averages.
+      new: the estimates.
+      rho: ρ.
+      leading: the arrays of an entry by which its size is judged.
+
+    Returns:
+      The averages, and how many estimates were not finite or out of all proportion.
     """
     result, failures = {}, jnp.zeros((), jnp.int32)
     for name, before in old.items():
-        past = rho_of(before, rho)
+        own = weights(rho_of(before, rho), proportion(leading(before), leading(new[name])))
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new[name])]).all()
-        failures = failures + ~finite
+        failures = failures + (~finite | own.excessive)
 
-        def one(a, b, finite=finite, past=past):
-            weight = past.astype(a.dtype)
-            return jnp.where(finite, weight * a + (1 - weight) * b.astype(a.dtype), a)
+        def one(a, b, finite=finite, own=own):
+            return jnp.where(
+                finite, own.past.astype(a.dtype) * a + own.new.astype(a.dtype) * b.astype(a.dtype), a
+            )
 
         result[name] = jax.tree.map(one, before, new[name])
     return result, failures

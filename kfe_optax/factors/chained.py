@@ -41,7 +41,7 @@ class ChainedState(NamedTuple):
       updates: int32, how many batches went in.
       chains: the factors by the name of the chain, which is that of its first element.
       alone: {layer: its A and G} of the layers that are chains of one.
-      failures: int32, estimates that were not finite; that of a chain is left out as a whole.
+      failures: int32, estimates that were left out or bounded; that of a chain is one.
     """
 
     updates: jax.Array
@@ -85,7 +85,7 @@ class Chained(NamedTuple):
         """One more batch."""
         rho = base.weight_of_past(state.updates + 1, self.decay, count)
         chains, alone = estimate(self.plan.among(source.gradients), source, state.alone)
-        chains, chain_failures = base.average(state.chains, chains, rho)
+        chains, chain_failures = base.average(state.chains, chains, rho, lambda c: (c.input, c.output))
         alone, failures = base.average(state.alone, alone, rho)
         return ChainedState(state.updates + 1, chains, alone, state.failures + failures + chain_failures)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import jax
-
 from kfe_optax import checks
 from kfe_optax.factors import terms
-from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.kpsvd import leading
 from kfe_optax.factors.operators import fisher_operator, without
 from kfe_optax.factors.singular import power
@@ -44,8 +42,8 @@ def deflation(
     checks.decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
-    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
-        del rho
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], own: Weights):
+        del own
         stacked = len(layer.stack_shape)
         operator = fisher_operator(source, layer, old[0])
         first, iterations = leading(operator, old[0], layer, tolerance, max_iterations)

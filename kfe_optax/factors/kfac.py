@@ -22,7 +22,7 @@ class FactorsState(NamedTuple):
       updates: int32, how many batches went in.
       input: {layer: A (*stack, d_in, d_in)}, or the diagonal (*stack, d_in) of a side larger than `max_dim`.
       output: {layer: G (*stack, d_out, d_out)}, or its diagonal.
-      failures: int32, estimates that were not finite and were left out.
+      failures: int32, estimates that were not finite and were left out, or out of proportion and bounded.
     """
 
     updates: jax.Array

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import jax
-
 from kfe_optax import checks
 from kfe_optax.factors import base, terms
-from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.kfac import estimate as kfac_estimate
 from kfe_optax.factors.operators import fisher_operator
 from kfe_optax.factors.singular import power
@@ -42,8 +40,8 @@ def kfac_corrected(
     checks.decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
-    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
-        del rho
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], own: Weights):
+        del own
         first = kfac_estimate(source, {layer.name: base.is_diagonal(layer, old[0])})[layer.name]
         # −A⊗G is one more term of the operator, with the sign on one side.
         minus = Term(-first.input, first.output)

@@ -6,7 +6,7 @@ import jax
 
 from kfe_optax import checks
 from kfe_optax.factors import terms
-from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.operators import Operator, fisher_operator
 from kfe_optax.factors.singular import Triple, power
 from kfe_optax.factors.terms import TermsFactors
@@ -48,8 +48,8 @@ def kpsvd(decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, max_iteration
     checks.decay("decay", decay)
     terms.check_iteration(tolerance, max_iterations)
 
-    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
-        del rho
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], own: Weights):
+        del own
         operator = fisher_operator(source, layer, old[0])
         triple, iterations = leading(operator, old[0], layer, tolerance, max_iterations)
         return (terms.term_of(operator, triple, len(layer.stack_shape)),), iterations

@@ -6,7 +6,7 @@ import jax
 
 from kfe_optax import checks
 from kfe_optax.factors import singular, terms
-from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.operators import Operator, fisher_operator, times
 from kfe_optax.factors.terms import TermsFactors
 from kfe_optax.layer import Layer
@@ -63,8 +63,8 @@ def lanczos(
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, 2)
 
-    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
-        del rho
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], own: Weights):
+        del own
         operator = fisher_operator(source, layer, old[0])
         return leading_terms(operator, old, len(layer.stack_shape), tolerance, subspace, max_restarts)
 

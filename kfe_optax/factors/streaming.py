@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax import checks
-from kfe_optax.factors import terms
-from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax import checks, kronecker
+from kfe_optax.factors import base, terms
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.lanczos import check_subspace, leading_terms
 from kfe_optax.factors.operators import fisher_operator, times
 from kfe_optax.factors.terms import TermsFactors
@@ -51,11 +51,19 @@ def streaming(
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, rank)
 
-    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], rho: jax.Array):
-        weight = rho.astype(layer.factor_dtype)
+    def estimate(source: Source, layer: Layer, old: tuple[Term, ...], own: Weights):
+        weight = own.past.astype(layer.factor_dtype)
         past = [Term(times(weight, term.input), term.output) for term in old]
-        operator = fisher_operator(source, layer, old[0], weight=1 - weight, plus=past)
+        operator = fisher_operator(
+            source, layer, old[0], weight=own.new.astype(layer.factor_dtype), plus=past
+        )
         return leading_terms(operator, old, len(layer.stack_shape), tolerance, subspace, max_restarts)
 
-    # The past is inside the operator: the new terms replace the old ones.
-    return TermsFactors(rank, decay, estimate, averaged=False)
+    def proportion(source: Source, layer: Layer, old: tuple[Term, ...]) -> jax.Array:
+        # Both seen from the leading S: E[(gᵀSg) ā āᵀ] and Σ ⟨S_k, S⟩ R_k.
+        side, stacked = old[0].output, len(layer.stack_shape)
+        operator = fisher_operator(source, layer, old[0])
+        past = sum(times(kronecker.dot(term.output, side, stacked), term.input) for term in old)
+        return base.proportion(past, operator.to_input(operator.first(side)))
+
+    return TermsFactors(rank, decay, estimate, proportion)

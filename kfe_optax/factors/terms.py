@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from kfe_optax import kronecker
 from kfe_optax.factors import base
-from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
+from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.operators import Operator, times
 from kfe_optax.factors.singular import Triple, length
 from kfe_optax.layer import Layer
@@ -24,7 +24,7 @@ class TermsState(NamedTuple):
       updates: int32, how many batches went in.
       terms: {layer: (Term, ...)}, the leading one first.
       iterations: {layer: int32}, the products with Z(F) and its transpose that the last estimate took.
-      failures: int32, estimates that were not finite and were left out.
+      failures: int32, estimates that were not finite and were left out, or out of proportion and bounded.
     """
 
     updates: jax.Array
@@ -33,8 +33,10 @@ class TermsState(NamedTuple):
     failures: jax.Array
 
 
-# (source, layer, old terms, ρ) → the terms of the batch and the iterations.
-Estimate = Callable[[Source, Layer, tuple[Term, ...], jax.Array], tuple[tuple[Term, ...], jax.Array]]
+# (source, layer, old terms, their weight and the batch's) → the terms and the iterations.
+Estimate = Callable[[Source, Layer, tuple[Term, ...], Weights], tuple[tuple[Term, ...], jax.Array]]
+# (source, layer, old terms) → how many times larger than they are the batch is.
+Proportion = Callable[[Source, Layer, tuple[Term, ...]], jax.Array]
 
 
 class TermsFactors(NamedTuple):
@@ -44,15 +46,15 @@ class TermsFactors(NamedTuple):
       rank: how many terms.
       decay: ρ of the running averages.
       estimate: see `Estimate`.
-      averaged: whether R, S, P, Q, ... are averaged side by side, the signs of all terms but the first aligned with the old ones;
-        if not, the estimate replaces the terms.
+      proportion: see `Proportion`. None: R, S, P, Q, ... are averaged side by side, the signs of all terms but the first aligned
+        with the old ones. Given: the past is inside the estimate, which replaces the terms.
       starts_with_kfac: whether the first term is K-FAC's.
     """
 
     rank: int
     decay: ScalarOrSchedule
     estimate: Estimate
-    averaged: bool = True
+    proportion: Proportion | None = None
     starts_with_kfac: bool = False
 
     @property
@@ -72,18 +74,22 @@ class TermsFactors(NamedTuple):
     def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
         rho = base.weight_of_past(state.updates + 1, self.decay, count)
         new, iterations = {}, {}
+        failures = state.failures
         for name, old in state.terms.items():
             layer = source.layers[name]
             stacked = len(layer.stack_shape)
-            past = base.rho_of(old, rho)
-            (first, *others), iterations[name] = self.estimate(source, layer, old, past)
+            size = 0 if self.proportion is None else self.proportion(source, layer, old)
+            own = base.weights(base.rho_of(old, rho), jnp.asarray(size, rho.dtype))
+            failures = failures + own.excessive
+            (first, *others), iterations[name] = self.estimate(source, layer, old, own)
             new[name] = (
                 first,
                 *(aligned(term, past, stacked) for term, past in zip(others, old[1:], strict=True)),
             )
-        kept = rho if self.averaged else jnp.zeros_like(rho)
-        terms, failures = base.average(state.terms, new, kept)
-        return TermsState(state.updates + 1, terms, iterations, state.failures + failures)
+        kept = rho if self.proportion is None else jnp.zeros_like(rho)
+        # A second term may be near zero in one batch and not in the next.
+        terms, bad = base.average(state.terms, new, kept, lambda entry: entry[0])
+        return TermsState(state.updates + 1, terms, iterations, failures + bad)
 
     def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
         del layers

@@ -24,7 +24,7 @@ class TkfacState(NamedTuple):
       trace: {layer: σ (*stack,)}.
       input: {layer: σΦ (*stack, d_in, d_in)}, or the diagonal (*stack, d_in) of a side larger than `max_dim`.
       output: {layer: σΨ (*stack, d_out, d_out)}, or its diagonal.
-      failures: int32, estimates that were not finite and were left out.
+      failures: int32, estimates that were not finite and were left out, or out of proportion and bounded.
     """
 
     updates: jax.Array

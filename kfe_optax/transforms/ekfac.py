@@ -12,6 +12,7 @@ from kfe_optax import checks, kronecker
 from kfe_optax import damping as damping_lib
 from kfe_optax import factors as factors_lib
 from kfe_optax.devices import Distribute
+from kfe_optax.factors import base
 from kfe_optax.factors.base import Factors, Source
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
@@ -198,6 +199,8 @@ class _Ekfac(NamedTuple):
         new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
         new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)
         new_scale = layerwise.due(count, self.scale_update_period)
+        # The stand-in s_A s_Gᵀ of a first scale is no measure of it: N squared mean gradients may be N times as much.
+        known = state.last_refresh >= 0
         refresh = new_factors | new_basis
         if self.batch:
             refresh |= new_scale
@@ -211,7 +214,7 @@ class _Ekfac(NamedTuple):
             scale, failures = layerwise.refreshed(
                 new_scale,
                 step.finite,
-                lambda: self._running_scale(state, rotated, count, taps),
+                lambda: self._running_scale(state, rotated, step, known),
                 (state.scale, state.failures),
             )
             state = state._replace(scale=scale, failures=failures)
@@ -318,23 +321,25 @@ class _Ekfac(NamedTuple):
 
         # The start s_A s_Gᵀ is only a stand-in: the first measured scale replaces it.
         first = first & (state.last_refresh >= 0)
-        return self._average(state, pulled.reduce(moments), count, first)
+        decay = jnp.where(first, 0, layerwise.value(self.scale_decay, count))
+        return self._average(state, pulled.reduce(moments), decay, jnp.ones((), bool))
 
-    def _running_scale(self, state: EkfacState, rotated: Matrices, count: jax.Array, taps: Any) -> Scales:
+    def _running_scale(self, state: EkfacState, rotated: Matrices, step: Step, known: jax.Array) -> Scales:
+        taps = step.taps
+        assert taps is not None
         weight = taps.gradient_weight
         moments = {
             name: jnp.square(v) * (taps.examples_of(name) if weight is None else weight).astype(v.dtype)
             for name, v in rotated.items()
         }
-        return self._average(state, moments, count, jnp.zeros((), bool))
+        return self._average(state, moments, layerwise.value(self.scale_decay, step.count), known)
 
-    def _average(self, state: EkfacState, moments: Matrices, count: jax.Array, first: jax.Array) -> Scales:
-        decay = jnp.where(first, 0, layerwise.value(self.scale_decay, count))
+    def _average(self, state: EkfacState, moments: Matrices, decay: jax.Array, known: jax.Array) -> Scales:
         scale, failures = dict(state.scale), state.failures
         for name, moment in moments.items():
-            rho = decay.astype(moment.dtype)
-            average = rho * scale[name] + (1 - rho) * moment
-            finite = jnp.isfinite(jnp.sum(average))
-            failures = failures + ~finite
+            own = base.weights(decay, jnp.where(known, base.proportion(scale[name], moment), 0))
+            average = own.past.astype(moment.dtype) * scale[name] + own.new.astype(moment.dtype) * moment
+            finite = jnp.isfinite(jnp.abs(moment).max())
+            failures = failures + (~finite | own.excessive)
             scale[name] = jnp.where(finite, average, scale[name])
         return scale, failures
