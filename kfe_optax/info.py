@@ -14,7 +14,7 @@ from kfe_optax.transforms.two_level import TwoLevelState
 
 # What the states around a preconditioner's tell.
 _WRAPPERS: dict[type, tuple[str, ...]] = {
-    KlClipState: ("kl_factor",),
+    KlClipState: ("kl_factor", "rejected"),
     QuadraticModelState: ("step_size", "momentum", "inner_damping"),
     AdaptiveDampingState: ("damping", "reduction_ratio", "rejected"),
 }
@@ -29,9 +29,9 @@ class Info(NamedTuple):
         than 100 times the running average, which count as 100 times.
       last_refresh: the step of the last refresh of the inverses or the basis, −1 before the first.
       kl_factor: ν of the last `clip_by_kl`, 1 when it did not clip.
-      nonfinite: steps whose gradient was not finite; their update was zero.
+      nonfinite: steps whose gradient was not finite, whose update was zero, or that of the rest, which was left out.
       reduction_ratio: r of `adaptive_damping`, the loss's last measured change over the model's.
-      rejected: updates that it did not take.
+      rejected: updates that it or `clip_by_kl` did not take.
       step_size: α of `scale_by_quadratic_model`.
       momentum: its μ.
       inner_damping: the damping of the preconditioner inside it.

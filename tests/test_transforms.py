@@ -124,6 +124,11 @@ def test_clip_by_kl():
     updates, state = tx.update(zero, state)
     assert float(state.kl_factor) == 1
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
+    # A size that is no number, of a finite update too, is counted.
+    for count, bad in enumerate((jnp.nan, jnp.inf, 1e30), 1):
+        updates, state = tx.update({**grads, "b": jnp.array([bad])}, state)
+        assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
+        assert (float(state.kl_factor), int(kfe.info(state).rejected)) == (0, count)
 
 
 @pytest.mark.parametrize("name", ["kfac", "ekfac", "tekfac", "lanczos"])

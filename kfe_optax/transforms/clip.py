@@ -14,11 +14,19 @@ from kfe_optax.transforms.layerwise import ScalarOrSchedule
 
 
 class KlClipState(NamedTuple):
-    """State of `clip_by_kl`: the wrapped transformation's, the step count and the last factor ν (1: not clipped)."""
+    """State of `clip_by_kl`.
+
+    Attributes:
+      inner: the wrapped transformation's state.
+      count: int32, the number of steps taken.
+      kl_factor: the last factor ν (1: not clipped).
+      rejected: int32, updates whose size was not finite, which were not taken.
+    """
 
     inner: Any
     count: jax.Array
     kl_factor: jax.Array
+    rejected: jax.Array
 
 
 def clip_by_kl(
@@ -50,7 +58,8 @@ def clip_by_kl(
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
-        return KlClipState(inner.init(params), jnp.zeros((), jnp.int32), jnp.ones((), jnp.result_type(float)))
+        count, rejected = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return KlClipState(inner.init(params), count, jnp.ones((), jnp.result_type(float)), rejected)
 
     def update(updates, state, params=None, **extra):
         new, inner_state = inner.update(updates, state.inner, params, **extra)
@@ -62,8 +71,9 @@ def clip_by_kl(
         bound = layerwise.value(max_kl, state.count)
         factor = jnp.where(size > bound, jnp.sqrt(bound / jnp.where(size > 0, size, 1)), 1)
         # Nothing bounds a step whose size is not a number: it is not taken, and the factor says so.
-        factor = jnp.where(jnp.isfinite(size), factor, 0).astype(state.kl_factor.dtype)
+        finite = jnp.isfinite(size)
+        factor = jnp.where(finite, factor, 0).astype(state.kl_factor.dtype)
         new = jax.tree.map(lambda d: jnp.where(factor > 0, d * factor, 0).astype(d.dtype), new)
-        return new, KlClipState(inner_state, state.count + 1, factor)
+        return new, KlClipState(inner_state, state.count + 1, factor, state.rejected + ~finite)
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))

@@ -21,6 +21,7 @@ from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.basis import Refresh
 from kfe_optax.transforms.kronecker import update_factors
 from kfe_optax.transforms.layerwise import Matrices, Step
+from kfe_optax.transforms.rest import sound
 
 Pair = tuple[Eigenbasis, Eigenbasis]
 Carry = Literal["first", "second", "keep"] | Callable[[jax.Array, Pair, Pair], jax.Array]
@@ -45,7 +46,7 @@ class KfeState(NamedTuple):
       factors: the state of the factors.
       basis: {layer: (Eigenbasis of the input side, of the output side)}.
       inner: the state of the inner transformation, in the basis.
-      failures: int32, factors and factorizations that failed; the last good one was kept.
+      failures: int32, factors, factorizations and inner states that failed; the last good one was kept.
       last_refresh: int32, the step of the last refresh of the basis.
     """
 
@@ -213,7 +214,7 @@ class _InKfe(NamedTuple):
         }
         known = KfeInfo(eigenvalues, first & refresh, weight)
         result: Any = self.inner.update(gradients, inner, parameters, kfe=known, **step.extra)
-        updates, new_inner = result
+        updates, new_inner, spoilt = sound(*result, inner)
         # A gradient that is not finite must not reach the moments.
         new_inner = jax.tree.map(lambda new, old: jnp.where(step.finite, new, old), new_inner, inner)
         wide = {name: v.astype(gradients[name].dtype) for name, v in updates.items()}
@@ -222,7 +223,7 @@ class _InKfe(NamedTuple):
             factors,
             basis,
             new_inner,
-            state.failures + failures + factors.failures - state.factors.failures,
+            state.failures + failures + (spoilt & step.finite) + factors.failures - state.factors.failures,
             jnp.where(refresh, step.count, state.last_refresh),
         )
         return new, state

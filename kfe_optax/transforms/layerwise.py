@@ -20,6 +20,7 @@ from kfe_optax.devices import Distribute, Division
 from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
 from kfe_optax.layers import Layers, same_layers
 from kfe_optax.taps import Taps
+from kfe_optax.transforms import rest as rest_lib
 
 STATE_VERSION = 1
 Schedule = Callable[[Any], Any]
@@ -88,7 +89,8 @@ class LayerwiseState(NamedTuple):
       count: int32, the number of steps taken.
       method: the method's state.
       rest: the state of the transformation of the parameters outside the layers.
-      nonfinite: int32, steps whose gradient was not finite; their update was zero.
+      nonfinite: int32, steps whose gradient was not finite, whose update was zero, or that of the rest, see
+        `rest.sound`.
     """
 
     version: jax.Array
@@ -163,7 +165,7 @@ def layerwise(
             version=jnp.asarray(STATE_VERSION, jnp.int32),
             count=jnp.zeros((), jnp.int32),
             method=method.init(present),
-            rest=outside.init(_outside(layers, leaves)),
+            rest=outside.init(rest_lib.outside(layers, leaves)),
             nonfinite=jnp.zeros((), jnp.int32),
         )
 
@@ -176,17 +178,18 @@ def layerwise(
         rest_params = parameters = None
         if params is not None:
             parameter_leaves = leaves_by_path(params)
-            rest_params = _outside(layers, parameter_leaves)
+            rest_params = rest_lib.outside(layers, parameter_leaves)
             if method.reads_parameters:
                 parameters = matrices_of(present, parameter_leaves)
-        others = _outside(layers, leaves)
-        rest_updates, rest_state = others, state.rest
+        others = rest_lib.outside(layers, leaves)
+        rest_updates, rest_state, spoilt = others, state.rest, jnp.zeros((), bool)
         if others:
             if retry is None:
-                rest_updates, rest_state = outside.update(others, state.rest, rest_params, **extra)
+                result: Any = outside.update(others, state.rest, rest_params, **extra)
+                rest_updates, rest_state, spoilt = rest_lib.sound(*result, state.rest)
             else:
                 # Where only the damping differs, the rest has had its step.
-                rest_updates = _outside(layers, leaves_by_path(retry))
+                rest_updates = rest_lib.outside(layers, leaves_by_path(retry))
         finite = all_finite(leaves.values())
         arrays, static = static_values.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
@@ -211,7 +214,7 @@ def layerwise(
             count=count + 1,
             method=method_state,
             rest=rest_state,
-            nonfinite=state.nonfinite + (~finite & (not again)),
+            nonfinite=state.nonfinite + ((~finite | spoilt) & (not again)),
         )
         # Flattening order is that of the paths, so the tree comes back whatever container it was.
         ordered = [new[path] for path in leaves]
@@ -247,10 +250,6 @@ def all_finite(leaves: Any) -> jax.Array:
     # NaN and inf survive a sum, which reads each leaf once and writes nothing.
     sums = [jnp.sum(leaf, dtype=jnp.promote_types(jnp.result_type(leaf), jnp.float32)) for leaf in leaves]
     return jnp.isfinite(jnp.stack(sums)).all() if sums else jnp.ones((), bool)
-
-
-def _outside(layers: Layers, leaves: dict[Path, jax.Array]) -> dict[str, jax.Array]:
-    return {path_name(path): leaves[path] for path in layers.rest if path in leaves}
 
 
 def _scatter(present: list[Layer], matrices: Matrices, layers: Layers, rest: Any) -> dict[Path, jax.Array]:
