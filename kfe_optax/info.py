@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from kfe_optax import counts
 from kfe_optax.transforms.adaptive_damping import AdaptiveDampingState
 from kfe_optax.transforms.clip import KlClipState
 from kfe_optax.transforms.layerwise import LayerwiseState
@@ -102,4 +103,4 @@ def _first(seen: Any, new: Any) -> Any:
 
 
 def _add(seen: Any, new: Any) -> Any:
-    return _read(new) if seen is None else seen + _read(new)
+    return _read(new) if seen is None else counts.added(seen, _read(new))

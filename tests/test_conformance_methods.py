@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import kfe_optax as kfe
+from kfe_optax.counts import CYCLE, LAST
 
 from .dense import assert_close
 from .methods import (
@@ -23,6 +24,7 @@ from .methods import (
     of_layer,
     quick,
 )
+from .test_counts import ended
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +201,23 @@ def test_a_huge_batch_is_bounded(trainer, good, factor):
         for name in problem.layers:
             ours, theirs = (sum(sizes(r.updates[name], None)) for r in (after, expected))
             assert theirs / 40 < ours < 40 * theirs
+
+
+def test_counts_at_the_end_of_int32(trainer, good):
+    """None wraps around: no step refreshes by that, all is ready, and the next refresh comes when it is due."""
+    problem = trainer.problem
+    end = ended(good)
+    result = trainer.step(end, problem.batch(1), LAST)
+    expected = trainer.step(good, problem.batch(1), REFRESH + 7)  # as far behind a refresh
+    assert_equal(result.updates, expected.updates)
+    assert counts(result.state) == (LAST, LAST, LAST)
+    assert (int(result.state.count) + CYCLE - 1) == LAST
+    due = int(result.state.count) + (-int(result.state.count)) % REFRESH
+    after = trainer.step(result.state, problem.batch(2), due)
+    assert counts(after.state) == (LAST, LAST, due) and finite((after.updates, after.state))
+    assert int(after.state.method.factors.updates) == LAST
+    for batch in (problem.batch(2, scale=jnp.nan), problem.batch(2, x=problem.x * 1e25)):
+        assert counts(trainer.step(end, batch, due).state)[:2] == (LAST, LAST)
 
 
 @pytest.mark.release

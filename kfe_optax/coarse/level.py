@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import kronecker
+from kfe_optax import counts, kronecker
 from kfe_optax.coarse import fisher, spaces
 from kfe_optax.factors import base
 from kfe_optax.kronecker import Eigenbasis
@@ -132,7 +132,7 @@ class Level(NamedTuple):
             averages,
             updates,
             basis,
-            state.failures + failures,
+            counts.added(state.failures, failures),
             jnp.where(refresh, step.count, state.last_refresh),
         )
 
@@ -158,9 +158,10 @@ class Level(NamedTuple):
         vectors = self.space.vectors(space, list(layers.values()))
         new = self.form.measure(pulled, vectors, layers, _dtype(layers))
         updates = jnp.where(refresh, 0, state.updates) if self.space.moves else state.updates
-        rho = base.weight_of_past(updates + 1, self.decay, step.count)
+        updates = counts.added(updates, 1)
+        rho = base.weight_of_past(updates, self.decay, step.count)
         averages, bad = base.average({"": state.averages}, {"": new}, rho)
-        return space, averages[""], updates + 1, failures, bad
+        return space, averages[""], updates, failures, bad
 
     def _factorized(self, averages: Any, step: Step, old: Eigenbasis) -> tuple[Eigenbasis, jax.Array]:
         layers = self._of(step)

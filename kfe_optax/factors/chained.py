@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kfe_optax import counts
 from kfe_optax.chains import Chain, Element, Plan
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
@@ -83,11 +84,12 @@ class Chained(NamedTuple):
 
     def update(self, state: ChainedState, source: Source, count: jax.Array) -> ChainedState:
         """One more batch."""
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        rho = base.weight_of_past(counts.added(state.updates, 1), self.decay, count)
         chains, alone = estimate(self.plan.among(source.gradients), source, state.alone)
         chains, chain_failures = base.average(state.chains, chains, rho, lambda c: (c.input, c.output))
         alone, failures = base.average(state.alone, alone, rho)
-        return ChainedState(state.updates + 1, chains, alone, state.failures + failures + chain_failures)
+        failures = counts.added(state.failures, failures + chain_failures)
+        return ChainedState(counts.added(state.updates, 1), chains, alone, failures)
 
 
 def estimate(

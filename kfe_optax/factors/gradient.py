@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import checks, kronecker
+from kfe_optax import checks, counts, kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import FactorsState, averaged, zeros
@@ -38,7 +38,7 @@ class Gradient(NamedTuple):
                 jnp.sum(v * v, -1) if diagonal[0] else v @ v.mT,
                 jnp.sum(v * v, -2) if diagonal[1] else v.mT @ v,
             )
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        rho = base.weight_of_past(counts.added(state.updates, 1), self.decay, count)
         return averaged(state, new, rho)
 
     def terms(self, state: FactorsState, layers: Layers) -> dict[str, tuple[Term, ...]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import checks
+from kfe_optax import checks, counts
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.layer import Layer
@@ -45,10 +45,10 @@ def averaged(state: FactorsState, new: dict[str, Term], rho: jax.Array) -> Facto
     old = {name: Term(state.input[name], state.output[name]) for name in state.input}
     terms, failures = base.average(old, new, rho)
     return FactorsState(
-        state.updates + 1,
+        counts.added(state.updates, 1),
         {name: term.input for name, term in terms.items()},
         {name: term.output for name, term in terms.items()},
-        state.failures + failures,
+        counts.added(state.failures, failures),
     )
 
 
@@ -89,7 +89,7 @@ class Kfac(NamedTuple):
             name: base.is_diagonal(source.layers[name], Term(state.input[name], state.output[name]))
             for name in state.input
         }
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        rho = base.weight_of_past(counts.added(state.updates, 1), self.decay, count)
         return averaged(state, estimate(source, diagonal), rho)
 
     def terms(self, state: FactorsState, layers: Layers) -> dict[str, tuple[Term, ...]]:

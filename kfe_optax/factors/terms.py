@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import kronecker
+from kfe_optax import counts, kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.operators import Operator, times
@@ -72,15 +72,15 @@ class TermsFactors(NamedTuple):
         )
 
     def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        rho = base.weight_of_past(counts.added(state.updates, 1), self.decay, count)
         new, iterations = {}, {}
-        failures = state.failures
+        excessive = jnp.zeros((), jnp.int32)
         for name, old in state.terms.items():
             layer = source.layers[name]
             stacked = len(layer.stack_shape)
             size = 0 if self.proportion is None else self.proportion(source, layer, old)
             own = base.weights(base.rho_of(old, rho), jnp.asarray(size, rho.dtype))
-            failures = failures + own.excessive
+            excessive = excessive + own.excessive
             (first, *others), iterations[name] = self.estimate(source, layer, old, own)
             new[name] = (
                 first,
@@ -88,8 +88,9 @@ class TermsFactors(NamedTuple):
             )
         kept = rho if self.proportion is None else jnp.zeros_like(rho)
         # A second term may be near zero in one batch and not in the next.
-        terms, bad = base.average(state.terms, new, kept, lambda entry: entry[0])
-        return TermsState(state.updates + 1, terms, iterations, failures + bad)
+        terms, failures = base.average(state.terms, new, kept, lambda entry: entry[0])
+        updates = counts.added(state.updates, 1)
+        return TermsState(updates, terms, iterations, counts.added(state.failures, failures + excessive))
 
     def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
         del layers

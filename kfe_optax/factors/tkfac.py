@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import checks
+from kfe_optax import checks, counts
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.layer import Layer
@@ -65,10 +65,11 @@ class Tkfac(NamedTuple):
             lambda s: {name: s[name].traced_factors(self.pairing, d) for name, d in diagonal.items()}
         )
         old = {name: (state.trace[name], state.input[name], state.output[name]) for name in state.input}
-        rho = base.weight_of_past(state.updates + 1, self.decay, count)
+        rho = base.weight_of_past(counts.added(state.updates, 1), self.decay, count)
         averages, failures = base.average(old, new, rho)
         trace, inputs, outputs = ({name: parts[i] for name, parts in averages.items()} for i in range(3))
-        return TkfacState(state.updates + 1, trace, inputs, outputs, state.failures + failures)
+        updates, failures = counts.added(state.updates, 1), counts.added(state.failures, failures)
+        return TkfacState(updates, trace, inputs, outputs, failures)
 
     def terms(self, state: TkfacState, layers: Layers) -> dict[str, tuple[Term, ...]]:
         """√σ Φ and √σ Ψ, whose product is σ Φ⊗Ψ."""

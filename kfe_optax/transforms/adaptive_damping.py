@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import checks, explicit
+from kfe_optax import checks, counts, explicit
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.quadratic_model import (
     QuadraticModelState,
@@ -159,7 +159,8 @@ def adaptive_damping(
 
     def _taken(updates, result, state, params, taps, before, astray, penalty, loss_at):
         delta, inner_state = result
-        due = layerwise.due(state.count + 1, period)
+        count = counts.following(state.count)
+        due = layerwise.due(count, period)
 
         def measured():
             change = _loss_change(delta, params, before, loss_at, penalty)
@@ -187,10 +188,10 @@ def adaptive_damping(
             last = jax.tree.map(lambda d, b: d.astype(b.dtype), taken, last)
         new_state = AdaptiveDampingState(
             inner_state,
-            state.count + 1,
+            count,
             damping.astype(state.damping.dtype),
             jnp.where(astray, jnp.nan, ratio),
-            state.rejected + refused,
+            counts.added(state.rejected, refused),
             last,
         )
         return _unless(refused & ~astray, delta), new_state

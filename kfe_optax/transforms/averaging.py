@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import counts
 from kfe_optax.layer import leaves_by_path, path_name
 from kfe_optax.taps import Taps
 from kfe_optax.transforms import layerwise
@@ -73,14 +74,14 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
         if isinstance(taps, Taps) and taps.has_quadratic_model:
             seen.append(taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value)))
         # The parameters of the first step are where training starts, and no iterate.
-        counts = (state.count > 0) & layerwise.all_finite(seen)
+        joins = (state.count > 0) & layerwise.all_finite(seen)
         average = jax.tree.map(
-            lambda mean, p: jnp.where(counts, _joined(mean, p, state.decay), mean), state.average, params
+            lambda mean, p: jnp.where(joins, _joined(mean, p, state.decay), mean), state.average, params
         )
-        averaged = state.averaged + counts
-        k = (averaged + 1).astype(state.decay.dtype)
+        averaged = counts.added(state.averaged, joins)
+        k = 1 + averaged.astype(state.decay.dtype)
         past = jnp.minimum(1 - 1 / k, layerwise.value(decay, state.count)).astype(state.decay.dtype)
-        return updates, AveragingState(state.count + 1, averaged, past, average)
+        return updates, AveragingState(counts.following(state.count), averaged, past, average)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

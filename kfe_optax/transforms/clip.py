@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import explicit
+from kfe_optax import counts, explicit
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
 
@@ -74,6 +74,8 @@ def clip_by_kl(
         finite = jnp.isfinite(size)
         factor = jnp.where(finite, factor, 0).astype(state.kl_factor.dtype)
         new = jax.tree.map(lambda d: jnp.where(factor > 0, d * factor, 0).astype(d.dtype), new)
-        return new, KlClipState(inner_state, state.count + 1, factor, state.rejected + ~finite)
+        return new, KlClipState(
+            inner_state, counts.following(state.count), factor, counts.added(state.rejected, ~finite)
+        )
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))

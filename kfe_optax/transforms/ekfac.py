@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import checks, kronecker
+from kfe_optax import checks, counts, kronecker
 from kfe_optax import damping as damping_lib
 from kfe_optax import factors as factors_lib
 from kfe_optax.devices import Distribute
@@ -269,7 +269,7 @@ class _Ekfac(NamedTuple):
             lambda: self.factors.update(state.factors, source, step.count),
             state.factors,
         )
-        failures = state.failures + factors.failures - state.factors.failures
+        failures = counts.added(state.failures, factors.failures - state.factors.failures)
         state = state._replace(factors=factors, failures=failures)
         basis, scale, failures, last_refresh = layerwise.refreshed(
             new_basis,
@@ -309,7 +309,7 @@ class _Ekfac(NamedTuple):
                 carried = kronecker.carry_second_moment(old, state.basis[name], basis[name])
                 restarted = jnp.where(first, restarted, carried)
             scale[name] = restarted
-        return basis, scale, state.failures + failures, step.count
+        return basis, scale, counts.added(state.failures, failures), step.count
 
     def _batch_scale(self, state: EkfacState, count: jax.Array, pulled: Any, first: jax.Array) -> Scales:
         def moments(statistics):
@@ -340,6 +340,6 @@ class _Ekfac(NamedTuple):
             own = base.weights(decay, jnp.where(known, base.proportion(scale[name], moment), 0))
             average = own.past.astype(moment.dtype) * scale[name] + own.new.astype(moment.dtype) * moment
             finite = jnp.isfinite(jnp.abs(moment).max())
-            failures = failures + (~finite | own.excessive)
+            failures = counts.added(failures, ~finite | own.excessive)
             scale[name] = jnp.where(finite, average, scale[name])
         return scale, failures

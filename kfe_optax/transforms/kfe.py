@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import checks, kronecker
+from kfe_optax import checks, counts, kronecker
 from kfe_optax import factors as factors_lib
 from kfe_optax.devices import Devices, Distribute
 from kfe_optax.factors.base import Factors
@@ -219,11 +219,12 @@ class _InKfe(NamedTuple):
         new_inner = jax.tree.map(lambda new, old: jnp.where(step.finite, new, old), new_inner, inner)
         wide = {name: v.astype(gradients[name].dtype) for name, v in updates.items()}
         new = basis_lib.out_of(wide, basis, step.devices.products)
+        failures = failures + (spoilt & step.finite) + factors.failures - state.factors.failures
         state = KfeState(
             factors,
             basis,
             new_inner,
-            state.failures + failures + (spoilt & step.finite) + factors.failures - state.factors.failures,
+            counts.added(state.failures, failures),
             jnp.where(refresh, step.count, state.last_refresh),
         )
         return new, state

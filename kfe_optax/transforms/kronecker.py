@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import checks, kronecker
+from kfe_optax import checks, counts, kronecker
 from kfe_optax import factors as factors_lib
 from kfe_optax.devices import Distribute
 from kfe_optax.factors.base import Factors, Source
@@ -207,7 +207,7 @@ class _Kronecker(NamedTuple):
             factors,
             new_roots,
             strength,
-            state.failures + failures + factors.failures - state.factors.failures,
+            counts.added(state.failures, failures + factors.failures - state.factors.failures),
             last_refresh,
         )
         return new, state

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfe_optax import counts, explicit, static_values, varying
 from kfe_optax import devices as devices_lib
-from kfe_optax import explicit, static_values, varying
 from kfe_optax.devices import Distribute, Division
 from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
 from kfe_optax.layers import Layers, same_layers
@@ -86,7 +86,7 @@ class LayerwiseState(NamedTuple):
 
     Attributes:
       version: int32, the layout of the state.
-      count: int32, the number of steps taken.
+      count: int32, the number of steps taken (at the end of int32 see `counts.following`).
       method: the method's state.
       rest: the state of the transformation of the parameters outside the layers.
       nonfinite: int32, steps whose gradient was not finite, whose update was zero, or that of the rest, see
@@ -211,10 +211,10 @@ def layerwise(
         rest_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), rest_state, state.rest)
         state = LayerwiseState(
             version=state.version,
-            count=count + 1,
+            count=counts.following(count),
             method=method_state,
             rest=rest_state,
-            nonfinite=state.nonfinite + ((~finite | spoilt) & (not again)),
+            nonfinite=counts.added(state.nonfinite, (~finite | spoilt) & (not again)),
         )
         # Flattening order is that of the paths, so the tree comes back whatever container it was.
         ordered = [new[path] for path in leaves]

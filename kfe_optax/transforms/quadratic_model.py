@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import checks, explicit, static_values
+from kfe_optax import checks, counts, explicit, static_values
 from kfe_optax.taps import Taps, symmetric
 from kfe_optax.transforms import damping_search, layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
@@ -168,7 +168,7 @@ def scale_by_quadratic_model(
         numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm, eta)
         new_state = QuadraticModelState(
             inner_state,
-            state.count + 1,
+            counts.following(state.count),
             delta,
             *(number.astype(state.step_size.dtype) for number in numbers),
         )

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import checks, kronecker
+from kfe_optax import checks, counts, kronecker
 from kfe_optax.chains import Chains, Element, Plan, find_chains
 from kfe_optax.devices import Devices, Distribute
 from kfe_optax.factors import base
@@ -197,7 +197,7 @@ class _Tridiagonal(NamedTuple):
             factors,
             roots,
             strength,
-            state.failures + failures + factors.failures - state.factors.failures,
+            counts.added(state.failures, failures + factors.failures - state.factors.failures),
             last_refresh,
         )
         return new, state

@@ -1,0 +1,107 @@
+"""Counts at the end of int32: none wraps around, and what is due at a period stays due at it."""
+
+from __future__ import annotations
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfe_optax as kfe
+from kfe_optax import counts
+from kfe_optax.counts import CYCLE, LAST, added, following
+from kfe_optax.factors import base
+from kfe_optax.transforms import layerwise
+
+from . import problems
+
+
+@pytest.mark.parametrize(
+    "period", [1, 2, 3, 5, 7, 10, 12, 20, 32, 50, 64, 100, 128, 250, 500, 1000, 2500, 10_000]
+)
+def test_a_period_goes_on(period):
+    """From well before the end to well after it, the steps that are due are `period` apart."""
+    count, steps = jnp.int32(LAST - 2 * period), 5 * period
+
+    def step(count, _):
+        return following(count), (count, layerwise.due(count, period))
+
+    _, (seen, due) = jax.lax.scan(step, count, None, steps)
+    assert (np.asarray(seen) > 0).all() and np.asarray(seen).max() == LAST
+    at = np.flatnonzero(due)
+    assert len(at) == 5 and (np.diff(at) == period).all()
+    assert CYCLE % period == 0
+
+
+def test_totals_stay_at_the_end():
+    total = jnp.int32(LAST - 1)
+    for more in (jnp.ones((), bool), 3, jnp.int32(LAST)):
+        total = added(total, more)
+        assert (int(total), total.dtype) == (LAST, jnp.int32)
+    assert int(added(jnp.int32(5), jnp.zeros((), bool))) == 5
+    # The weight of the past of an average with so many batches in it.
+    assert float(base.weight_of_past(total, 0.95, jnp.int32(0))) == pytest.approx(0.95)
+
+
+def ended(state):
+    """The state with every count of the package at the end."""
+
+    def last(path, leaf):
+        names = [getattr(key, "name", None) for key in path]
+        # Optax's own counts, in the rest and inside a method, are its own.
+        others = {"rest", "version"} & {*names} or ("method", "inner") in itertools.pairwise(names)
+        ours = jnp.issubdtype(jnp.result_type(leaf), jnp.integer) and not others
+        return jnp.full_like(leaf, LAST) if ours else leaf
+
+    return jax.tree_util.tree_map_with_path(last, state)
+
+
+def test_clip_and_average():
+    grads = {"w": jnp.array([3.0, jnp.nan])}
+    tx = optax.chain(kfe.average_iterates(0.9), kfe.clip_by_kl(optax.identity(), 1e-2))
+    state = ended(tx.init(grads))
+    for bad in (True, False):
+        given = grads if bad else {"w": jnp.ones(2)}
+        updates, state = tx.update(given, state, {"w": jnp.ones(2)})
+        assert all(int(leaf) > 0 for leaf in jax.tree.leaves(state) if leaf.dtype == jnp.int32)
+        assert np.isfinite(updates["w"]).all()
+    average, clip = state
+    assert int(average.averaged) == int(clip.rejected) == LAST
+    assert float(average.decay) == pytest.approx(0.9)
+
+
+def test_adaptive_damping_and_quadratic_model():
+    """λ is adapted at its period across the end, and the counts of all parts go on together."""
+    params, x = {"kernel": jnp.full((1, 1), 2.0)}, jnp.ones((4, 1))
+
+    def loss_fn(params):
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        return kfe.losses.l2_loss(z, jnp.full_like(z, 0.5)).mean()
+
+    layers = kfe.find_layers(loss_fn, params)
+    tx = kfe.kfac_adaptive(layers, initial_damping=1.0, damping_period=5, search_period=10)
+    step = problems.tuned_step(tx, loss_fn, layers)
+    params, state, _ = step(params, tx.init(params))
+    state = ended(state)
+    adapted = []
+    for i in range(15):
+        before = kfe.info(state).damping
+        params, state, loss = step(params, state)
+        assert np.isfinite(loss)
+        if kfe.info(state).damping != before:
+            adapted.append(i)
+        assert all((np.asarray(v) >= 0).all() for v in jax.tree.leaves(state) if v.dtype == jnp.int32)
+        average, outer = state
+        assert len({int(s.count) for s in (average, outer, outer.inner, outer.inner.inner)}) == 1
+    assert len(adapted) == 3 and (np.diff(adapted) == 5).all()
+
+
+def test_info_adds_up_to_the_end():
+    grads = {"w": jnp.ones(2)}
+    clip = kfe.clip_by_kl(optax.identity(), 1e-2)
+    state = optax.chain(clip, clip).init(grads)
+    assert int(kfe.info(ended(state)).rejected) == LAST
+    assert np.iinfo(np.int32).max == counts.LAST
