@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,7 +203,7 @@ def test_a_refused_step_is_no_momentum(wrap, x64):
 
 @pytest.mark.parametrize("momentum", [True, False])
 def test_a_loss_that_stays_lost_is_left_alone(momentum):
-    """Where the batch is to blame one step is taken back, and then nothing moves; the step has no part in what follows."""
+    """Where the batch is to blame nothing moves, the momentum stays and λ too, for one bad batch or several, of any sort."""
     params, x = {"kernel": jnp.ones((3, 2))}, jnp.diag(jnp.arange(1.0, 4.0))
 
     def loss_fn(params, x):
@@ -220,18 +222,15 @@ def test_a_loss_that_stays_lost_is_left_alone(momentum):
         return optax.apply_updates(params, updates), state
 
     state, seen, momenta = tx.init(params), [params["kernel"]], []
-    lost = x * jnp.nan
-    for batch in (x, x, lost, x, x, lost, lost, lost):
+    batches = (x, x, x * jnp.nan, x, x, x * jnp.inf, x * 1e30, x.at[0, 0].set(jnp.nan), x)
+    for batch in batches:
         params, state = step(params, state, batch)
         seen.append(params["kernel"])
         momenta.append(float(state.inner.momentum))
-    assert not (seen[2] == seen[1]).any() and not (seen[5] == seen[4]).any()
-    assert_close(seen[3], seen[1], 1e-6)
-    for later in seen[6:]:
-        assert_close(later, seen[4], 1e-6)
-    assert state.rejected == 4
-    assert_close(state.damping, jnp.asarray(9.0 * 4**4), 1e-6)
-    assert momenta[3] == 0 and bool(momenta[4]) == momentum
+    moves = [bool((after != before).any()) for before, after in itertools.pairwise(seen)]
+    assert moves == [True, True, False, True, True, False, False, False, True]
+    assert [m != 0 for m in momenta] == [momentum and moved and i > 0 for i, moved in enumerate(moves)]
+    assert state.rejected == 0 and state.damping == 9.0
 
 
 def test_the_state_keeps_its_types():

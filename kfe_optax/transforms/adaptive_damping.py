@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +60,8 @@ def adaptive_damping(
 
     An update is not taken where it leads to parameters that are not finite or, measured, to a loss that is not; nor where it is
     so long, ‖δ‖ > ‖θ‖/√ε > 0, that it could not be taken back: θ + δ − δ has lost half of θ's digits. One that leads unmeasured
-    to where the loss or its gradient is not finite is taken back on the next step. Each raises λ fourfold. Do not wrap this in
+    to where the loss or its gradient is not finite is taken back on the next step. Each raises λ fourfold. A batch whose loss was
+    not finite before that update either is passed over instead: bad data are no bad step. Do not wrap this in
     `optax.apply_if_finite`, which hides such a step.
 
     Args:
@@ -159,33 +159,44 @@ def adaptive_damping(
 
     def _taken(updates, result, state, params, taps, before, astray, penalty, loss_at):
         delta, inner_state = result
-        count = counts.following(state.count)
+        count, last = counts.following(state.count), state.last
         due = layerwise.due(count, period)
-
-        def measured():
-            change = _loss_change(delta, params, before, loss_at, penalty)
-            model = _model_change(
-                inner_state, updates, delta, params, taps, state.damping, penalty, damping_in_model
-            )
-            ratio = _ratio(change, model, before)
-            return ratio.astype(state.damping.dtype), jnp.isfinite(change)
-
-        ratio, finite = jax.lax.cond(due, measured, lambda: (state.reduction_ratio, jnp.ones((), bool)))
-        finite &= _reversible(params, delta, inner_state)
-        power = jnp.asarray(factor, state.damping.dtype) ** period
-        damping = jnp.where(due, adapted(state.damping, ratio, power, floor, ceiling), state.damping)
-        refused = astray | ~finite
-        damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, ceiling), damping)
-
-        inner_state = _without_momentum(refused, inner_state)
-        last = state.last
         # Without one the quadratic model itself has taken back what led astray.
         if last is not None:
-            taken = _as(last, _unless(refused, delta))
             delta = jax.tree.map(
                 lambda d, b: jnp.where(astray, -b.astype(d.dtype), d), delta, _as(delta, last)
             )
-            last = jax.tree.map(lambda d, b: d.astype(b.dtype), taken, last)
+
+        def measured():
+            there = loss_at(optax.apply_updates(params, delta))
+            change = _loss_change(there - before, delta, params, penalty)
+            model = _model_change(
+                inner_state, updates, delta, params, taps, state.damping, penalty, damping_in_model
+            )
+            ratio = _ratio(change, model, before).astype(state.damping.dtype)
+            finite = jnp.isfinite(jnp.where(astray, there, change))
+            squared = state.inner.squared_norm if last is None else inner_product(last, last)
+            return ratio, finite, squared != 0
+
+        nothing = jnp.ones((), bool)
+        ratio, finite, moved = jax.lax.cond(
+            due | astray, measured, lambda: (state.reduction_ratio, nothing, nothing)
+        )
+        # Where this batch has no finite loss before the last update either, nor there was one, that is the batch's doing.
+        held = astray & ~(finite & moved)
+        refused = jnp.where(astray, ~held, ~(finite & _reversible(params, delta, inner_state)))
+        power = jnp.asarray(factor, state.damping.dtype) ** period
+        damping = adapted(state.damping, ratio, power, floor, ceiling)
+        damping = jnp.where(due & ~astray, damping, state.damping)
+        damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, ceiling), damping)
+
+        inner_state = _without_momentum(refused, inner_state)
+        if last is None:
+            squared_norm = jnp.where(held, state.inner.squared_norm, inner_state.squared_norm)
+            inner_state = inner_state._replace(squared_norm=squared_norm)
+        else:
+            taken = _as(last, _unless(refused, delta))
+            last = jax.tree.map(lambda d, b: jnp.where(held, b, d.astype(b.dtype)), taken, last)
         new_state = AdaptiveDampingState(
             inner_state,
             count,
@@ -194,7 +205,7 @@ def adaptive_damping(
             counts.added(state.rejected, refused),
             last,
         )
-        return _unless(refused & ~astray, delta), new_state
+        return _unless(held | (refused & ~astray), delta), new_state
 
     @jax.jit
     def _compiled(updates, result, state, params, taps, before, astray, penalty):
@@ -259,11 +270,8 @@ def adapted(damping: jax.Array, ratio: jax.Array, power: Any, floor: Any, ceilin
     return jnp.clip(damping * scale, floor, ceiling).astype(damping.dtype)
 
 
-def _loss_change(
-    delta: Any, params: Any, before: jax.Array, loss_at: Callable[[Any], jax.Array], l2: Any
-) -> jax.Array:
-    """h(θ+δ) − h(θ)."""
-    change = loss_at(optax.apply_updates(params, delta)) - before
+def _loss_change(change: jax.Array, delta: Any, params: Any, l2: Any) -> jax.Array:
+    """h(θ+δ) − h(θ) from the change of the loss function."""
     if l2 is None:
         return change
     return change + l2 * (inner_product(params, delta) + inner_product(delta, delta) / 2)

@@ -172,7 +172,11 @@ def scale_by_quadratic_model(
             delta,
             *(number.astype(state.step_size.dtype) for number in numbers),
         )
-        return jax.tree.map(lambda d, u: layerwise.narrowed(d, u.dtype), delta, updates), new_state
+        # What is taken back stays δ₀: `adaptive_damping` may find that the batch is to blame, and not the update.
+        sign = jnp.where(False if back is None else back, -1, 1)
+        return jax.tree.map(
+            lambda d, u: layerwise.narrowed(d * sign.astype(d.dtype), u.dtype), delta, updates
+        ), new_state
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
@@ -180,12 +184,12 @@ def scale_by_quadratic_model(
 def _taking_back(
     back: jax.Array | None, coefficients: jax.Array, vectors: list[Any], state: QuadraticModelState
 ) -> tuple[jax.Array, list[Any]]:
-    """The coefficients of −δ₀, if it was taken, where that is to be taken `back`, and the vectors with δ₀ the last of them."""
+    """The coefficients of δ₀, if it was taken, where that is to be taken `back`, and the vectors with δ₀ the last of them."""
     if back is None:
         return coefficients, vectors
     if len(vectors) == 1:
         coefficients, vectors = jnp.pad(coefficients, (0, 1)), [*vectors, state.previous]
-    last = jnp.where(state.squared_norm != 0, -1, 0).astype(coefficients.dtype)
+    last = (state.squared_norm != 0).astype(coefficients.dtype)
     return jnp.where(back, jnp.stack([jnp.zeros_like(last), last]), coefficients), vectors
 
 
