@@ -23,7 +23,7 @@ def accumulated(
     row_mask: Any,
     stacked: tuple[bool, ...],
     num_state: int,
-) -> tuple[Any, Any, Any, Any, list[Any]]:
+) -> tuple[Any, Any, Any, Any, list[Any], tuple[bool, ...]]:
     """The passes of all microbatches, one after the other.
 
     Args:
@@ -31,17 +31,18 @@ def accumulated(
       parameters: of the model.
       arrays: those of the batch with a leading axis of microbatches.
       row_mask: likewise, or None.
-      stacked: which of the arrays have that axis in what is returned: those of the batch, and the state of the model.
-      num_state: how many of the first arrays are state of the model, which each pass hands on to the next.
+      stacked: which of the arrays have that axis.
+      num_state: how many of the first arrays are state of NNX objects, which each pass hands on to the next.
 
     Returns:
-      (loss, aux with a leading axis of microbatches), gradients, the model's state at the end, the weights (see `Taps`), and the
-      arrays, the state of the model as each microbatch met it.
+      (loss, aux with a leading axis of microbatches), gradients, the state at the end, the weights (see `Taps`), and the arrays,
+      moved state as each microbatch met it, and which of them have a leading axis of microbatches.
     """
     k = forward.place.microbatches
     parts, whole = microbatches.separate(stacked[num_state:], arrays[num_state:])
 
     rebuild: list[Any] = []
+    moves: list[bool] = []
 
     def one(state, part):
         here, mask = part
@@ -50,29 +51,36 @@ def accumulated(
         moved, rest = static_values.split_static(passed.state)
         if len(moved) != num_state:
             raise ValueError(
-                f"The model's state has {num_state} arrays before a call and {len(moved)} after it (by sow, for instance), so "
-                "that it cannot move from microbatch to microbatch: take such values out with has_aux, or use one microbatch."
+                f"The state of the NNX objects has {num_state} arrays before a call and {len(moved)} after it (by sow, for "
+                "instance), so that it cannot move from microbatch to microbatch: take such values out with has_aux, or use one "
+                "microbatch."
             )
         rebuild.append(rest)
+        moves[:] = [new is not old for new, old in zip(moved, state, strict=True)]
         return (passed.loss, jax.tree.map(_wide, grads), weights_of(cotangents)), moved, passed.aux
 
     start = list(arrays[:num_state])
     sums, after, _ = jax.eval_shape(one, start, jax.tree.map(lambda v: v[0], (parts, row_mask)))
     start = [varying.over(varying.axes_of(new), old) for old, new in zip(start, after, strict=True)]
+    # What no pass moves (keys, a frozen model) is neither carried nor kept for each of them.
+    moving, fixed = microbatches.separate(moves, start)
 
     def add(carry, part):
-        total, state = carry
-        new, moved, aux = one(state, part)
-        return (jax.tree.map(jnp.add, total, new), moved), (state, aux)
+        total, moving = carry
+        new, moved, aux = one(microbatches.merge(moves, moving, fixed), part)
+        return (jax.tree.map(jnp.add, total, new), microbatches.separate(moves, moved)[0]), (moving, aux)
 
     zeros = jax.tree.map(varying.zeros, sums)
-    (total, state), (met, aux) = jax.lax.scan(add, (zeros, start), (parts, row_mask))
+    (total, moving), (met, aux) = jax.lax.scan(add, (zeros, moving), (parts, row_mask))
+    _, fixed = microbatches.separate(moves, arrays[:num_state])
+    state = rebuild[-1](microbatches.merge(moves, moving, fixed))
+    given = [*microbatches.merge(moves, met, fixed), *arrays[num_state:]], (*moves, *stacked[num_state:])
     loss, grads, weights = total
     grads = jax.tree.map(lambda g, p: (g / k).astype(p.dtype), grads, parameters)
     if weights is not None:
         # Each pass's loss has weight 1/k in their mean.
         weights = weights / jnp.array([k, k**2], weights.dtype)
-    return (loss / k, aux), grads, rebuild[-1](state), weights, [*met, *arrays[num_state:]]
+    return (loss / k, aux), grads, state, weights, *given
 
 
 def _wide(gradient: jax.Array) -> jax.Array:

@@ -63,8 +63,8 @@ def find_layers(
       >>> [(name, layer.shape) for name, layer in layers.items()]
       [('layers_0', (6, 4)), ('layers_2', (5, 3))]
     """
-    parameters, other, rebuild = adapters.partition(params)
-    arrays, static = static_values.split_static((other, args, kwargs))
+    parameters, given, rebuild, _ = adapters.partition(params, args, kwargs)
+    arrays, static = static_values.split_static(given)
     classes = nnx_adapter.class_names(params) if nnx_adapter.is_module(params) else {}
     axes = tuple((name, 1) for name in varying.names(axis_name))
     return discover(loss_fn, has_aux, parameters, arrays, rebuild, static, classes, axes)
@@ -84,7 +84,7 @@ def discover(
     shapes = leaves_by_path(parameters)
     names = [
         (parent, name)
-        for parent, own in adapters.slots(rebuild(parameters, static(arrays)[0], {})).items()
+        for parent, own in adapters.slots(rebuild(parameters, static(arrays), {}).params).items()
         for name in own
         if jaxprs.float_leaf(shapes.get((*parent, name)))
     ]
@@ -94,12 +94,12 @@ def discover(
     ]
 
     def traced(parameters, arrays, probes, kept):
-        other, args, kwargs = static(arrays)
         boxes: dict[Path, dict[str, Any]] = {}
         for (parent, name), probe in zip(names, probes, strict=True):
             if parent in kept:
                 boxes.setdefault(parent, {})[name] = probe
-        loss = loss_fn(rebuild(parameters, other, boxes), *args, **kwargs)
+        call = rebuild(parameters, static(arrays), boxes)
+        loss = loss_fn(call.params, *call.args, **call.kwargs)
         return loss[0] if has_aux else loss
 
     def trace(kept):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kfe_optax import adapters, explicit, masks, outputs, tags, varying
-from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
 
@@ -35,7 +33,7 @@ class Pass(NamedTuple):
 
     loss: jax.Array
     aux: Any
-    state: Any  # what is no parameter of an NNX module, as the pass has moved it
+    state: Any  # what NNX objects hold beside the parameters, as the pass has moved it
     leaves: list[Any]
     cotangent: jax.Array
     swaps: Swaps
@@ -55,7 +53,7 @@ class Forward:
     """
 
     reference: Any
-    rebuild: Callable[..., Any]
+    rebuild: adapters.Rebuild
     static: Any
     has_aux: bool
     layers: Layers
@@ -64,16 +62,15 @@ class Forward:
 
     def loss(self, parameters: Any, arrays: Any) -> jax.Array:
         """The loss at these parameters, without taps; mutable state moves on in a copy."""
-        other, args, kwargs = self.static(arrays)
-        return self._run(self.rebuild(parameters, other, {}), args, kwargs)[0]
+        return self._run(self.rebuild(parameters, self.static(arrays), {}))[0]
 
-    def _run(self, model: Any, args: Any, kwargs: Any) -> tuple[jax.Array, Any]:
+    def _run(self, call: adapters.Call) -> tuple[jax.Array, Any]:
         loss_fn = self.reference()
         if loss_fn is None:
             raise ReferenceError(
                 "The loss function of these taps is gone: keep a reference to it as long as to the taps."
             )
-        found = loss_fn(model, *args, **kwargs)
+        found = loss_fn(call.params, *call.args, **call.kwargs)
         return found if self.has_aux else (found, None)
 
     def __call__(self, parameters: Any, arrays: Any, row_mask: Any) -> Pass:
@@ -95,14 +92,12 @@ class Forward:
                 serial: controls[serial]._replace(rider=rider)
                 for serial, rider in zip(controls, riders["outputs"], strict=True)
             }
-            other, args, kwargs = self.static(arrays)
-            model = self.rebuild(parameters, other, self._boxes(riders["layers"]))
+            call = self.rebuild(parameters, self.static(arrays), self._boxes(riders["layers"]))
             collection = _Collection(self.layers, registered, live, place, axes)
             with tags.listening(collection), adapters.intercepting(), masks.row_mask(row_mask):
-                loss, aux = self._run(model, args, kwargs)
+                loss, aux = self._run(call)
             _check_loss(loss)
-            state = nnx_adapter.other_state(model) if nnx_adapter.is_module(model) else None
-            return loss, (aux, state)
+            return loss, (aux, call.state())
 
         loss, pull, (aux, state) = jax.vjp(run, parameters, varying.over(place.axes, riders), has_aux=True)
         leaves, structure = jax.tree.flatten(pull)

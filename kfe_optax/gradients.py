@@ -54,18 +54,19 @@ def value_grad_and_taps(
       microbatches: k > 1 takes the batch in k parts one after the other, for gradients that do not fit into memory at once: loss
         and gradients are the means over the parts (those of the whole batch, for a loss that is a mean over examples), and
         so are the statistics, for which a refresh runs each part forward and backward once more. `aux` comes with a
-        leading axis of k; the state of an `nnx.Module` moves from part to part. A key among the arguments is the same for
-        all parts: give dropout a key an example, or an NNX module its `rngs`.
+        leading axis of k; the state of NNX objects moves from part to part. A key among the arguments is the same for all
+        parts: give dropout a key an example, or `nnx.Rngs`, of the module or as an argument.
       batch_arguments: which arguments of the loss hold examples along their first axis: positions (the parameters are 0) or
         names of keywords. All behind the parameters by default; scalars are never split.
 
     Returns:
       `f(params, *args, key=None, row_mask=None, **kwargs) -> (loss, grads, taps)`, `((loss, aux), grads, taps)` with `has_aux`.
       `row_mask`, (n,) or (n, t, ...), leaves padded positions out of the statistics (see `kfe.row_mask`). `loss` and
-      `grads` are those of `jax.value_and_grad` (`nnx.value_and_grad` for an `nnx.Module`, whose batch statistics and rng
-      counts move alike). It is compiled; arrays are traced, Python values among the arguments are static, so pass
-      numbers that change as arrays. Under `vmap` a period's `lax.cond` on a batched step count becomes a select and
-      every step pays for a refresh: keep the count unbatched.
+      `grads` are those of `jax.value_and_grad` (`nnx.value_and_grad` for an `nnx.Module`). The state of NNX objects moves as it
+      does there: batch statistics and rng counts of the module, `nnx.Rngs`, metrics and further models among the arguments.
+      It is compiled; arrays are traced, Python values among the arguments are static, so pass numbers that change as arrays.
+      Under `vmap` a period's `lax.cond` on a batched step count becomes a select and every step pays for a refresh: keep the
+      count unbatched.
 
     Raises:
       ValueError: the loss registers no output, `key` is missing, the loss's layers or parameters are not those of `layers`, a
@@ -111,14 +112,14 @@ def value_grad_and_taps(
                 "fisher='sampled' draws targets from the model and needs a random key: pass key=jax.random.fold_in(key, step), "
                 "or choose fisher='empirical' or 'exact'."
             )
-        parameters, other, rebuild = adapters.partition(params)
-        stacked = microbatches_lib.flags(microbatches, batch_arguments, other, args, kwargs, row_mask)
-        arrays, static = static_values.split_static((other, args, kwargs))
+        parameters, given, rebuild, objects = adapters.partition(params, args, kwargs)
+        stacked = microbatches_lib.flags(microbatches, batch_arguments, *given, row_mask)
+        arrays, static = static_values.split_static(given)
         seed = jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32)
         assert keep is not None  # the compiled function holds it weakly
         value, grads, taps, state = compiled(rebuild, static, stacked, parameters, arrays, seed, row_mask)
-        if nnx_adapter.is_module(params):
-            nnx_adapter.update(params, state)
+        if objects:
+            nnx_adapter.update(objects, state)
         return value, grads, taps
 
     return wrapped
@@ -135,7 +136,7 @@ def _compile(
 ):
     def step(rebuild, static, stacked, parameters, arrays, seed, row_mask):
         _check_axes(parameters, arrays, place.axis_name)
-        k, here = place.microbatches, place
+        k, here, before = place.microbatches, place, arrays
         if k > 1:
             arrays = [microbatches_lib.split(a, k) if s else a for a, s in zip(arrays, stacked, strict=True)]
             row_mask = None if row_mask is None else microbatches_lib.split(jnp.asarray(row_mask), k)
@@ -161,10 +162,11 @@ def _compile(
             )
         else:
             num_state = len(static_values.split_static(static(arrays)[0])[0])
-            stacked = (*(True for _ in range(num_state)), *stacked[num_state:])
             scanned = accumulation.accumulated(forward, parameters, arrays, row_mask, stacked, num_state)
-            (loss, aux), grads, state, weights, arrays = scanned
+            (loss, aux), grads, state, weights, arrays, stacked = scanned
             residuals = swaps = None
+        if state is not None:
+            state = nnx_adapter.moved(static(before)[0], state)
         container = jax.tree.structure(parameters)
         plan = Plan(forward, swaps, fisher, num_samples, stacked, container)
         given = Given(parameters, arrays, row_mask) if quadratic_model or k > 1 else None

@@ -40,7 +40,7 @@ def flags(
       microbatches: k; for 1 nothing is split.
       chosen: positions among the arguments of the loss (the parameters are 0) and names of keywords; None: every argument
         behind the parameters. Scalars are never split.
-      other: state of the model, never split.
+      other: state of NNX objects, never split.
       args: the arguments behind the parameters.
       kwargs: the keyword arguments.
       row_mask: split as well.

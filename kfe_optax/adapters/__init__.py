@@ -2,14 +2,15 @@
 
 The rest of the library sees a *box* per slot, {parent key path: {name: array}}, and these functions:
 `insert` puts boxes beside parameters, `strip` takes them out, `intercepting` makes Flax layers call `tags.tag`, `partition`
-splits what a user differentiates into parameters and everything else that is traced.
+splits what a loss is called with into the parameters that are differentiated and everything else that is traced.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Generator, Mapping
+from typing import Any, NamedTuple
 
 from flax.core import meta
 
@@ -27,20 +28,59 @@ def intercepting() -> Generator[None]:
         yield
 
 
-def partition(params: Any) -> tuple[Any, Any, Callable[[Any, Any, Boxes], Any]]:
-    """Splits `params` into (parameters, other traced state, rebuild).
+class Call(NamedTuple):
+    """What the loss function is called with.
 
-    `rebuild(parameters, other, boxes)` gives what the loss function takes. For a parameter tree `other` is empty; for an
-    `nnx.Module` the parameters are the `nnx.State` of its `nnx.Param`s and `other` the rest of its state.
+    Attributes:
+      params, args, kwargs: as in `loss_fn(params, *args, **kwargs)`.
+      objects: the NNX objects among them, the model first.
     """
-    if nnx.is_module(params):
-        return nnx.partition(params)
-    return params, (), _rebuild_tree
+
+    params: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    objects: list[Any]
+
+    def state(self) -> Any:
+        """What the call may have moved: the state of the objects apart from the model's parameters; None without objects."""
+        return nnx.other_state(self.objects, nnx.is_module(self.params)) if self.objects else None
 
 
-def _rebuild_tree(parameters: Any, other: Any, boxes: Boxes) -> Any:
-    del other
-    return insert_tree(parameters, boxes)
+@dataclasses.dataclass(frozen=True)
+class Rebuild:
+    """The call of a loss function from its parts (see `partition`), with riders; hashable, so static under `jax.jit`."""
+
+    has_model: bool
+    graph: Any  # of the NNX objects, None where there are none
+
+    def __call__(self, parameters: Any, rest: Any, boxes: Boxes) -> Call:
+        other, args, kwargs = rest
+        if self.has_model:
+            objects = nnx.merge(self.graph, parameters, other, boxes)
+            params, others = objects[0], objects[1:]
+        else:
+            objects = others = [] if self.graph is None else nnx.merge(self.graph, None, other, {})
+            params = insert_tree(parameters, boxes)
+        return Call(params, *nnx.put_objects((args, kwargs), others), objects)
+
+
+def partition(
+    params: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+) -> tuple[Any, Any, Rebuild, list[Any]]:
+    """Splits what a loss function is called with into (parameters, rest, rebuild, objects).
+
+    `rest` is (other state, args, kwargs) and `rebuild(parameters, rest, boxes)` the call. Of an `nnx.Module` the parameters are
+    the `nnx.State` of its `nnx.Param`s; the other state is what else it holds, and all that the NNX objects among the arguments
+    hold. These objects, the model first, can be moved by a call (see `Call.state` and `nnx.update`).
+    """
+    (args, kwargs), objects = nnx.take_objects((args, kwargs or {}))
+    has_model = nnx.is_module(params)
+    if has_model:
+        objects = [params, *objects]
+    if not objects:
+        return params, ((), args, kwargs), Rebuild(False, None), objects
+    graph, own, other = nnx.split(objects, has_model)
+    return own if has_model else params, (other, args, kwargs), Rebuild(has_model, graph), objects
 
 
 def insert_tree(tree: Any, boxes: Boxes, path: layer_lib.Path = ()) -> Any:

@@ -143,13 +143,13 @@ def gauss_newton_block(
         max_size,
         "Use the matrix-free fisher_norm and kronecker_error",
     )
-    parameters, other, rebuild = adapters.partition(params)
+    parameters, given, rebuild, _ = adapters.partition(params)
 
     def outputs(matrix):
         own = layer.from_matrix(matrix)
         leaves, structure = jax.tree_util.tree_flatten_with_path(parameters)
         new = [own[key_path(p)].astype(v.dtype) if key_path(p) in own else v for p, v in leaves]
-        return outputs_fn(rebuild(jax.tree.unflatten(structure, new), other, {}))
+        return outputs_fn(rebuild(jax.tree.unflatten(structure, new), given, {}).params)
 
     z, push = jax.linearize(outputs, layer.to_matrix(parameters).astype(layer.factor_dtype))
     if jnp.shape(jax.eval_shape(loss_fn, z)) != ():

@@ -102,16 +102,17 @@ def check_layers(
       >>> checks.ok
       True
     """
-    parameters, other, rebuild = adapters.partition(params)
+    parameters, (other, args, kwargs), rebuild, _ = adapters.partition(params, args, kwargs)
 
     def pure(parameters, *args):
-        # On a copy: a check must not move the model's batch statistics.
-        result = loss_fn(rebuild(parameters, other, {}), *args, **kwargs)
+        # On copies: a check must not move batch statistics or random streams.
+        call = rebuild(parameters, (other, args, kwargs), {})
+        result = loss_fn(call.params, *call.args, **call.kwargs)
         return result[0] if has_aux else result
 
-    model = rebuild(parameters, other, {})
+    call = rebuild(parameters, (other, args, kwargs), {})
     collect = value_grad_and_taps(loss_fn, layers, fisher="empirical", has_aux=has_aux)
-    value, grads, taps = collect(model, *args, **kwargs)
+    value, grads, taps = collect(call.params, *call.args, **call.kwargs)
     alone, trouble = _alone(pure, parameters, args, taps.layers, value[0] if has_aux else value)
     checks = LayerChecks(_check(layer, taps, grads, alone, trouble) for layer in taps.layers.values())
     # The coarsest number that a layer computes with, whatever its parameters are kept in.
