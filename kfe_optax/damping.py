@@ -36,7 +36,8 @@ def add_to_diagonal(factor: jax.Array, amount: jax.Array, stacked: int) -> jax.A
     """factor + amount I, one amount a matrix (...,)."""
     if kronecker.is_diagonal(factor, stacked):
         return factor + amount[..., None]
-    return factor + amount[..., None, None] * jnp.eye(factor.shape[-1], dtype=factor.dtype)
+    identity = jnp.expand_dims(jnp.eye(factor.shape[-1], dtype=factor.dtype), range(amount.ndim))
+    return factor + amount[..., None, None] * identity
 
 
 def factored(

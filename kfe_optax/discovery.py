@@ -141,8 +141,8 @@ def discover(
     rest = tuple(path for path in shapes if path not in taken)
     unused = _unused(jaxpr, list(shapes))
     explained = tuple(_reason(path, reasons, unused, classes) for path in rest)
-    sizes = tuple(int(np.prod(shapes[path].shape)) for path in rest)
-    return Layers(layers, rest, explained, sizes, listener.outputs(uses))
+    outside = tuple(tuple(shapes[path].shape) for path in rest)
+    return Layers(layers, rest, explained, outside, listener.outputs(uses))
 
 
 def _runs(trace: Callable[[set[Path]], Any], kept: set[Path]) -> bool:

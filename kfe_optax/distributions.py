@@ -48,7 +48,7 @@ class Categorical:
 
     def column(self, z: jax.Array, index: jax.Array) -> jax.Array:
         p = jax.nn.softmax(z)
-        chosen = jax.nn.one_hot(index, z.shape[-1], dtype=p.dtype)
+        chosen = jnp.expand_dims(jax.nn.one_hot(index, z.shape[-1], dtype=p.dtype), range(z.ndim - 1))
         return jnp.sqrt(jnp.sum(p * chosen, -1, keepdims=True)) * (p - chosen)
 
     def root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:

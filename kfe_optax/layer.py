@@ -210,11 +210,11 @@ class Layer:
         leaves = self.kind.from_matrix(matrix, self.kernel_shape, self.bias)
         return {path: self.unstack_first(leaves[role]) for role, path in self.paths}
 
-    def leaf_sizes(self) -> dict[Path, int]:
-        """{key path: number of elements} of the layer's parameters."""
+    def leaf_shapes(self) -> dict[Path, tuple[int, ...]]:
+        """{key path: shape} of the layer's parameters."""
         matrix = jax.ShapeDtypeStruct(self.shape, jnp.dtype(self.dtype))
         leaves = jax.eval_shape(lambda m: list(self.from_matrix(m).values()), matrix)
-        return {path: math.prod(leaf.shape) for (_, path), leaf in zip(self.paths, leaves, strict=True)}
+        return {path: leaf.shape for (_, path), leaf in zip(self.paths, leaves, strict=True)}
 
     def rows(self, tap: Any) -> tuple[jax.Array, jax.Array]:
         """ā (*stack, n, t, d_in) and g (*stack, n, t, d_out) of a tap, n examples with t shared positions each.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import glob
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ class Layers(Mapping[str, Layer]):
         layers: tuple[Layer, ...],
         rest: tuple[Path, ...],
         reasons: tuple[str, ...],
-        sizes: tuple[int, ...],
+        shapes: tuple[tuple[int, ...], ...],
         outputs: tuple[Any, ...],
     ):
         self._layers = layers
@@ -35,7 +36,7 @@ class Layers(Mapping[str, Layer]):
         self.rest = rest
         self.reasons = reasons
         self.outputs = outputs
-        self._sizes = sizes
+        self._shapes = shapes
 
     def __getitem__(self, name: str) -> Layer:
         try:
@@ -95,7 +96,7 @@ class Layers(Mapping[str, Layer]):
         return self._with(settled)
 
     def _with(self, layers: Iterable[Layer]) -> Layers:
-        return Layers(tuple(layers), self.rest, self.reasons, self._sizes, self.outputs)
+        return Layers(tuple(layers), self.rest, self.reasons, self._shapes, self.outputs)
 
     def configure(
         self,
@@ -172,7 +173,7 @@ class Layers(Mapping[str, Layer]):
             raise ValueError(
                 f"No layer's name matches {pattern!r}; the layers are {', '.join(self._by_name)}."
             )
-        left = {path: size for name in names for path, size in self._by_name[name].leaf_sizes().items()}
+        left = {path: shape for name in names for path, shape in self._by_name[name].leaf_shapes().items()}
         kept = [layer for layer in self._layers if layer.name not in names]
         # What a layer that is left out feeds is fed by what fed it.
         gone = {name: self._by_name[name].flow for name in names}
@@ -184,9 +185,14 @@ class Layers(Mapping[str, Layer]):
             tuple(layers),
             (*self.rest, *left),
             (*self.reasons, *("left out by Layers.without" for _ in left)),
-            (*self._sizes, *left.values()),
+            (*self._shapes, *left.values()),
             self.outputs,
         )
+
+    def leaf_shapes(self) -> dict[Path, tuple[int, ...]]:
+        """{key path: shape} of all parameters, in layers and outside."""
+        inside = {path: shape for layer in self._layers for path, shape in layer.leaf_shapes().items()}
+        return inside | dict(zip(self.rest, self._shapes, strict=True))
 
     def configured_like(self, other: Layers) -> Layers:
         """The layers that `other` has kept, with its approximations and its sharing."""
@@ -205,7 +211,8 @@ class Layers(Mapping[str, Layer]):
 
     def table(self, max_dim: int = 8192) -> str:
         """The layers as an aligned table, with the bytes of state and the cost of a refresh under `max_dim`."""
-        return table.layer_table(self._layers, self.rest, self.reasons, self._sizes, max_dim)
+        sizes = tuple(map(math.prod, self._shapes))
+        return table.layer_table(self._layers, self.rest, self.reasons, sizes, max_dim)
 
 
 def _configured(layer: Layer, approximation: str, options: Mapping[str, Any]) -> Kind:

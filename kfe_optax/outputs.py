@@ -258,8 +258,10 @@ def _column(output: Output, z: jax.Array, column: jax.Array) -> jax.Array:
     if distribution.event_ndim:
         position, element = jnp.divmod(column, output.shape[-1])
         shape = shape[:-1]
-    here = (jnp.arange(math.prod(shape)) == position).reshape(shape)
-    return distribution.column(z, element) * here[(..., *(None,) * distribution.event_ndim)]
+    here = (jnp.arange(math.prod(shape)) == position).reshape(shape)[
+        (..., *(None,) * distribution.event_ndim)
+    ]
+    return distribution.column(z, element) * jnp.expand_dims(here, range(z.ndim - here.ndim))
 
 
 def _float_args(args: Any) -> tuple[list[jax.Array], Callable[..., Any]]:

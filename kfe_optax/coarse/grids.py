@@ -31,7 +31,8 @@ class Resampling(NamedTuple):
         """(..., t) → (..., common positions)."""
         if self.index is None or self.scale is None:
             return values
-        return values[..., self.index] * jnp.asarray(self.scale, values.dtype)
+        scale = jnp.asarray(self.scale, values.dtype)
+        return values[..., self.index] * jnp.expand_dims(scale, range(values.ndim - 1))
 
 
 def grid_of(layer: Layer) -> Grid:

@@ -47,12 +47,16 @@ class Operator(NamedTuple):
     axes_out: int
 
     def dot_in(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """⟨x, y⟩ of vectors of the input side; leading axes broadcast."""
-        return jnp.sum(x * self.metric_in(y), tuple(range(-self.axes_in, 0)))
+        """⟨x, y⟩ of vectors of the input side; x may have further leading axes."""
+        return _dot(x, self.metric_in(y), self.axes_in)
 
     def dot_out(self, x: jax.Array, y: jax.Array) -> jax.Array:
-        """⟨x, y⟩ of vectors of the output side; leading axes broadcast."""
-        return jnp.sum(x * self.metric_out(y), tuple(range(-self.axes_out, 0)))
+        """⟨x, y⟩ of vectors of the output side; x may have further leading axes."""
+        return _dot(x, self.metric_out(y), self.axes_out)
+
+
+def _dot(x: jax.Array, y: jax.Array, axes: int) -> jax.Array:
+    return jnp.sum(x * jnp.expand_dims(y, range(x.ndim - y.ndim)), tuple(range(-axes, 0)))
 
 
 def times(scalar: jax.Array, vector: jax.Array) -> jax.Array:

@@ -140,7 +140,10 @@ def gram(rows: jax.Array, diagonal: bool) -> jax.Array:
 
 def masked(rows: jax.Array, live: jax.Array | None) -> jax.Array:
     """Rows (..., m, t, d) with those of positions outside `live` (m, t) set to zero."""
-    return rows if live is None else rows * live[..., None].astype(rows.dtype)
+    if live is None:
+        return rows
+    factor = live[..., None].astype(rows.dtype)
+    return rows * jnp.expand_dims(factor, range(rows.ndim - factor.ndim))
 
 
 def homogeneous(rows: jax.Array, first_block_only: bool = False) -> jax.Array:

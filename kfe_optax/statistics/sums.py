@@ -113,7 +113,7 @@ class Sums:
             attended = jnp.maximum(sums["attend_count"], 1)
             pairs = [
                 (sums["inputs"] / count, sums["outputs"] * squared),
-                (sums["attend_inputs"] * squared, sums["attend_outputs"] / attended),
+                (sums["attend_inputs"] * squared, sums["attend_outputs"] / attended[..., None]),
             ]
             pairs = [(a, jnp.diagonal(g) if diagonal[1] else g) for a, g in pairs]
             traces = [(a.sum(), g.sum() if diagonal[1] else jnp.trace(g)) for a, g in pairs]

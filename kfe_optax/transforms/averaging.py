@@ -61,7 +61,7 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
         raise ValueError(f"decay must lie in [0, 1), not {decay!r}.")
 
     def init(params):
-        average = jax.tree.map(lambda p: jnp.array(p, _wide(p)), params)
+        average = jax.tree.map(_start, params)
         zeros = (jnp.zeros((), jnp.int32) for _ in range(2))
         return AveragingState(*zeros, jnp.zeros((), jnp.result_type(float)), average)
 
@@ -121,6 +121,12 @@ def averaged_parameters(opt_state: Any, params: Any) -> Any:
 def _joined(mean: jax.Array, new: Any, decay: jax.Array) -> jax.Array:
     past = decay.astype(mean.dtype)
     return past * mean + (1 - past) * jnp.asarray(new, mean.dtype)
+
+
+def _start(p: Any) -> jax.Array:
+    """A copy of a parameter; zeros where its shape alone is known."""
+    abstract = isinstance(p, jax.ShapeDtypeStruct)
+    return jnp.zeros(p.shape, _wide(p)) if abstract else jnp.array(p, _wide(p))
 
 
 def _wide(leaf: Any) -> Any:

@@ -158,7 +158,7 @@ def layerwise(
     outside = optax.with_extra_args_support(rest or optax.scale_by_adam())
 
     def init(params):
-        leaves = leaves_by_path(params)
+        leaves = leaves_at_start(layers, params)
         present = present_layers(layers, leaves)
         # Each field is an array of its own: a donated buffer may stand in a state only once.
         return LayerwiseState(
@@ -260,6 +260,16 @@ def _scatter(present: list[Layer], matrices: Matrices, layers: Layers, rest: Any
     return new
 
 
+def leaves_at_start(layers: Layers, params: Any) -> dict[Path, Any]:
+    """{key path: leaf} of what `init` is given: parameters, their shapes alone, or what stands for them all."""
+    if type(params).__name__ == "_ParamsPlaceholder":
+        # `optax.tree_map_params` asks what of the state has the structure of the parameters: nothing of a layerwise state.
+        return {
+            path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in layers.leaf_shapes().items()
+        }
+    return leaves_by_path(params)
+
+
 def present_layers(layers: Layers, leaves: dict[Path, jax.Array]) -> list[Layer]:
     """The layers whose parameters are in the tree; a layer is there as a whole or masked as a whole."""
     present = []
@@ -275,13 +285,11 @@ def present_layers(layers: Layers, leaves: dict[Path, jax.Array]) -> list[Layer]
                 "layer's kernel and bias are preconditioned together; mask both or neither."
             )
         if there:
-            shapes = {
-                role: layer.gather({r: leaves[p] for r, p in layer.paths}).shape for role, _ in layer.paths
-            }
-            if shapes[layer.paths[0][0]] != layer.shape:
+            shape = _matrix_shape(layer, {role: leaves[path] for role, path in layer.paths})
+            if shape != layer.shape:
                 raise ValueError(
                     f"Layer {layer.name!r} was found with a matrix of shape {layer.shape}, but the tree holds one of shape "
-                    f"{shapes[layer.paths[0][0]]}; call kfe.find_layers again after changing the model."
+                    f"{shape}; call kfe.find_layers again after changing the model."
                 )
             present.append(layer)
     unknown = [path for path in leaves if path not in known]
@@ -296,6 +304,11 @@ def present_layers(layers: Layers, leaves: dict[Path, jax.Array]) -> list[Layer]
             "find_layers saw."
         )
     return present
+
+
+def _matrix_shape(layer: Layer, leaves: dict[str, Any]) -> tuple[int, ...]:
+    plain = {role: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for role, leaf in leaves.items()}
+    return jax.eval_shape(layer.gather, plain).shape
 
 
 def check_taps(layers: Layers, taps: Any) -> None:

@@ -200,7 +200,7 @@ def _minimum(
 
     Vectors that are not `taken` count as zero.
     """
-    pairs = taken & taken[:, None]
+    pairs = taken[None, :] & taken[:, None]
     fisher, norms = (jnp.where(pairs, m, 0) for m in (fisher, symmetric(inner_product, vectors)))
     slope = jnp.where(taken, jnp.stack([inner_product(gradient, v) for v in vectors]), 0)
     x = solve(fisher + strength * norms, -slope)

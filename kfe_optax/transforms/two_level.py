@@ -214,7 +214,9 @@ def _added(
                 "fine must be a preconditioner of this package, such as kfe.scale_by_kfac(layers, ...), not a transformation "
                 f"with a {type(state).__name__} as its state; put two_level inside chains, clips and wrappers."
             )
-        return TwoLevelState(*state, level.init(level.present(leaves_by_path(params))))
+        return TwoLevelState(
+            *state, level.init(level.present(layerwise.leaves_at_start(level.layers, params)))
+        )
 
     def update(updates, state, params=None, *, taps=None, **extra):
         layerwise.check_taps(layers, taps)
