@@ -142,7 +142,8 @@ def discover(
     unused = _unused(jaxpr, list(shapes))
     explained = tuple(_reason(path, reasons, unused, classes) for path in rest)
     outside = tuple(tuple(shapes[path].shape) for path in rest)
-    return Layers(layers, rest, explained, outside, listener.outputs(uses))
+    unregistered = any(uses[i].info["mark"] is marks.layer_mark for i in walk.live)
+    return Layers(layers, rest, explained, outside, listener.outputs(walk), unregistered)
 
 
 def _runs(trace: Callable[[set[Path]], Any], kept: set[Path]) -> bool:
@@ -184,9 +185,9 @@ class _Discovery:
         z = marks.output_mark.bind(z, serial=serial, vmaps=())
         return z if spec.loss is None else spec.loss(z, *args)
 
-    def outputs(self, uses: list[jaxprs.Use]) -> tuple[Output, ...]:
+    def outputs(self, walk: jaxprs.Walk) -> tuple[Output, ...]:
         """The registered losses that the traced loss really reaches."""
-        reached = [use for use in uses if use.info["mark"] is marks.output_mark]
+        reached = [walk.uses[i] for i in grouping.outputs_of(walk)]
         times = collections.Counter(use.info["serial"] for use in reached)
         found: dict[int, Output] = {}
         for use in reached:

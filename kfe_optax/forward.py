@@ -26,6 +26,7 @@ class Swaps:
     seeds: tuple[tuple[int, ...], ...]
     cotangents: tuple[tuple[int, ...], ...]  # for products with J, where the quadratic model is asked for
     shardings: Any  # of the leaves and the cotangent, where types have them
+    start: float  # of the Fisher's pull, see `outputs.Place`
 
 
 class Pass(NamedTuple):
@@ -96,7 +97,7 @@ class Forward:
             collection = _Collection(self.layers, registered, live, place, axes)
             with tags.listening(collection), adapters.intercepting(), masks.row_mask(row_mask):
                 loss, aux = self._run(call)
-            _check_loss(loss)
+            _check_loss(loss, place)
             return loss, (aux, call.state())
 
         loss, pull, (aux, state) = jax.vjp(run, parameters, varying.over(place.axes, riders), has_aux=True)
@@ -111,6 +112,7 @@ class Forward:
             tuple(_find(leaves, control.seed) for control in controls.values()),
             tuple(_find(leaves, control.cotangent) for control in controls.values()) if self.tangents else (),
             explicit.shardings((leaves, cotangent)),
+            place.start,
         )
         return Pass(loss, aux, state, leaves, cotangent, swaps)
 
@@ -188,14 +190,27 @@ class _Collection:
         z, args = varying.over(self._axes, (z, args))
         if spec.loss is None:
             return outputs.tagged_output(output, self._place, z, args[0], control)
-        return outputs.tagged_loss(output, self._place, z, args, control)
+        losses = outputs.tagged_loss(output, self._place, z, args, control)
+        _check_range(losses, self._place)
+        return losses
 
 
-def _check_loss(loss: Any) -> None:
+def _check_loss(loss: Any, place: outputs.Place) -> None:
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise ValueError(
             f"The loss must be a real scalar, but has shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}; "
             "reduce it, for instance with .mean()."
+        )
+    _check_range(loss, place)
+
+
+def _check_range(losses: Any, place: outputs.Place) -> None:
+    dtype = jnp.result_type(losses)
+    if place.start < jnp.finfo(dtype).tiny:
+        raise ValueError(
+            f"A term of the loss is not registered, and {dtype}, in which a registered loss is computed, has too small a range "
+            "to keep that term out of the Fisher: compute the loss in float32, from outputs.astype(jnp.float32), or use "
+            "fisher='empirical'."
         )
 
 

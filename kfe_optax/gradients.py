@@ -16,7 +16,7 @@ from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.forward import Forward
 from kfe_optax.layers import Layers, same_layers
 from kfe_optax.microbatches import BatchArguments
-from kfe_optax.outputs import Place
+from kfe_optax.outputs import FAINT, Place
 from kfe_optax.taps import Fisher, Given, Plan, Taps
 
 _compiled: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
@@ -148,8 +148,10 @@ def _compile(
         found = _check(layers, found, fisher)
         if quadratic_model:
             _check_tangents(found)
+        if found.unregistered and fisher != "empirical":
+            here = here._replace(start=FAINT)
         if k > 1:
-            here = place._replace(examples=parts[0].shape[1])
+            here = here._replace(examples=parts[0].shape[1])
         forward = Forward(loss_reference, rebuild, static, has_aux, found, here, quadratic_model)
         if k == 1:
             passed = forward(parameters, arrays, row_mask)

@@ -19,15 +19,19 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
     uses = walk.uses
     reasons: dict[Path, str] = {}
     by_path: dict[Path, list[jaxprs.Use]] = {}
-    for use in uses:
+    places: dict[Path, set[int]] = collections.defaultdict(set)
+    for i, use in enumerate(uses):
         if use.trail is None:
             continue
         if use.info["mark"] is marks.unsupported_mark:
             reasons.setdefault(use.trail.path, use.info["reason"])
         elif use.info["mark"] is marks.layer_mark:
             by_path.setdefault(use.trail.path, []).append(use)
+            places[use.trail.path].add(i)
     # A loss inside the loop sees other examples in each iteration.
-    looped = any(use.info["mark"] is marks.output_mark and use.loops for use in uses)
+    registered = outputs_of(walk)
+    looped = any(uses[i].loops for i in registered)
+    predicting = walk.behind(registered)
     parents = collections.Counter(path[:-1] for path in by_path)
     layers, names = [], {}
     for path, group in by_path.items():
@@ -38,6 +42,8 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
         if group[0].info["kind"].per_example:
             trouble = trouble or _unknown_examples(group, single)
         paths = tuple((role, (*path[:-1], name)) for role, name in group[0].info["roles"])
+        if registered and not places[path] & predicting:
+            trouble = trouble or "no registered loss depends on it"
         absent = [p for _, p in paths if p not in shapes]
         if absent:
             trouble = f"{path_name(absent[0])} is not among the parameters"
@@ -51,6 +57,11 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
             layers.append(dataclasses.replace(layer, size=size, per_example=layer.per_example and single))
     flows = _flows(walk, names)
     return tuple(dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers), reasons
+
+
+def outputs_of(walk: jaxprs.Walk) -> frozenset[int]:
+    """The uses that are registered losses on which the loss's derivative depends."""
+    return frozenset(i for i in walk.behind(walk.live) if walk.uses[i].info["mark"] is marks.output_mark)
 
 
 def _flows(walk: jaxprs.Walk, names: dict[Path, str]) -> dict[str, Flow]:

@@ -7,7 +7,6 @@ that is not on the list ends the trail, with its name as the reason.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,75 +20,15 @@ from kfe_optax import origins
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
 from kfe_optax.marks import layer_mark, output_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
+from kfe_optax.walks import Trail, Use, Walk
 
 _CARRIED = frozenset(
     {"convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast", "reshard"}
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Trail:
-    """What happened to a probe so far.
-
-    Attributes:
-      path: the key path of the parameter that the probe stands for.
-      dims: the parameter's axes that the variable still has, in its order.
-      stack: the (axis, size) pairs that scans consumed, outermost first.
-      broadcast: True inside a loop that uses the same value in each iteration.
-      stopped: True behind a stop_gradient.
-      lost: the operation that ended the trail.
-    """
-
-    path: tuple[str | int, ...]
-    dims: tuple[int, ...]
-    stack: tuple[tuple[int, int], ...] = ()
-    broadcast: bool = False
-    stopped: bool = False
-    lost: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One tag reached.
-
-    Attributes:
-      trail: that of its probe; None where none reaches it.
-      parameters: those of the parameters that the layer used.
-      info: what the mark holds.
-      loops: how many loops it is in.
-      constant: whether the layer's input depends on neither data nor parameters.
-      first: the uses, and the data, that its input comes from, in the first iteration of its loop.
-      later: the same in the iterations after that.
-      loop: the scan that it is directly in, by number; 0 outside loops, in a `while` and in a scan that runs backwards.
-    """
-
-    trail: Trail | None
-    parameters: tuple[Trail | None, ...]
-    info: dict[str, Any]
-    loops: int
-    constant: bool = False
-    first: Origins = NOWHERE
-    later: Origins = NOWHERE
-    loop: int = 0
-
-
 # How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})
-
-
-@dataclasses.dataclass
-class Walk:
-    """What was met on the way.
-
-    Attributes:
-      uses: the marks, in order of execution.
-      products: how often each parameter is multiplied with data.
-      loss: what the program's output comes from directly.
-    """
-
-    uses: list[Use] = dataclasses.field(default_factory=list)
-    products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    loss: Origins = NOWHERE
 
 
 # What a variable depends on at most.
@@ -97,11 +36,12 @@ NOTHING, PARAMETERS, DATA = 0, 1, 2
 
 
 class _Fact(NamedTuple):
-    """Of a variable: its trail, what it depends on, and what it comes from directly."""
+    """Of a variable: its trail, what it depends on, what it comes from directly, and which uses its derivative reaches."""
 
     trail: Trail | None
     level: int
     origins: Origins = NOWHERE
+    live: frozenset[int] = frozenset()
 
 
 _DATA = _Fact(None, DATA, origins.DATA)
@@ -112,7 +52,7 @@ def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> Walk:
     walk = Walk()
     facts = [_DATA if trail is None else _Fact(trail, PARAMETERS) for trail in trails]
     results = _walk(jaxpr.jaxpr, facts, walk, loops=0)
-    walk.loss = _union(results)
+    walk.loss, walk.live = _union(results), _lives(results)
     return walk
 
 
@@ -140,8 +80,10 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
         outputs = _inner(equation, name, inputs, walk, loops)
         if outputs is None:
             behind = origins.behind(equation, [fact.origins for fact in inputs])
-            outputs = [_Fact(_step(equation, name, trails), source, behind)] * len(equation.outvars)
-        known.update(zip(equation.outvars, outputs, strict=False))
+            live = frozenset() if name == "stop_gradient" else _lives(inputs)
+            outputs = [_Fact(_step(equation, name, trails), source, behind, live)] * len(equation.outvars)
+        for variable, fact in zip(equation.outvars, outputs, strict=False):
+            known[variable] = fact if float_leaf(variable.aval) else fact._replace(live=frozenset())
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -149,17 +91,25 @@ def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int
     """Records the use, and the fact of the mark's output."""
     info = {"mark": equation.primitive, **equation.params}
     if equation.primitive is not layer_mark:
-        trail = inputs[0].trail if equation.primitive is unsupported_mark else None
-        walk.uses.append(Use(trail, (), info, loops))
-        return inputs[0]._replace(trail=None)
+        is_output = equation.primitive is output_mark
+        walk.uses.append(Use(None if is_output else inputs[0].trail, (), info, loops, live=inputs[0].live))
+        live = frozenset({len(walk.uses) - 1}) if is_output else frozenset()
+        return inputs[0]._replace(trail=None, live=live)
     x = inputs[2]
     parameters = tuple(fact.trail for fact in inputs[3:])
-    walk.uses.append(Use(inputs[1].trail, parameters, info, loops, x.level == NOTHING, x.origins, x.origins))
-    return _Fact(None, inputs[0].level, frozenset({Origin(len(walk.uses) - 1, SAME)}))
+    constant, index = x.level == NOTHING, len(walk.uses)
+    walk.uses.append(
+        Use(inputs[1].trail, parameters, info, loops, constant, x.origins, x.origins, live=inputs[0].live)
+    )
+    return _Fact(None, inputs[0].level, frozenset({Origin(index, SAME)}), frozenset({index}))
 
 
 def _union(facts: Sequence[_Fact]) -> Origins:
     return NOWHERE.union(*(fact.origins for fact in facts))
+
+
+def _lives(facts: Sequence[_Fact]) -> frozenset[int]:
+    return frozenset().union(*(fact.live for fact in facts))
 
 
 def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | None:
@@ -192,12 +142,17 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
         joined = []
         for same in zip(*results, strict=True):
             trail = same[0].trail if all(fact.trail == same[0].trail for fact in same) else None
-            joined.append(_Fact(trail, source, origins.chosen(inputs[0].origins, _union(same))))
+            chosen = origins.chosen(inputs[0].origins, _union(same))
+            joined.append(_Fact(trail, source, chosen, _lives(same)))
         return joined
     for value in params.values():
         inner_jaxpr = getattr(value, "jaxpr", value)
         if hasattr(inner_jaxpr, "eqns") and len(inner_jaxpr.invars) == len(inputs):
-            return _walk(inner_jaxpr, inputs, walk, loops)
+            results = _walk(inner_jaxpr, inputs, walk, loops)
+            if name.startswith("custom_"):
+                # A derivative of its own may reach what the function itself does not (a straight-through estimator).
+                results = [fact._replace(live=fact.live | _lives(inputs)) for fact in results]
+            return results
     return None
 
 
@@ -210,7 +165,7 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
         level = source if constants <= i < constants + carries else fact.level
         trail = _into_scan(fact.trail, i, (constants, carries), length)
         whole = i < constants + carries
-        inner.append(_Fact(trail, level, fact.origins if whole else origins.moved(fact.origins)))
+        inner.append(_Fact(trail, level, fact.origins if whole else origins.moved(fact.origins), fact.live))
     start = len(walk.uses)
     results = _iterate(body, inner, (constants, carries if length > 1 else 0), walk, loops)
     if not equation.params["reverse"]:
@@ -222,22 +177,23 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
     for i, fact in enumerate(results):
         # The carry comes from the last iteration, what is stacked from all of them.
         if i < carries:
-            outputs.append(_Fact(None, source, _later(fact.origins, start, LAST)))
+            outputs.append(_Fact(None, source, _later(fact.origins, start, LAST), fact.live))
         else:
-            outputs.append(_Fact(None, source, origins.moved(_later(fact.origins, start, ANY))))
+            behind = origins.moved(_later(fact.origins, start, ANY))
+            outputs.append(_Fact(None, source, behind, fact.live))
     return outputs
 
 
 def _while(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
     body = equation.params["body_jaxpr"].jaxpr
     skip = equation.params["cond_nconsts"]
-    inner = [_Fact(_broadcast(fact.trail), source, fact.origins) for fact in inputs[skip:]]
+    inner = [fact._replace(trail=_broadcast(fact.trail), level=source) for fact in inputs[skip:]]
     start = len(walk.uses)
     constants = len(inner) - len(body.outvars)
     results = _iterate(body, inner, (constants, len(body.outvars)), walk, loops)
     # Without an iteration the carry is what went in.
     behind = _later(_union([*inputs, *results]), start, ANY)
-    return [_Fact(None, source, behind)] * len(equation.outvars)
+    return [_Fact(None, source, behind, _lives([*inputs, *results]))] * len(equation.outvars)
 
 
 def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk, loops: int) -> list[_Fact]:
@@ -252,16 +208,18 @@ def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk
         return results
     first, around = walk.uses[start:], None
     while True:
-        back = [_later(fact.origins, start, BEFORE) for fact in results[:carries]]
-        new = back if around is None else [a | b for a, b in zip(around, back, strict=True)]
+        back = [(_later(fact.origins, start, BEFORE), fact.live) for fact in results[:carries]]
+        new = (
+            back if around is None else [(a | b, c | d) for (a, c), (b, d) in zip(around, back, strict=True)]
+        )
         if new == around:
             break
         around = new
         del walk.uses[start:]
         walk.products = products.copy()
         inside = list(facts)
-        for i, carry in enumerate(around, constants):
-            inside[i] = facts[i]._replace(origins=carry)
+        for i, (carry, live) in enumerate(around, constants):
+            inside[i] = facts[i]._replace(origins=carry, live=facts[i].live | live)
         results = _walk(body, inside, walk, loops + 1)
     walk.uses[start:] = [_joined(a, b, loops + 1) for a, b in zip(first, walk.uses[start:], strict=True)]
     return results

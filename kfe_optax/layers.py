@@ -21,6 +21,7 @@ class Layers(Mapping[str, Layer]):
       rest: the key paths of the parameters outside every layer.
       reasons: for each of them, why.
       outputs: the registered losses (see `kfe_optax.losses`).
+      unregistered: whether the loss also reads a layer's output in a term that no registered loss stands for.
     """
 
     def __init__(
@@ -30,12 +31,14 @@ class Layers(Mapping[str, Layer]):
         reasons: tuple[str, ...],
         shapes: tuple[tuple[int, ...], ...],
         outputs: tuple[Any, ...],
+        unregistered: bool = False,
     ):
         self._layers = layers
         self._by_name = {layer.name: layer for layer in layers}
         self.rest = rest
         self.reasons = reasons
         self.outputs = outputs
+        self.unregistered = unregistered
         self._shapes = shapes
 
     def __getitem__(self, name: str) -> Layer:
@@ -96,7 +99,7 @@ class Layers(Mapping[str, Layer]):
         return self._with(settled)
 
     def _with(self, layers: Iterable[Layer]) -> Layers:
-        return Layers(tuple(layers), self.rest, self.reasons, self._shapes, self.outputs)
+        return Layers(tuple(layers), self.rest, self.reasons, self._shapes, self.outputs, self.unregistered)
 
     def configure(
         self,
@@ -187,6 +190,7 @@ class Layers(Mapping[str, Layer]):
             (*self.reasons, *("left out by Layers.without" for _ in left)),
             (*self._shapes, *left.values()),
             self.outputs,
+            self.unregistered,
         )
 
     def leaf_shapes(self) -> dict[Path, tuple[int, ...]]:

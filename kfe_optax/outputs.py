@@ -23,6 +23,14 @@ from kfe_optax.distributions import Distribution
 
 GRADIENT, SAMPLED, EXACT, SILENT, TANGENT = range(5)
 
+FAINT = 2.0**-64
+"""The cotangent of the loss with which the Fisher's pull starts where a term of the loss is not registered.
+
+What is not known is no curvature, and the pull is linear in the loss's cotangent, but for the registered losses: they divide
+what arrives by it, which a power of two does exactly, and answer with √c as ever. All other terms come to nothing, also inside
+loops and vmaps, where a pull that starts at the registered losses would have to keep a weight for each iteration.
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -103,12 +111,14 @@ class Place(NamedTuple):
       microbatches: k; the pass sees every k-th example.
       examples: how many it sees, where k > 1.
       axes: the axes over which riders vary by their type.
+      start: the cotangent of the loss with which the Fisher's pull starts, 1 or `FAINT`.
     """
 
     axis_name: Any
     microbatches: int
     examples: int = 0
     axes: varying.Axes = frozenset()
+    start: float = 1.0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -141,7 +151,8 @@ def _loss_cotangents(output, place, z, args, control, c):
         return pull(c)
 
     def fisher(root):
-        weights = c if output.spec.mass is None else c * output.spec.mass(z, *args)
+        weights = c / place.start
+        weights = weights if output.spec.mass is None else weights * output.spec.mass(z, *args)
         dz = root(jnp.sqrt(jnp.maximum(weights, 0)))
         return dz.astype(z.dtype), jax.tree.map(jnp.zeros_like, floats)
 

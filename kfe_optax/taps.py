@@ -34,15 +34,15 @@ class Passage(NamedTuple):
     swaps: Swaps
     microbatch: Any
 
-    def pull(self, swapped: list[Any]) -> tuple[Any, Any]:
-        """The cotangents of parameters and riders, from leaves of which some are swapped."""
+    def pull(self, swapped: list[Any], start: float = 1.0) -> tuple[Any, Any]:
+        """The cotangents of parameters and riders, from leaves of which some are swapped and this cotangent of the loss."""
         structure, known = self.swaps.structure, self.swaps.shardings
 
         def run(cotangent, *leaves):
             return jax.tree.unflatten(structure, leaves)(cotangent)
 
         shardings = None if known is None else (known[-1], *known[:-1])
-        return explicit.as_typed(run, shardings, self.cotangent, *swapped)
+        return explicit.as_typed(run, shardings, self.cotangent * start, *swapped)
 
 
 class Given(NamedTuple):
@@ -164,8 +164,9 @@ class Taps:
         """One Fisher draw (a sample of the targets, or a column) for every layer, undivided by the number of samples."""
         plan = self._plan
         passage = self._passage() if passage is None else passage
-        leaves = list(passage.leaves)
+        leaves, start = list(passage.leaves), 1.0
         if plan.fisher != "empirical":
+            start = passage.swaps.start
             key = jax.random.wrap_key_data(self._seed, impl="threefry2x32")
             first = 0
             swaps = passage.swaps
@@ -182,7 +183,7 @@ class Taps:
                     leaves[leaf] = varying.like(mode.astype(jnp.int32), leaves[leaf])
                 for leaf in seeds:
                     leaves[leaf] = varying.like(jax.random.key_data(folded), leaves[leaf])
-        _, riders = passage.pull(leaves)
+        _, riders = passage.pull(leaves, start)
         empirical = plan.fisher == "empirical"
         return {
             layer.name: make_statistics(layer, rider, empirical)
@@ -298,7 +299,7 @@ def _tangent(passage: Passage, vector: Any) -> list[jax.Array]:
                 leaves[leaf] = varying.like(jnp.array([outputs.TANGENT, 0], jnp.int32), leaves[leaf])
             for leaf in places:
                 leaves[leaf] = new
-        return passage.pull(leaves)[0]
+        return passage.pull(leaves, swaps.start)[0]
 
     zeros = [passage.leaves[places[0]] for places in swaps.cotangents]
     vector = varying.like(vector, zeros)

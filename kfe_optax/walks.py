@@ -1,0 +1,83 @@
+"""What a walk through a jaxpr finds (see `kfe_optax.jaxprs`): the uses of parameters, and what lies between them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from typing import Any
+
+from kfe_optax.origins import NOWHERE, Origins
+
+
+@dataclasses.dataclass(frozen=True)
+class Trail:
+    """What happened to a probe so far.
+
+    Attributes:
+      path: the key path of the parameter that the probe stands for.
+      dims: the parameter's axes that the variable still has, in its order.
+      stack: the (axis, size) pairs that scans consumed, outermost first.
+      broadcast: True inside a loop that uses the same value in each iteration.
+      stopped: True behind a stop_gradient.
+      lost: the operation that ended the trail.
+    """
+
+    path: tuple[str | int, ...]
+    dims: tuple[int, ...]
+    stack: tuple[tuple[int, int], ...] = ()
+    broadcast: bool = False
+    stopped: bool = False
+    lost: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One tag reached.
+
+    Attributes:
+      trail: that of its probe; None where none reaches it.
+      parameters: those of the parameters that the layer used.
+      info: what the mark holds.
+      loops: how many loops it is in.
+      constant: whether the layer's input depends on neither data nor parameters.
+      first: the uses, and the data, that its input comes from, in the first iteration of its loop.
+      later: the same in the iterations after that.
+      loop: the scan that it is directly in, by number; 0 outside loops, in a `while` and in a scan that runs backwards.
+      live: the uses whose cotangents come from its output alone: what reaches its y (or z) with no other use between.
+    """
+
+    trail: Trail | None
+    parameters: tuple[Trail | None, ...]
+    info: dict[str, Any]
+    loops: int
+    constant: bool = False
+    first: Origins = NOWHERE
+    later: Origins = NOWHERE
+    loop: int = 0
+    live: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass
+class Walk:
+    """What was met on the way.
+
+    Attributes:
+      uses: the marks, in order of execution.
+      products: how often each parameter is multiplied with data.
+      loss: what the program's output comes from directly.
+      live: the uses that the output's derivative reaches with no other use between.
+    """
+
+    uses: list[Use] = dataclasses.field(default_factory=list)
+    products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    loss: Origins = NOWHERE
+    live: frozenset[int] = frozenset()
+
+    def behind(self, live: frozenset[int]) -> frozenset[int]:
+        """These uses and all that their derivatives reach."""
+        found, pending = set(live), list(live)
+        while pending:
+            new = self.uses[pending.pop()].live - found
+            found |= new
+            pending += new
+        return frozenset(found)
