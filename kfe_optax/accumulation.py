@@ -12,7 +12,7 @@ from kfe_optax.forward import Forward
 
 
 def weights_of(cotangents: Any) -> Any:
-    """(Σc, Σc²) over the elements of all registered losses, or None."""
+    """(Σc, Σc², the number of negative weights) over the elements of all registered losses, or None."""
     return sum(cotangents["outputs"]) if cotangents["outputs"] else None
 
 
@@ -79,7 +79,7 @@ def accumulated(
     grads = jax.tree.map(lambda g, p: (g / k).astype(p.dtype), grads, parameters)
     if weights is not None:
         # Each pass's loss has weight 1/k in their mean.
-        weights = weights / jnp.array([k, k**2], weights.dtype)
+        weights = weights / jnp.array([k, k**2, 1], weights.dtype)
     return (loss / k, aux), grads, state, weights, *given
 
 

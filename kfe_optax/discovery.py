@@ -142,7 +142,7 @@ def discover(
     unused = _unused(jaxpr, list(shapes))
     explained = tuple(_reason(path, reasons, unused, classes) for path in rest)
     outside = tuple(tuple(shapes[path].shape) for path in rest)
-    unregistered = any(uses[i].info["mark"] is marks.layer_mark for i in walk.live)
+    unregistered = any(uses[i].info["mark"] is marks.layer_mark for i, _ in walk.live)
     return Layers(layers, rest, explained, outside, listener.outputs(walk), unregistered)
 
 
@@ -183,12 +183,18 @@ class _Discovery:
         serial = len(self._outputs)
         self._outputs.append((spec, z.shape))
         z = marks.output_mark.bind(z, serial=serial, vmaps=())
-        return z if spec.loss is None else spec.loss(z, *args)
+        if spec.loss is None:
+            return z
+        return marks.elements_mark.bind(spec.loss(z, *args), serial=serial, vmaps=())
 
     def outputs(self, walk: jaxprs.Walk) -> tuple[Output, ...]:
         """The registered losses that the traced loss really reaches."""
         reached = [walk.uses[i] for i in grouping.outputs_of(walk)]
         times = collections.Counter(use.info["serial"] for use in reached)
+        signs = collections.defaultdict(set)
+        for i, sign in walk.live:
+            if walk.uses[i].info["mark"] is marks.elements_mark:
+                signs[walk.uses[i].info["serial"]].add(sign)
         found: dict[int, Output] = {}
         for use in reached:
             serial = use.info["serial"]
@@ -196,7 +202,7 @@ class _Discovery:
             mapped = tuple(size for size, (is_mapped,) in use.info["vmaps"] if is_mapped)
             looped = use.loops > 0
             nested = bool(mapped) or looped or times[serial] > 1
-            found[serial] = Output(serial, spec, shape, mapped, nested, looped)
+            found[serial] = Output(serial, spec, shape, mapped, nested, looped, signs[serial] == {-1})
         return tuple(found[serial] for serial in sorted(found))
 
 

@@ -69,9 +69,9 @@ def value_grad_and_taps(
       count unbatched.
 
     Raises:
-      ValueError: the loss registers no output, `key` is missing, the loss's layers or parameters are not those of `layers`, a
-        layer's leading axis is not the batch, "exact" meets a loss inside a loop, the batch does not split into microbatches, or
-        it differs between the devices of an axis of `jax.shard_map` that `axis_name` does not name.
+      ValueError: the loss registers no output or subtracts one, `key` is missing, the loss's layers or parameters are not those
+        of `layers`, a layer's leading axis is not the batch, "exact" meets a loss inside a loop, the batch does not split into
+        microbatches, or it differs between the devices of an axis of `jax.shard_map` that `axis_name` does not name.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, kfe_optax as kfe
@@ -218,6 +218,12 @@ def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
         raise ValueError(
             f"fisher={fisher!r} needs to know what the model predicts, but the loss registers nothing: compute it with a "
             "function of kfe.losses, or pass the outputs through kfe.register_output; or use fisher='empirical'."
+        )
+    subtracted = [output.spec.name for output in found.outputs if output.subtracted]
+    if fisher != "empirical" and subtracted:
+        raise ValueError(
+            f"The loss subtracts {subtracted[0]}, and negative weights make no Fisher matrix: if that term is to grow, compute "
+            "it with optax.losses, so that it adds nothing to the Fisher, or use fisher='empirical'."
         )
     looped = [output.spec.name for output in found.outputs if output.looped]
     if fisher == "exact" and looped:

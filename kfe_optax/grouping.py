@@ -31,7 +31,7 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
     # A loss inside the loop sees other examples in each iteration.
     registered = outputs_of(walk)
     looped = any(uses[i].loops for i in registered)
-    predicting = walk.behind(registered)
+    predicting = frozenset().union(*(walk.behind(uses[i].live) for i in registered))
     parents = collections.Counter(path[:-1] for path in by_path)
     layers, names = [], {}
     for path, group in by_path.items():

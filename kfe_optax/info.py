@@ -31,6 +31,8 @@ class Info(NamedTuple):
       last_refresh: the step of the last refresh of the inverses or the basis, −1 before the first.
       kl_factor: ν of the last `clip_by_kl`, 1 when it did not clip.
       nonfinite: steps whose gradient was not finite, whose update was zero, or that of the rest, which was left out.
+      negative_weights: steps whose loss gave an element of a registered loss a negative weight, which counts as zero in the
+        Fisher (an advantage, say: see `kfe.losses.policy_gradient_loss`).
       reduction_ratio: r of `adaptive_damping`, the loss's last measured change over the model's.
       rejected: updates that it or `clip_by_kl` did not take.
       step_size: α of `scale_by_quadratic_model`.
@@ -43,6 +45,7 @@ class Info(NamedTuple):
     last_refresh: Any = None
     kl_factor: Any = None
     nonfinite: Any = None
+    negative_weights: Any = None
     reduction_ratio: Any = None
     rejected: Any = None
     step_size: Any = None
@@ -78,6 +81,7 @@ def info(opt_state: Any) -> Info:
                 failures=_add(found.failures, method.failures),
                 last_refresh=_first(found.last_refresh, method.last_refresh),
                 nonfinite=_add(found.nonfinite, node.nonfinite),
+                negative_weights=_add(found.negative_weights, node.negative_weights),
             )
         elif isinstance(node, TwoLevelState):
             found = found._replace(failures=_add(found.failures, node.coarse.failures))

@@ -18,14 +18,16 @@ from jax.extend.core import Literal
 
 from kfe_optax import origins
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
-from kfe_optax.marks import layer_mark, output_mark, unsupported_mark
+from kfe_optax.marks import elements_mark, layer_mark, output_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
-from kfe_optax.walks import Trail, Use, Walk
+from kfe_optax.walks import Live, Trail, Use, Walk
 
 _CARRIED = frozenset(
     {"convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast", "reshard"}
 )
-
+# Through these a derivative keeps its sign.
+_POSITIVE = _CARRIED | {"add", "add_any", "reduce_sum", "cumsum", "psum", "psum_invariant", "reshape"}
+_POSITIVE |= {"broadcast_in_dim", "squeeze", "transpose", "slice", "concatenate"}
 
 # How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})
@@ -41,7 +43,7 @@ class _Fact(NamedTuple):
     trail: Trail | None
     level: int
     origins: Origins = NOWHERE
-    live: frozenset[int] = frozenset()
+    live: Live = frozenset()
 
 
 _DATA = _Fact(None, DATA, origins.DATA)
@@ -71,7 +73,7 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
         trails = [fact.trail for fact in inputs]
         source = max((fact.level for fact in inputs), default=NOTHING)
         name = equation.primitive.name
-        if equation.primitive in (layer_mark, output_mark, unsupported_mark):
+        if equation.primitive in (layer_mark, output_mark, elements_mark, unsupported_mark):
             behind = _mark_reached(equation, inputs, walk, loops)
             known.update(dict.fromkeys(equation.outvars, behind))
             continue
@@ -80,7 +82,7 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
         outputs = _inner(equation, name, inputs, walk, loops)
         if outputs is None:
             behind = origins.behind(equation, [fact.origins for fact in inputs])
-            live = frozenset() if name == "stop_gradient" else _lives(inputs)
+            live = _derivative(equation, name, inputs)
             outputs = [_Fact(_step(equation, name, trails), source, behind, live)] * len(equation.outvars)
         for variable, fact in zip(equation.outvars, outputs, strict=False):
             known[variable] = fact if float_leaf(variable.aval) else fact._replace(live=frozenset())
@@ -91,25 +93,46 @@ def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int
     """Records the use, and the fact of the mark's output."""
     info = {"mark": equation.primitive, **equation.params}
     if equation.primitive is not layer_mark:
-        is_output = equation.primitive is output_mark
-        walk.uses.append(Use(None if is_output else inputs[0].trail, (), info, loops, live=inputs[0].live))
-        live = frozenset({len(walk.uses) - 1}) if is_output else frozenset()
-        return inputs[0]._replace(trail=None, live=live)
+        trail = inputs[0].trail if equation.primitive is unsupported_mark else None
+        walk.uses.append(Use(trail, (), info, loops, live=inputs[0].live))
+        return inputs[0]._replace(trail=None, live=frozenset({(len(walk.uses) - 1, 1)}))
     x = inputs[2]
     parameters = tuple(fact.trail for fact in inputs[3:])
     constant, index = x.level == NOTHING, len(walk.uses)
     walk.uses.append(
         Use(inputs[1].trail, parameters, info, loops, constant, x.origins, x.origins, live=inputs[0].live)
     )
-    return _Fact(None, inputs[0].level, frozenset({Origin(index, SAME)}), frozenset({index}))
+    return _Fact(None, inputs[0].level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}))
 
 
 def _union(facts: Sequence[_Fact]) -> Origins:
     return NOWHERE.union(*(fact.origins for fact in facts))
 
 
-def _lives(facts: Sequence[_Fact]) -> frozenset[int]:
+def _lives(facts: Sequence[_Fact]) -> Live:
     return frozenset().union(*(fact.live for fact in facts))
+
+
+def _derivative(equation: Any, name: str, inputs: Sequence[_Fact]) -> Live:
+    """What the derivative of an equation's outputs reaches, and with which sign."""
+    found: set[tuple[int, int]] = set()
+    if name != "stop_gradient":
+        for place, fact in enumerate(inputs):
+            sign = _sign(equation, name, place) if fact.live else 0
+            found |= {(use, sign * before) for use, before in fact.live}
+    return frozenset(found)
+
+
+def _sign(equation: Any, name: str, place: int) -> int:
+    """The sign of an equation's derivative with respect to one of its operands; 0 where it is not known."""
+    if name in _POSITIVE:
+        return 1
+    if name in ("neg", "sub"):
+        return -1 if name == "neg" or place == 1 else 1
+    if name in ("mul", "div") and (name, place) != ("div", 1):
+        factor = equation.invars[1 - place]
+        return int(np.sign(factor.val)) if isinstance(factor, Literal) and np.ndim(factor.val) == 0 else 0
+    return 0
 
 
 def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | None:

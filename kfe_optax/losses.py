@@ -20,6 +20,7 @@ from kfe_optax.outputs import Spec
 
 __all__ = [
     "l2_loss",
+    "policy_gradient_loss",
     "register_output",
     "sigmoid_binary_cross_entropy",
     "softmax_cross_entropy",
@@ -30,6 +31,10 @@ __all__ = [
 
 def _integer_labels(z, labels, where):
     return optax.losses.softmax_cross_entropy_with_integer_labels(z, labels, where=where)
+
+
+def _policy_gradient(z, actions, advantages):
+    return advantages * _integer_labels(z, actions, None)
 
 
 def _soft_labels(z, labels, where):
@@ -58,6 +63,7 @@ _SOFT = Spec("softmax_cross_entropy", Categorical(), _soft_labels, _label_mass, 
 _SIGMOID = Spec("sigmoid_binary_cross_entropy", Bernoulli(), optax.losses.sigmoid_binary_cross_entropy)
 _SQUARED = Spec("squared_error", Gaussian(0.5), optax.losses.squared_error)
 _L2 = Spec("l2_loss", Gaussian(), optax.losses.l2_loss)
+_POLICY = Spec("policy_gradient_loss", Categorical(), _policy_gradient)
 
 
 def _classes_last(z, axis):
@@ -170,6 +176,40 @@ def _regression(predictions, targets):
     return predictions, (jnp.zeros_like(predictions) if targets is None else jnp.asarray(targets),)
 
 
+def policy_gradient_loss(logits, actions, advantages):
+    """−advantage · log π(action), π = softmax(logits); registers `Categorical` with the weight of the product, 1/n in a mean.
+
+    An advantage has either sign, and minus a Fisher matrix is none: the curvature of a policy gradient is that of the policy,
+    F = E_s E_{a~π}[∇log π(a|s) ∇log π(a|s)ᵀ] under `fisher="sampled"` or `"exact"` (the natural policy gradient, Kakade
+    2001; Wu et al. 2017). For a policy over other actions register its outputs with `register_output`.
+
+    Args:
+      logits: (..., C) floating.
+      actions: (...) integers in [0, C).
+      advantages: (...), constants: no derivative passes through them.
+
+    Returns:
+      The loss of each event, (...).
+
+    Raises:
+      ValueError: actions or advantages are not one an event.
+
+    Example:
+      >>> import jax.numpy as jnp, kfe_optax as kfe
+      >>> kfe.losses.policy_gradient_loss(jnp.zeros((2, 4)), jnp.array([0, 3]), jnp.array([1.0, -0.5])).shape
+      (2,)
+    """
+    logits, advantages = jnp.asarray(logits), jax.lax.stop_gradient(advantages)
+    if jnp.shape(actions) != logits.shape[:-1] or jnp.shape(advantages) != logits.shape[:-1]:
+        raise ValueError(
+            f"policy_gradient_loss takes an action and an advantage for each event: logits {logits.shape} need both of shape "
+            f"{logits.shape[:-1]}, not {jnp.shape(actions)} and {jnp.shape(advantages)}."
+        )
+    if tags.listener() is None:
+        return _policy_gradient(logits, actions, advantages)
+    return _register(_POLICY, logits, (jnp.asarray(actions), jnp.asarray(advantages)))
+
+
 @functools.cache
 def _output_spec(distribution: Distribution) -> Spec:
     return Spec("register_output", distribution, None)
@@ -183,7 +223,8 @@ def register_output(z: jax.Array, distribution: Distribution, weights: jax.Array
       distribution: `kfe.Categorical()` (z are logits along the last axis), `kfe.Bernoulli()` (logits), or
         `kfe.Gaussian(variance)` (means).
       weights: the weight of each event in the scalar loss, a prefix (n, ...) of the event shape; 1/n an example by default,
-        which is the mean over the batch of each example's sum. Zero leaves an example out.
+        which is the mean over the batch of each example's sum. Zero leaves an example out, and so does a negative weight
+        (see `kfe.Info.negative_weights`).
 
     Raises:
       ValueError: `weights` is not a prefix of the events' shape.

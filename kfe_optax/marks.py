@@ -44,4 +44,7 @@ def _mark(name: str) -> Any:
 
 layer_mark = _mark("kfe_layer")  # operands: y, probe, x, the layer's parameters
 output_mark = _mark("kfe_output")  # operands: the registered output z
+elements_mark = _mark(
+    "kfe_elements"
+)  # operands: the elements of a registered loss, whose weights are counted
 unsupported_mark = _mark("kfe_unsupported")  # operands: probe

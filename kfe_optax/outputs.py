@@ -61,6 +61,7 @@ class Output:
       mapped: sizes of the vmaps around it.
       nested: True inside a vmap or a loop, or when reached more than once: its draws are told apart by the data.
       looped: True inside a loop.
+      subtracted: True where the loss subtracts it, whatever the data.
     """
 
     serial: int
@@ -69,6 +70,7 @@ class Output:
     mapped: tuple[int, ...]
     nested: bool
     looped: bool
+    subtracted: bool = False
 
     @property
     def batched(self) -> bool:
@@ -99,7 +101,7 @@ class Control(NamedTuple):
         jax.Array | None
     )  # int32 (2,): the mode, and the column (EXACT) or the microbatch (SAMPLED); None in a cotangent
     seed: jax.Array | None  # uint32 (2,)
-    rider: jax.Array | None  # (2,), receives Σc and Σc²
+    rider: jax.Array | None  # (3,), see `_weights`
     cotangent: jax.Array | None  # u, of the shape of z, where the quadratic model is asked for
 
 
@@ -150,15 +152,15 @@ def _loss_cotangents(output, place, z, args, control, c):
         _, pull = jax.vjp(lambda z, floats: output.spec.loss(z, *rebuild(floats)), z, floats)
         return pull(c)
 
+    weights = c if output.spec.mass is None else c * output.spec.mass(z, *args)
+
     def fisher(root):
-        weights = c / place.start
-        weights = weights if output.spec.mass is None else weights * output.spec.mass(z, *args)
-        dz = root(jnp.sqrt(jnp.maximum(weights, 0)))
+        dz = root(jnp.sqrt(jnp.maximum(weights / place.start, 0)))
         return dz.astype(z.dtype), jax.tree.map(jnp.zeros_like, floats)
 
     outputs = z if output.spec.outputs is None else output.spec.outputs(z, *args)
     dz, dfloats = _by_mode(output, place, outputs, control, gradient, fisher)
-    return dz, dfloats, _weights(c)
+    return dz, dfloats, _weights(c, weights)
 
 
 tagged_loss.defvjp(_loss_forward, _loss_backward)
@@ -195,16 +197,21 @@ def _output_cotangents(output, place, z, weights, control, g):
     def fisher(root):
         return root(jnp.sqrt(jnp.maximum(c, 0))).astype(z.dtype)
 
-    return _by_mode(output, place, z, control, lambda: g, fisher), _weights(c)
+    return _by_mode(output, place, z, control, lambda: g, fisher), _weights(c, c)
 
 
 tagged_output.defvjp(_output_forward, _output_backward)
 
 
-def _weights(c: jax.Array) -> jax.Array:
-    """(Σc, Σc²), of the rider's dtype whatever the loss's."""
+def _weights(c: jax.Array, fisher: jax.Array) -> jax.Array:
+    """(Σc, Σc²) and how many weights in the Fisher are negative, of the rider's dtype whatever the loss's.
+
+    A negative weight counts as zero in the Fisher, and so in Σc.
+    """
     wide = c.astype(jnp.result_type(float))
-    return jnp.stack([wide.sum(), jnp.square(wide).sum()])
+    return jnp.stack(
+        [jnp.maximum(wide, 0).sum(), jnp.square(wide).sum(), jnp.sum(fisher < 0, dtype=wide.dtype)]
+    )
 
 
 def _cotangents(control: Control, weights: jax.Array) -> Control:
@@ -297,7 +304,7 @@ def control_zeros(registered: Iterable[Output], tangents: bool) -> list[Control]
         Control(
             jnp.zeros(2, jnp.int32),
             jnp.zeros(2, jnp.uint32),
-            jnp.zeros(2),
+            jnp.zeros(3),
             jnp.zeros(output.shape) if tangents else None,
         )
         for output in registered

@@ -287,6 +287,14 @@ class Taps:
         here = jnp.asarray(self.layers[name].examples * self._plan.microbatches, jnp.float32)
         return here if self._plan.axis_name is None else jax.lax.psum(here, self._plan.axis_name)
 
+    @property
+    def negative_weights(self) -> jax.Array:
+        """Whether an element of a registered loss has a negative weight in the loss, which counts as zero in the Fisher."""
+        if self._weights is None or self._plan.fisher == "empirical":
+            return jnp.zeros((), bool)
+        number = self._weights[2]
+        return (number if self._plan.axis_name is None else jax.lax.psum(number, self._plan.axis_name)) > 0
+
 
 def _tangent(passage: Passage, vector: Any) -> list[jax.Array]:
     """√c B J v by transposing the pull."""

@@ -8,6 +8,9 @@ from typing import Any
 
 from kfe_optax.origins import NOWHERE, Origins
 
+Live = frozenset[tuple[int, int]]
+"""Uses whose outputs a derivative reaches with no other use between, each with the derivative's sign, 0 where it is not known."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Trail:
@@ -43,7 +46,7 @@ class Use:
       first: the uses, and the data, that its input comes from, in the first iteration of its loop.
       later: the same in the iterations after that.
       loop: the scan that it is directly in, by number; 0 outside loops, in a `while` and in a scan that runs backwards.
-      live: the uses whose cotangents come from its output alone: what reaches its y (or z) with no other use between.
+      live: the uses that the derivative of its y (or z, or loss) reaches with no other use between.
     """
 
     trail: Trail | None
@@ -54,7 +57,7 @@ class Use:
     first: Origins = NOWHERE
     later: Origins = NOWHERE
     loop: int = 0
-    live: frozenset[int] = frozenset()
+    live: Live = frozenset()
 
 
 @dataclasses.dataclass
@@ -65,19 +68,21 @@ class Walk:
       uses: the marks, in order of execution.
       products: how often each parameter is multiplied with data.
       loss: what the program's output comes from directly.
-      live: the uses that the output's derivative reaches with no other use between.
+      live: the uses that the output's derivative reaches.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     loss: Origins = NOWHERE
-    live: frozenset[int] = frozenset()
+    live: Live = frozenset()
 
-    def behind(self, live: frozenset[int]) -> frozenset[int]:
+    def behind(self, live: Live) -> frozenset[int]:
         """These uses and all that their derivatives reach."""
-        found, pending = set(live), list(live)
+        found: set[int] = set()
+        pending = [use for use, _ in live]
         while pending:
-            new = self.uses[pending.pop()].live - found
-            found |= new
-            pending += new
+            use = pending.pop()
+            if use not in found:
+                found.add(use)
+                pending += [before for before, _ in self.uses[use].live]
         return frozenset(found)

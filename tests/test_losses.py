@@ -40,7 +40,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", kfe.losses.__all__)
 def test_signatures(name):
-    if name != "register_output":
+    if name not in ("register_output", "policy_gradient_loss"):
         ours = inspect.signature(getattr(kfe.losses, name)).parameters
         theirs = inspect.signature(getattr(optax.losses, name)).parameters
         assert list(ours) == list(theirs)

@@ -153,7 +153,7 @@ class _Told:
 
     def init(self, params):
         told = _ToldState(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.ones(3), jnp.asarray(-1))
-        return LayerwiseState(*(jnp.zeros(()) for _ in range(2)), told, (), jnp.zeros(()))
+        return LayerwiseState(*(jnp.zeros(()) for _ in range(2)), told, (), jnp.zeros(()), jnp.zeros(()))
 
     def update(self, updates, state, params=None, *, taps, damping, retry=None):
         own = jnp.arange(1, 1 + len(jax.tree.leaves(updates))) * self.curvature

@@ -91,6 +91,7 @@ class LayerwiseState(NamedTuple):
       rest: the state of the transformation of the parameters outside the layers.
       nonfinite: int32, steps whose gradient was not finite, whose update was zero, or that of the rest, see
         `rest.sound`.
+      negative_weights: int32, steps whose loss gave an element of a registered loss a negative weight.
     """
 
     version: jax.Array
@@ -98,6 +99,7 @@ class LayerwiseState(NamedTuple):
     method: Any
     rest: Any
     nonfinite: jax.Array
+    negative_weights: jax.Array
 
 
 def counters() -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -167,6 +169,7 @@ def layerwise(
             method=method.init(present),
             rest=outside.init(rest_lib.outside(layers, leaves)),
             nonfinite=jnp.zeros((), jnp.int32),
+            negative_weights=jnp.zeros((), jnp.int32),
         )
 
     def update(updates, state, params=None, *, taps=None, damping=None, retry=None, **extra):
@@ -194,6 +197,7 @@ def layerwise(
         arrays, static = static_values.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
         again = retry is not None
+        negative = False if used is None or again else used.negative_weights
         count = state.count - again
         new_matrices, method_state = _step(
             static,
@@ -215,6 +219,7 @@ def layerwise(
             method=method_state,
             rest=rest_state,
             nonfinite=counts.added(state.nonfinite, (~finite | spoilt) & (not again)),
+            negative_weights=counts.added(state.negative_weights, negative),
         )
         # Flattening order is that of the paths, so the tree comes back whatever container it was.
         ordered = [new[path] for path in leaves]

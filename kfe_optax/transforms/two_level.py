@@ -32,7 +32,7 @@ class TwoLevelState(NamedTuple):
     """State of `two_level`: the fine preconditioner's, with which it shares the step count, and the coarse level's.
 
     Attributes:
-      version, count, method, rest, nonfinite: as in `LayerwiseState`, of the fine preconditioner.
+      version, count, method, rest, nonfinite, negative_weights: as in `LayerwiseState`, of the fine preconditioner.
       coarse: the coarse level.
     """
 
@@ -41,12 +41,14 @@ class TwoLevelState(NamedTuple):
     method: Any
     rest: Any
     nonfinite: jax.Array
+    negative_weights: jax.Array
     coarse: CoarseState
 
     @property
     def fine(self) -> LayerwiseState:
         """The state of the fine preconditioner."""
-        return LayerwiseState(self.version, self.count, self.method, self.rest, self.nonfinite)
+        fields = (self.version, self.count, self.method, self.rest, self.nonfinite, self.negative_weights)
+        return LayerwiseState(*fields)
 
 
 def two_level(
