@@ -42,6 +42,9 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
         if group[0].info["kind"].per_example:
             trouble = trouble or _unknown_examples(group, single)
         paths = tuple((role, (*path[:-1], name)) for role, name in group[0].info["roles"])
+        dtypes = {np.dtype(shapes[path].dtype).name, *(t for use in group for t in use.info["shapes"][2:4])}
+        if any(dtype.startswith("complex") for dtype in dtypes):
+            trouble = trouble or "its numbers are complex, and factors are those of real ones"
         if registered and not places[path] & predicting:
             trouble = trouble or "no registered loss depends on it"
         absent = [p for _, p in paths if p not in shapes]

@@ -76,7 +76,7 @@ def tag(
         return y
     # An integer input (one-hot rows, tokens) has no tangent; the layer computes with it in the output's dtype anyway.
     wide = dtype or jnp.result_type(y)
-    x = x if jnp.issubdtype(jnp.result_type(x), jnp.floating) else jnp.asarray(x, wide)
+    x = x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else jnp.asarray(x, wide)
     return active.tag(kind, roles, jax.lax.stop_gradient(x), y, parameters, box, label)
 
 
