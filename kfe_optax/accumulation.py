@@ -21,6 +21,7 @@ def accumulated(
     parameters: Any,
     arrays: list[Any],
     row_mask: Any,
+    loss_scale: Any,
     stacked: tuple[bool, ...],
     num_state: int,
 ) -> tuple[Any, Any, Any, Any, list[Any], tuple[bool, ...]]:
@@ -31,6 +32,7 @@ def accumulated(
       parameters: of the model.
       arrays: those of the batch with a leading axis of microbatches.
       row_mask: likewise, or None.
+      loss_scale: of all passes, or None.
       stacked: which of the arrays have that axis.
       num_state: how many of the first arrays are state of NNX objects, which each pass hands on to the next.
 
@@ -46,7 +48,8 @@ def accumulated(
 
     def one(state, part):
         here, mask = part
-        passed = forward(parameters, [*state, *microbatches.merge(stacked[num_state:], here, whole)], mask)
+        merged = microbatches.merge(stacked[num_state:], here, whole)
+        passed = forward(parameters, [*state, *merged], mask, loss_scale)
         grads, cotangents = passed.pull()
         moved, rest = static_values.split_static(passed.state)
         if len(moved) != num_state:

@@ -74,14 +74,16 @@ class Forward:
         found = loss_fn(call.params, *call.args, **call.kwargs)
         return found if self.has_aux else (found, None)
 
-    def __call__(self, parameters: Any, arrays: Any, row_mask: Any) -> Pass:
+    def __call__(self, parameters: Any, arrays: Any, row_mask: Any, loss_scale: Any) -> Pass:
         """The pass: the residuals know gradients and statistics."""
         # Where types tell devices apart, all is local, as it is under pmap: who wants sums over devices takes them.
         axes = varying.named(self.place.axis_name)
         parameters = varying.over(axes, parameters)
         place = self.place._replace(axes=axes | varying.axes_of((parameters, arrays)))
         registered = {output.serial: output for output in self.layers.outputs}
-        zeros = varying.over(place.axes, outputs.control_zeros(registered.values(), self.tangents))
+        zeros = varying.over(
+            place.axes, outputs.control_zeros(registered.values(), self.tangents, loss_scale)
+        )
         controls = dict(zip(registered, zeros, strict=True))
         riders = {
             "layers": [self._rider(layer, arrays) for layer in self.layers.values()],

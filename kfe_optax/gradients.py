@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 
 from kfe_optax import accumulation, adapters, discovery, masks, static_values, varying
 from kfe_optax import microbatches as microbatches_lib
@@ -61,17 +62,20 @@ def value_grad_and_taps(
 
     Returns:
       `f(params, *args, key=None, row_mask=None, **kwargs) -> (loss, grads, taps)`, `((loss, aux), grads, taps)` with `has_aux`.
-      `row_mask`, (n,) or (n, t, ...), leaves padded positions out of the statistics (see `kfe.row_mask`). `loss` and
-      `grads` are those of `jax.value_and_grad` (`nnx.value_and_grad` for an `nnx.Module`). The state of NNX objects moves as it
-      does there: batch statistics and rng counts of the module, `nnx.Rngs`, metrics and further models among the arguments.
+      `row_mask`, (n,) or (n, t, ...), leaves padded positions out of the statistics (see `kfe.row_mask`). `loss_scale`, a
+      number, is the factor by which `loss_fn` multiplies the loss so that float16 gradients do not underflow, and by which you
+      divide the gradients afterwards: the curvature is then that of the loss without it. `loss` and `grads` are those of
+      `jax.value_and_grad` (`nnx.value_and_grad` for an `nnx.Module`). The state of NNX objects moves as it does there: batch
+      statistics and rng counts of the module, `nnx.Rngs`, metrics and further models among the arguments.
       It is compiled; arrays are traced, Python values among the arguments are static, so pass numbers that change as arrays.
       Under `vmap` a period's `lax.cond` on a batched step count becomes a select and every step pays for a refresh: keep the
       count unbatched.
 
     Raises:
-      ValueError: the loss registers no output or subtracts one, `key` is missing, the loss's layers or parameters are not those
-        of `layers`, a layer's leading axis is not the batch, "exact" meets a loss inside a loop, the batch does not split into
-        microbatches, or it differs between the devices of an axis of `jax.shard_map` that `axis_name` does not name.
+      ValueError: the loss registers no output or subtracts one, `key` is missing, `loss_scale` is not positive, the loss's
+        layers or parameters are not those of `layers`, a layer's leading axis is not the batch, "exact" meets a loss inside a
+        loop, the batch does not split into microbatches, or it differs between the devices of an axis of `jax.shard_map` that
+        `axis_name` does not name.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, kfe_optax as kfe
@@ -106,18 +110,21 @@ def value_grad_and_taps(
         compiled = _compile(reference, *options)
         per_loss[options] = (reference, compiled)
 
-    def wrapped(params, *args, key=None, row_mask=None, **kwargs):
+    def wrapped(params, *args, key=None, row_mask=None, loss_scale=None, **kwargs):
         if fisher == "sampled" and key is None:
             raise ValueError(
                 "fisher='sampled' draws targets from the model and needs a random key: pass key=jax.random.fold_in(key, step), "
                 "or choose fisher='empirical' or 'exact'."
             )
+        if loss_scale is not None:
+            loss_scale = _checked_scale(loss_scale)
         parameters, given, rebuild, objects = adapters.partition(params, args, kwargs)
         stacked = microbatches_lib.flags(microbatches, batch_arguments, *given, row_mask)
         arrays, static = static_values.split_static(given)
         seed = jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32)
         assert keep is not None  # the compiled function holds it weakly
-        value, grads, taps, state = compiled(rebuild, static, stacked, parameters, arrays, seed, row_mask)
+        moving = (parameters, arrays, seed, row_mask, loss_scale)
+        value, grads, taps, state = compiled(rebuild, static, stacked, *moving)
         if objects:
             nnx_adapter.update(objects, state)
         return value, grads, taps
@@ -134,7 +141,7 @@ def _compile(
     place: Place,
     quadratic_model: bool,
 ):
-    def step(rebuild, static, stacked, parameters, arrays, seed, row_mask):
+    def step(rebuild, static, stacked, parameters, arrays, seed, row_mask, loss_scale):
         _check_axes(parameters, arrays, place.axis_name)
         k, here, before = place.microbatches, place, arrays
         if k > 1:
@@ -154,7 +161,7 @@ def _compile(
             here = here._replace(examples=parts[0].shape[1])
         forward = Forward(loss_reference, rebuild, static, has_aux, found, here, quadratic_model)
         if k == 1:
-            passed = forward(parameters, arrays, row_mask)
+            passed = forward(parameters, arrays, row_mask, loss_scale)
             grads, cotangents = passed.pull()
             loss, aux, state = passed.loss, passed.aux, passed.state
             weights, residuals, swaps = (
@@ -164,7 +171,9 @@ def _compile(
             )
         else:
             num_state = len(static_values.split_static(static(arrays)[0])[0])
-            scanned = accumulation.accumulated(forward, parameters, arrays, row_mask, stacked, num_state)
+            scanned = accumulation.accumulated(
+                forward, parameters, arrays, row_mask, loss_scale, stacked, num_state
+            )
             (loss, aux), grads, state, weights, arrays, stacked = scanned
             residuals = swaps = None
         if state is not None:
@@ -172,10 +181,19 @@ def _compile(
         container = jax.tree.structure(parameters)
         plan = Plan(forward, swaps, fisher, num_samples, stacked, container)
         given = Given(parameters, arrays, row_mask) if quadratic_model or k > 1 else None
-        taps = Taps(residuals, given, seed, weights, loss if quadratic_model else None, plan)
+        unscaled = loss if loss_scale is None else loss / loss_scale
+        taps = Taps(residuals, given, seed, weights, unscaled if quadratic_model else None, loss_scale, plan)
         return ((loss, aux) if has_aux else loss), grads, taps, state
 
     return jax.jit(step, static_argnums=(0, 1, 2))
+
+
+def _checked_scale(loss_scale: Any) -> jax.Array:
+    if jnp.shape(loss_scale) != () or (not isinstance(loss_scale, core.Tracer) and not loss_scale > 0):
+        raise ValueError(
+            f"loss_scale must be a positive number, by which loss_fn multiplies its loss, not {loss_scale!r}."
+        )
+    return jnp.asarray(loss_scale, jnp.result_type(float))
 
 
 def _check_axes(parameters: Any, arrays: Any, axis_name: Any) -> None:

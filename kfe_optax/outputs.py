@@ -103,6 +103,9 @@ class Control(NamedTuple):
     seed: jax.Array | None  # uint32 (2,)
     rider: jax.Array | None  # (3,), see `_weights`
     cotangent: jax.Array | None  # u, of the shape of z, where the quadratic model is asked for
+    scale: (
+        jax.Array | None
+    )  # S of a loss that is S times the one that counts; c and the weights of its elements are, too
 
 
 class Place(NamedTuple):
@@ -160,7 +163,7 @@ def _loss_cotangents(output, place, z, args, control, c):
 
     outputs = z if output.spec.outputs is None else output.spec.outputs(z, *args)
     dz, dfloats = _by_mode(output, place, outputs, control, gradient, fisher)
-    return dz, dfloats, _weights(c, weights)
+    return dz, dfloats, _weights(c, weights, control.scale)
 
 
 tagged_loss.defvjp(_loss_forward, _loss_backward)
@@ -190,25 +193,28 @@ def _output_cotangents(output, place, z, weights, control, g):
     """The cotangent of z, and the weights."""
     free = z.shape[: z.ndim - output.spec.distribution.event_ndim]
     if weights is None:
-        c = jnp.full(free, 1 / output.examples, z.dtype)
+        c = jnp.full(free, 1 / output.examples, jnp.promote_types(z.dtype, jnp.float32))
     else:
         c = jnp.broadcast_to(weights.reshape(weights.shape + (1,) * (len(free) - weights.ndim)), free)
+    if control.scale is not None:
+        c = c * control.scale
 
     def fisher(root):
         return root(jnp.sqrt(jnp.maximum(c, 0))).astype(z.dtype)
 
-    return _by_mode(output, place, z, control, lambda: g, fisher), _weights(c, c)
+    return _by_mode(output, place, z, control, lambda: g, fisher), _weights(c, c, control.scale)
 
 
 tagged_output.defvjp(_output_forward, _output_backward)
 
 
-def _weights(c: jax.Array, fisher: jax.Array) -> jax.Array:
-    """(Σc, Σc²) and how many weights in the Fisher are negative, of the rider's dtype whatever the loss's.
+def _weights(c: jax.Array, fisher: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """(Σc, Σc²), without the loss's scale, and how many weights in the Fisher are negative, in the rider's dtype.
 
     A negative weight counts as zero in the Fisher, and so in Σc.
     """
     wide = c.astype(jnp.result_type(float))
+    wide = wide if scale is None else wide / scale
     return jnp.stack(
         [jnp.maximum(wide, 0).sum(), jnp.square(wide).sum(), jnp.sum(fisher < 0, dtype=wide.dtype)]
     )
@@ -216,7 +222,7 @@ def _weights(c: jax.Array, fisher: jax.Array) -> jax.Array:
 
 def _cotangents(control: Control, weights: jax.Array) -> Control:
     nothing = None if control.cotangent is None else jnp.zeros_like(control.cotangent)
-    return Control(None, None, weights, nothing)
+    return Control(None, None, weights, nothing, None)
 
 
 def _by_mode(output, place, z, control, gradient, fisher):
@@ -298,7 +304,7 @@ def _float_args(args: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
     return [leaf for leaf, is_float in zip(leaves, differentiable, strict=True) if is_float], rebuild
 
 
-def control_zeros(registered: Iterable[Output], tangents: bool) -> list[Control]:
+def control_zeros(registered: Iterable[Output], tangents: bool, scale: jax.Array | None) -> list[Control]:
     """One fresh control per registration, each an array of its own: the pull's leaves are found by identity."""
     return [
         Control(
@@ -306,6 +312,7 @@ def control_zeros(registered: Iterable[Output], tangents: bool) -> list[Control]
             jnp.zeros(2, jnp.uint32),
             jnp.zeros(3),
             jnp.zeros(output.shape) if tangents else None,
+            scale,
         )
         for output in registered
     ]

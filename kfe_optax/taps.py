@@ -92,16 +92,19 @@ class Taps:
     Optax wrapper as an extra argument. It lives as long as the step.
     """
 
-    def __init__(self, residuals: Any, given: Given | None, seed: Any, weights: Any, loss: Any, plan: Plan):
+    def __init__(
+        self, residuals: Any, given: Given | None, seed: Any, weights: Any, loss: Any, scale: Any, plan: Plan
+    ):
         self._residuals = residuals  # (leaves, cotangent) of the one pass, None with microbatches
         self._given = given
         self._seed = seed
         self._weights = weights
         self._loss = loss
+        self._scale = scale  # of the loss that was differentiated, None for 1
         self._plan = plan
 
     def tree_flatten(self):
-        return (self._residuals, self._given, self._seed, self._weights, self._loss), self._plan
+        return (self._residuals, self._given, self._seed, self._weights, self._loss, self._scale), self._plan
 
     @classmethod
     def tree_unflatten(cls, plan, children):
@@ -157,7 +160,7 @@ class Taps:
     def _again(self, part: Any) -> Passage:
         assert self._given is not None
         arrays, row_mask, index = part
-        passed = self._plan.forward(self._given.parameters, self._arrays(arrays), row_mask)
+        passed = self._plan.forward(self._given.parameters, self._arrays(arrays), row_mask, self._scale)
         return Passage(passed.leaves, passed.cotangent, passed.swaps, index)
 
     def draw(self, index: Any, passage: Passage | None = None) -> dict[str, Statistics]:
@@ -186,7 +189,7 @@ class Taps:
         _, riders = passage.pull(leaves, start)
         empirical = plan.fisher == "empirical"
         return {
-            layer.name: make_statistics(layer, rider, empirical)
+            layer.name: make_statistics(layer, rider, empirical, self._scale)
             for layer, rider in zip(plan.layers.values(), riders["layers"], strict=True)
         }
 
@@ -204,9 +207,11 @@ class Taps:
         given, plan = self._checked(), self._plan
         there = self._like_parameters(parameters, given.parameters)
         if plan.swaps is not None:
-            return self.mean_over_devices(plan.forward.loss(there, given.arrays))
-        losses = jax.lax.map(lambda part: plan.forward.loss(there, self._arrays(part[0])), self._parts())
-        return self.mean_over_devices(losses.mean())
+            loss = plan.forward.loss(there, given.arrays)
+        else:
+            parts = self._parts()
+            loss = jax.lax.map(lambda part: plan.forward.loss(there, self._arrays(part[0])), parts).mean()
+        return self.mean_over_devices(loss if self._scale is None else loss / self._scale)
 
     def _like_parameters(self, tree: Any, default: Any) -> Any:
         """A tree in the container of the parameters: Optax's wrappers and NNX's optimizer hand on others."""
@@ -225,10 +230,10 @@ class Taps:
         given, plan = self._checked(), self._plan
         nothing = jax.tree.map(jnp.zeros_like, given.parameters)
         vector = self._like_parameters(vector, nothing)
-        if plan.swaps is not None:
-            return _tangent(self._passage(), vector)
-        root = plan.microbatches**-0.5
+        root = plan.microbatches**-0.5 if self._scale is None else (plan.microbatches * self._scale) ** -0.5
         scaled = jax.tree.map(lambda v: v * jnp.asarray(root, v.dtype), vector)
+        if plan.swaps is not None:
+            return _tangent(self._passage(), scaled)
         return jax.lax.map(lambda part: _tangent(self._again(part), scaled), self._parts())
 
     def fisher_products(self, *tangents: list[jax.Array]) -> jax.Array:

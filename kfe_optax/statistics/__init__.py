@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from kfe_optax.layer import Layer
 from kfe_optax.statistics.rows import Rows
@@ -70,13 +71,18 @@ class Statistics(Protocol):
         """Σ_n w_n M_n, (..., d_in, d_out), for w (n,)."""
 
 
-def make_statistics(layer: Layer, rider: Mapping[str, jax.Array], empirical: bool) -> Statistics:
+def make_statistics(
+    layer: Layer, rider: Mapping[str, jax.Array], empirical: bool, loss_scale: jax.Array | None
+) -> Statistics:
     """The statistics in a layer's rider.
 
     An empirical draw is the gradient itself, in which each example has its weight 1/N; rows are N times that. Fisher draws
-    carry the root of the weight, and rows √N times that.
+    carry the root of the weight, and rows √N times that. Where the loss is `loss_scale` times the one that counts, they carry
+    that factor, or its root.
     """
-    scale = float(layer.examples) if empirical else math.sqrt(layer.examples)
+    scale: Any = float(layer.examples) if empirical else math.sqrt(layer.examples)
+    if loss_scale is not None:
+        scale = scale / (loss_scale if empirical else jnp.sqrt(loss_scale))
     if not layer.has_rows:
         return Sums(layer, rider, scale)
     if layer.kind.statistics == "tokens":

@@ -22,7 +22,7 @@ from kfe_optax.layer import Layer
 class Rows:
     """The statistics of a layer that keeps its inputs and output gradients (see `statistics.Statistics`)."""
 
-    def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: float):
+    def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: Any):
         self.layer = layer
         self._parts = layer.parts(rider)
         self._scale = scale

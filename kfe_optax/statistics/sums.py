@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from kfe_optax.statistics.rows import over_stack
 class Sums:
     """See `statistics.Statistics`; what needs single examples is there as long as `Layer.per_example`."""
 
-    def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: float):
+    def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: Any):
         self.layer = layer
         self._sums = layer.sums(rider)
         self._scale = scale

@@ -20,7 +20,7 @@ class Tokens(Rows):
     by position, (t, d), and a token that stands at k positions counts 1/k at each.
     """
 
-    def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: float):
+    def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: Any):
         super().__init__(layer, rider, scale)
         self._vocabulary = layer.kernel_shape[0]
 
