@@ -251,7 +251,7 @@ def _trouble(first: Layer, second: Layer, max_dim: int) -> str | None:
 def _own_trouble(layer: Layer, max_dim: int) -> str | None:
     kind = layer.kind
     if not layer.has_rows:
-        return "uses its parameters more than once, so that its statistics are sums"
+        return f"{layer.why_sums}, so that its statistics are sums"
     if kind.statistics != "rows" or kind.per_example or any(kind.diagonal):
         return f"is a layer of kind {kind.name!r}, which has no rows to pair"
     if kind != kind.plain():

@@ -133,7 +133,9 @@ def discover(
     between = len(jaxpr.jaxpr.invars) - len(own) - len(trails)
     walk = jaxprs.follow(jaxpr, [*own, *[None] * between, *trails])
     uses = walk.uses
-    layers, reasons = grouping.layers_of(walk, shapes)
+    outputs = listener.outputs(walk)
+    batches = {size for output in outputs if not output.looped for size in output.batches}
+    layers, reasons = grouping.layers_of(walk, shapes, batches)
     for parent, name in names:
         if parent not in kept:
             reasons[(*parent, name)] = "changed before the layer uses it (by a wrapper that takes no rider)"
@@ -143,7 +145,7 @@ def discover(
     explained = tuple(_reason(path, reasons, unused, classes) for path in rest)
     outside = tuple(tuple(shapes[path].shape) for path in rest)
     unregistered = any(uses[i].info["mark"] is marks.layer_mark for i, _ in walk.live)
-    return Layers(layers, rest, explained, outside, listener.outputs(walk), unregistered)
+    return Layers(layers, rest, explained, outside, outputs, unregistered)
 
 
 def _runs(trace: Callable[[set[Path]], Any], kept: set[Path]) -> bool:

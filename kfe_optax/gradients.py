@@ -73,9 +73,8 @@ def value_grad_and_taps(
 
     Raises:
       ValueError: the loss registers no output or subtracts one, `key` is missing, `loss_scale` is not positive, the loss's
-        layers or parameters are not those of `layers`, a layer's leading axis is not the batch, "exact" meets a loss inside a
-        loop, the batch does not split into microbatches, or it differs between the devices of an axis of `jax.shard_map` that
-        `axis_name` does not name.
+        layers or parameters are not those of `layers`, "exact" meets a loss inside a loop, the batch does not split into
+        microbatches, or it differs between the devices of an axis of `jax.shard_map` that `axis_name` does not name.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, kfe_optax as kfe
@@ -224,7 +223,7 @@ def _check_tangents(layers: Layers) -> None:
 
 
 def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
-    """Raises for a call that does not fit the layers; otherwise the layers found, with the batch axis settled."""
+    """Raises for a call that does not fit the layers; otherwise the layers found, configured like those given."""
     found = found.configured_like(layers)
     difference = same_layers(layers, found)
     if difference:
@@ -255,6 +254,18 @@ def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
             f"The input of layer {constant[0]!r} is the same for all examples (positions, for instance): only samples tell its "
             f"examples apart. Use fisher='sampled', or leave it out with layers.without({constant[0]!r})."
         )
+    batches = {size for output in found.outputs for size in output.batches}
+    unsure = [
+        name
+        for name, layer in found.items()
+        if not layer.aligned or (layer.per_example and layer.examples not in batches)
+    ]
+    if fisher == "exact" and unsure:
+        raise ValueError(
+            f"fisher='exact' takes a column of all examples at once, and it is not shown that each row of layer {unsure[0]!r} "
+            "belongs to one example of the registered loss: its leading axis is no batch, or the loss's outputs are flattened "
+            f"with other axes. Use fisher='sampled', or leave the layer out with layers.without({unsure[0]!r})."
+        )
     spread = [
         output
         for output in found.outputs
@@ -267,5 +278,4 @@ def _check(layers: Layers, found: Layers, fisher: Fisher) -> Layers:
             "nor an ensemble's members: its columns would mix what the vmap maps. Call the loss on the whole array instead, "
             "or use fisher='sampled'."
         )
-    batches = {size for output in found.outputs if not output.looped for size in output.batches}
-    return found.settle_batch(batches) if batches else found
+    return found

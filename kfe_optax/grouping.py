@@ -14,8 +14,13 @@ from kfe_optax.layer import Layer, Path, path_name
 from kfe_optax.origins import Origins
 
 
-def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, ...], dict[Path, str]]:
-    """Groups the uses by parameter into layers; the reason for every parameter that a tag or module saw in vain."""
+def layers_of(
+    walk: jaxprs.Walk, shapes: dict[Path, Any], batches: set[int]
+) -> tuple[tuple[Layer, ...], dict[Path, str]]:
+    """Groups the uses by parameter into layers; the reason for every parameter that a tag or module saw in vain.
+
+    `batches` are the sizes that the batch may have by the registered losses.
+    """
     uses = walk.uses
     reasons: dict[Path, str] = {}
     by_path: dict[Path, list[jaxprs.Use]] = {}
@@ -31,6 +36,13 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
     # A loss inside the loop sees other examples in each iteration.
     registered = outputs_of(walk)
     looped = any(uses[i].loops for i in registered)
+    # The first axis of an output is the batch, flattened with others or not, and so may be those of vmaps around it.
+    sources = {
+        label.source: label.size
+        for i in registered
+        for label in uses[i].batch
+        if label.axis <= sum(is_mapped for _, (is_mapped,) in uses[i].info["vmaps"])
+    }
     predicting = frozenset().union(*(walk.behind(uses[i].live) for i in registered))
     parents = collections.Counter(path[:-1] for path in by_path)
     layers, names = [], {}
@@ -39,8 +51,9 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
         if walk.products[path] > len(group):
             trouble = trouble or "also used outside its layer, where no tag sees it"
+        shown = 1 if batches == {1} else _shown(group, sources)
         if group[0].info["kind"].per_example:
-            trouble = trouble or _unknown_examples(group, single)
+            trouble = trouble or _unknown_examples(group, single, batches, shown)
         paths = tuple((role, (*path[:-1], name)) for role, name in group[0].info["roles"])
         dtypes = {np.dtype(shapes[path].dtype).name, *(t for use in group for t in use.info["shapes"][2:4])}
         if any(dtype.startswith("complex") for dtype in dtypes):
@@ -57,7 +70,12 @@ def layers_of(walk: jaxprs.Walk, shapes: dict[Path, Any]) -> tuple[tuple[Layer, 
             size = sum(int(np.prod(shapes[p].shape)) for _, p in paths)
             names[path] = name
             layer = _layer(name, paths, group, len(layers), shapes[path])
-            layers.append(dataclasses.replace(layer, size=size, per_example=layer.per_example and single))
+            layer = dataclasses.replace(layer, size=size, per_example=layer.per_example and single)
+            if batches:
+                fixed = shown is None and all(use.fixed for use in group)
+                layer = dataclasses.replace(layer, constant=layer.constant or fixed)
+                layer = _settled(layer, shown, max(sources.values(), default=max(batches)))
+            layers.append(layer)
     flows = _flows(walk, names)
     return tuple(dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers), reasons
 
@@ -127,13 +145,42 @@ def _trouble(use: jaxprs.Use) -> str | None:
     return None
 
 
-def _unknown_examples(group: list[jaxprs.Use], single: bool) -> str | None:
+def _shown(group: list[jaxprs.Use], sources: dict[Any, int]) -> int | None:
+    """The size of the batch, where the leading axis of the layer's input is shown to be the batch in all of its uses."""
+    found = []
+    for use in group:
+        kind, (x, *_) = use.info["kind"], use.info["shapes"]
+        # A vmap over stacked layers that maps the input as well stands in front.
+        axis = kind.batch_axis(x) + sum(mapped[2] for _, mapped in use.info["vmaps"])
+        found.append({label.size for label in use.batch if label.axis == axis and label.source in sources})
+    return max(set.intersection(*found), default=None)
+
+
+def _settled(layer: Layer, shown: int | None, batch: int) -> Layer:
+    """The layer with n set to the batch, which it may see flattened with other axes, (n t, d)."""
+    if layer.constant:
+        positions = layer.positions * layer.examples
+        known = layer.per_example and layer.has_rows
+        return dataclasses.replace(layer, examples=1, positions=positions, per_example=known)
+    if layer.shared and not layer.per_example:
+        return layer
+    if shown is None:
+        # Sums over all rows are right whatever the rows are; only single examples are not known.
+        return dataclasses.replace(layer, examples=batch, per_example=False, aligned=False)
+    return dataclasses.replace(layer, examples=shown, positions=layer.positions * layer.examples // shown)
+
+
+def _unknown_examples(
+    group: list[jaxprs.Use], single: bool, batches: set[int], shown: int | None
+) -> str | None:
     """Why a kind that keeps a row an example cannot do so."""
     if not single:
         return "applied to single examples or parts of the batch (vmap, map): its examples are not known"
     kind = group[0].info["kind"]
     if len({kind.free(x, y)[0] for x, y, *_ in (use.info["shapes"] for use in group)}) > 1:
         return "applied to batches of different sizes: its examples are not known"
+    if batches and shown is None and not all(use.fixed for use in group):
+        return "its leading axis is not shown to be the batch: its examples are not known"
     return None
 
 

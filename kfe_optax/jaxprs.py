@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from kfe_optax import origins
+from kfe_optax import batch_axes, origins
+from kfe_optax.batch_axes import UNKNOWN, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
 from kfe_optax.marks import elements_mark, layer_mark, output_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
@@ -38,12 +39,13 @@ NOTHING, PARAMETERS, DATA = 0, 1, 2
 
 
 class _Fact(NamedTuple):
-    """Of a variable: its trail, what it depends on, what it comes from directly, and which uses its derivative reaches."""
+    """Of a variable: its trail, what it depends on, what it comes from directly, what its derivative reaches, its examples."""
 
     trail: Trail | None
     level: int
     origins: Origins = NOWHERE
     live: Live = frozenset()
+    batch: Labels = UNKNOWN
 
 
 _DATA = _Fact(None, DATA, origins.DATA)
@@ -59,15 +61,24 @@ def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> Walk:
 
 
 def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_Fact]:
-    known = dict(zip(jaxpr.invars, facts, strict=True))
-    known.update(dict.fromkeys(jaxpr.constvars, _DATA))
+    def own(fact: _Fact, variable: Any) -> _Fact:
+        if not float_leaf(variable.aval):
+            fact = fact._replace(live=frozenset())
+        if fact.level == DATA:
+            source = (walk.scope, id(variable))
+            fact = fact._replace(batch=batch_axes.named(fact.batch, variable.aval, source))
+        return fact
+
+    given = [*zip(jaxpr.invars, facts, strict=True), *((v, _DATA) for v in jaxpr.constvars)]
+    known = {variable: own(fact, variable) for variable, fact in given}
 
     def read(variable) -> _Fact:
         if isinstance(variable, Literal):
             # An array that the loss closes over may stand in the program itself; it is data, where a number is not.
-            return _DATA if np.ndim(variable.val) else _Fact(None, NOTHING)
+            return own(_DATA, variable) if np.ndim(variable.val) else _Fact(None, NOTHING)
         return known.get(variable, _Fact(None, NOTHING))
 
+    scope = walk.scope
     for equation in jaxpr.eqns:
         inputs = [read(v) for v in equation.invars]
         trails = [fact.trail for fact in inputs]
@@ -79,13 +90,17 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             continue
         if name in _PRODUCTS and source == DATA:
             walk.products.update(trail.path for trail in trails if trail is not None and not trail.lost)
+        walk.scope = (*scope, id(equation))
         outputs = _inner(equation, name, inputs, walk, loops)
+        walk.scope = scope
         if outputs is None:
             behind = origins.behind(equation, [fact.origins for fact in inputs])
             live = _derivative(equation, name, inputs)
-            outputs = [_Fact(_step(equation, name, trails), source, behind, live)] * len(equation.outvars)
+            fact = _Fact(_step(equation, name, trails), source, behind, live)
+            batches = batch_axes.behind(equation, [fact.batch for fact in inputs])
+            outputs = [fact._replace(batch=batch) for batch in batches]
         for variable, fact in zip(equation.outvars, outputs, strict=False):
-            known[variable] = fact if float_leaf(variable.aval) else fact._replace(live=frozenset())
+            known[variable] = own(fact, variable)
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -94,15 +109,22 @@ def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int
     info = {"mark": equation.primitive, **equation.params}
     if equation.primitive is not layer_mark:
         trail = inputs[0].trail if equation.primitive is unsupported_mark else None
-        walk.uses.append(Use(trail, (), info, loops, live=inputs[0].live))
+        walk.uses.append(Use(trail, (), info, loops, live=inputs[0].live, batch=inputs[0].batch))
         return inputs[0]._replace(trail=None, live=frozenset({(len(walk.uses) - 1, 1)}))
     x = inputs[2]
     parameters = tuple(fact.trail for fact in inputs[3:])
-    constant, index = x.level == NOTHING, len(walk.uses)
-    walk.uses.append(
-        Use(inputs[1].trail, parameters, info, loops, constant, x.origins, x.origins, live=inputs[0].live)
-    )
-    return _Fact(None, inputs[0].level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}))
+    index, level, fixed = len(walk.uses), inputs[0].level, x.level != DATA
+    batch, out = x.batch, inputs[0].batch
+    if fixed:
+        # What is made for all examples shows where they are in what it feeds.
+        source = (walk.scope, id(equation.outvars[0]))
+        ahead = [sum(mapped[place] for _, mapped in info["vmaps"]) for place in (2, 0)]
+        free = info["kind"].batch_axis(info["shapes"][0])
+        batch |= batch_axes.at(ahead[0] + free, equation.invars[2].aval, source)
+        out |= batch_axes.at(ahead[1], equation.outvars[0].aval, source)
+    use = Use(inputs[1].trail, parameters, info, loops, x.level == NOTHING, fixed, x.origins, x.origins)
+    walk.uses.append(dataclasses.replace(use, live=inputs[0].live, batch=batch))
+    return _Fact(None, level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), out)
 
 
 def _union(facts: Sequence[_Fact]) -> Origins:
@@ -166,12 +188,18 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
         for same in zip(*results, strict=True):
             trail = same[0].trail if all(fact.trail == same[0].trail for fact in same) else None
             chosen = origins.chosen(inputs[0].origins, _union(same))
-            joined.append(_Fact(trail, source, chosen, _lives(same)))
+            batch = batch_axes.joined([fact.batch for fact in same])
+            joined.append(_Fact(trail, source, chosen, _lives(same), batch))
         return joined
     for value in params.values():
         inner_jaxpr = getattr(value, "jaxpr", value)
         if hasattr(inner_jaxpr, "eqns") and len(inner_jaxpr.invars) == len(inputs):
+            if name == "shard_map":
+                # Inside is a device's share of the examples.
+                inputs = [fact._replace(batch=UNKNOWN) for fact in inputs]
             results = _walk(inner_jaxpr, inputs, walk, loops)
+            if name == "shard_map":
+                results = [fact._replace(batch=UNKNOWN) for fact in results]
             if name.startswith("custom_"):
                 # A derivative of its own may reach what the function itself does not (a straight-through estimator).
                 results = [fact._replace(live=fact.live | _lives(inputs)) for fact in results]
@@ -188,7 +216,9 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
         level = source if constants <= i < constants + carries else fact.level
         trail = _into_scan(fact.trail, i, (constants, carries), length)
         whole = i < constants + carries
-        inner.append(_Fact(trail, level, fact.origins if whole else origins.moved(fact.origins), fact.live))
+        batch = fact.batch if whole else batch_axes.sliced(fact.batch)
+        behind = fact.origins if whole else origins.moved(fact.origins)
+        inner.append(_Fact(trail, level, behind, fact.live, batch))
     start = len(walk.uses)
     results = _iterate(body, inner, (constants, carries if length > 1 else 0), walk, loops)
     if not equation.params["reverse"]:
@@ -200,17 +230,19 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
     for i, fact in enumerate(results):
         # The carry comes from the last iteration, what is stacked from all of them.
         if i < carries:
-            outputs.append(_Fact(None, source, _later(fact.origins, start, LAST), fact.live))
+            outputs.append(_Fact(None, source, _later(fact.origins, start, LAST), fact.live, fact.batch))
         else:
             behind = origins.moved(_later(fact.origins, start, ANY))
-            outputs.append(_Fact(None, source, behind, fact.live))
+            outputs.append(_Fact(None, source, behind, fact.live, batch_axes.stacked(fact.batch)))
     return outputs
 
 
 def _while(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
     body = equation.params["body_jaxpr"].jaxpr
     skip = equation.params["cond_nconsts"]
-    inner = [fact._replace(trail=_broadcast(fact.trail), level=source) for fact in inputs[skip:]]
+    inner = [
+        fact._replace(trail=_broadcast(fact.trail), level=source, batch=UNKNOWN) for fact in inputs[skip:]
+    ]
     start = len(walk.uses)
     constants = len(inner) - len(body.outvars)
     results = _iterate(body, inner, (constants, len(body.outvars)), walk, loops)
@@ -231,18 +263,19 @@ def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk
         return results
     first, around = walk.uses[start:], None
     while True:
-        back = [(_later(fact.origins, start, BEFORE), fact.live) for fact in results[:carries]]
-        new = (
-            back if around is None else [(a | b, c | d) for (a, c), (b, d) in zip(around, back, strict=True)]
-        )
+        new = []
+        for i, fact in enumerate(results[:carries]):
+            before = facts[constants + i] if around is None else around[i]
+            origin = _later(fact.origins, start, BEFORE) | (NOWHERE if around is None else before.origins)
+            # A loop's carry may start as constants.
+            batch = fact.batch if around is None and not before.batch else before.batch & fact.batch
+            new.append(before._replace(origins=origin, live=before.live | fact.live, batch=batch))
         if new == around:
             break
         around = new
         del walk.uses[start:]
         walk.products = products.copy()
-        inside = list(facts)
-        for i, (carry, live) in enumerate(around, constants):
-            inside[i] = facts[i]._replace(origins=carry, live=facts[i].live | live)
+        inside = [*facts[:constants], *around, *facts[constants + carries :]]
         results = _walk(body, inside, walk, loops + 1)
     walk.uses[start:] = [_joined(a, b, loops + 1) for a, b in zip(first, walk.uses[start:], strict=True)]
     return results

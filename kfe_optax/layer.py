@@ -65,7 +65,9 @@ class Layer:
       in_loop: whether it runs inside a loop that uses the same parameters in each iteration.
       masked: whether a `row_mask` is in force at one of its calls.
       spread: whether a vmap over the batch hides the examples from it.
-      constant: whether its input depends on nothing (an embedding of positions); it has a single example.
+      constant: whether its input is the same for all examples (an embedding of positions); it has a single example.
+      aligned: whether its leading axis is shown to be the batch (see `kfe_optax.batch_axes`). If not (the nodes of graphs, tokens
+        dispatched to experts), its statistics are sums over its rows.
       size: the number of its parameters.
       flow: which layers feed it (see `kfe_optax.flow`).
     """
@@ -87,6 +89,7 @@ class Layer:
     masked: bool = dataclasses.field(compare=False, repr=False, default=False)
     spread: bool = dataclasses.field(compare=False, repr=False, default=False)
     constant: bool = dataclasses.field(compare=False, repr=False, default=False)
+    aligned: bool = dataclasses.field(compare=False, repr=False, default=True)
     size: int = dataclasses.field(compare=False, repr=False, default=0)
     flow: Flow = dataclasses.field(compare=False, repr=False, default=Flow())
     sharing: str = "expand"
@@ -137,7 +140,14 @@ class Layer:
     @property
     def has_rows(self) -> bool:
         """Whether the tap holds rows, or sums over several uses."""
-        return self.kind.per_example or not (self.shared or self.mixed)
+        return self.kind.per_example or (self.aligned and not (self.shared or self.mixed))
+
+    @property
+    def why_sums(self) -> str:
+        """Of a layer without rows, why it has none, for messages."""
+        if self.aligned:
+            return "uses its parameters more than once"
+        return "has a leading axis that is not shown to be the batch"
 
     @property
     def row_bytes(self) -> int:

@@ -67,37 +67,6 @@ class Layers(Mapping[str, Layer]):
     def __str__(self) -> str:
         return self.table()
 
-    def settle_batch(self, batches: set[int]) -> Layers:
-        """The layers with n set to the loss's batch where a layer sees it flattened with other axes, (n t, d).
-
-        Raises:
-          ValueError: a layer's leading axis cannot be the batch.
-        """
-        settled = []
-        for layer in self._layers:
-            if layer.constant:
-                positions = layer.positions * layer.examples
-                known = layer.per_example and layer.has_rows
-                settled.append(dataclasses.replace(layer, examples=1, positions=positions, per_example=known))
-                continue
-            if layer.examples in batches or (layer.shared and not layer.per_example):
-                settled.append(layer)
-                continue
-            n = max((b for b in batches if layer.examples % b == 0 and b > 1), default=None)
-            if n is None and layer.shared:
-                # Sums over all rows are right whatever the rows are; only single examples are not known.
-                settled.append(dataclasses.replace(layer, per_example=False))
-                continue
-            if n is None:
-                raise ValueError(
-                    f"The leading axis of the input of layer {layer.name!r} has size {layer.examples}, but the registered loss "
-                    f"has {' or '.join(map(str, sorted(batches)))} examples: the batch must be the first axis of every layer's "
-                    "input and of the loss's outputs (batch-major, also when flattened with other axes)."
-                )
-            positions = layer.positions * (layer.examples // n)
-            settled.append(dataclasses.replace(layer, examples=n, positions=positions))
-        return self._with(settled)
-
     def _with(self, layers: Iterable[Layer]) -> Layers:
         return Layers(tuple(layers), self.rest, self.reasons, self._shapes, self.outputs, self.unregistered)
 
@@ -241,7 +210,10 @@ def _check_sharing(layer: Layer) -> None:
     elif layer.mixed:
         trouble = "a tied embedding's two uses have no common mean: leave it at 'expand'"
     elif not layer.has_rows and not layer.per_example:
-        trouble = "its examples are not known (a vmap over examples, or batches of different sizes): leave it at 'expand'"
+        trouble = (
+            "its examples are not known (a vmap over examples, batches of different sizes, or a leading axis that is not shown "
+            "to be the batch): leave it at 'expand'"
+        )
     if trouble:
         raise ValueError(f"Layer {layer.name!r} cannot have sharing='reduce': {trouble}.")
 

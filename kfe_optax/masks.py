@@ -82,7 +82,7 @@ def live(layer: Layer, free: tuple[int, ...]) -> jax.Array | None:
         mask = mask.reshape(*shape, *(1,) * (len(free) - mask.ndim))
     elif mask.size == free[0] and len(free) == 1:
         mask = mask.reshape(free)
-    elif mask.ndim == 1 and len(mask) == layer.examples and free[0] % layer.examples == 0:
+    elif layer.aligned and mask.ndim == 1 and len(mask) == layer.examples and free[0] % layer.examples == 0:
         mask = jnp.repeat(mask, free[0] // layer.examples).reshape(free[0], *(1,) * (len(free) - 1))
     elif len(free) == 1 and free == shape[:1]:
         mask = mask.reshape(free[0], -1).any(-1)

@@ -67,7 +67,9 @@ def layer_table(
     for layer in layers:
         d_in, d_out = layer.sides
         diagonal = [name for side, name in enumerate(("in", "out")) if layer.is_diagonal(side, max_dim)]
-        positions = str(layer.positions) if layer.has_rows else "shared"
+        positions = (
+            str(layer.positions) if layer.has_rows else "shared" if layer.aligned else "examples unknown"
+        )
         if not layer.has_rows and layer.per_example:
             # Per-example gradients are kept only while a refresh that asks for them runs.
             examples = layer.examples * math.prod(layer.shape) * jnp.dtype(layer.factor_dtype).itemsize

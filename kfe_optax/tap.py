@@ -34,8 +34,8 @@ class Tap:
         layer = self.taps.layers[self.name]
         if not layer.has_rows:
             raise ValueError(
-                f"Layer {self.name!r} uses its parameters more than once, so its statistics are sums over the uses and it has no "
-                "rows; read tap.covariances() or tap.example_gradients()."
+                f"Layer {self.name!r} {layer.why_sums}, so its statistics are sums and it has no rows; read tap.covariances(), "
+                "or tap.example_gradients() where its examples are known."
             )
         return _rows(self)
 

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
+from kfe_optax.batch_axes import UNKNOWN, Labels
 from kfe_optax.origins import NOWHERE, Origins
 
 Live = frozenset[tuple[int, int]]
@@ -43,10 +44,12 @@ class Use:
       info: what the mark holds.
       loops: how many loops it is in.
       constant: whether the layer's input depends on neither data nor parameters.
+      fixed: whether it depends on no data.
       first: the uses, and the data, that its input comes from, in the first iteration of its loop.
       later: the same in the iterations after that.
       loop: the scan that it is directly in, by number; 0 outside loops, in a `while` and in a scan that runs backwards.
       live: the uses that the derivative of its y (or z, or loss) reaches with no other use between.
+      batch: the labels of the layer's input, or of the registered output.
     """
 
     trail: Trail | None
@@ -54,10 +57,12 @@ class Use:
     info: dict[str, Any]
     loops: int
     constant: bool = False
+    fixed: bool = False
     first: Origins = NOWHERE
     later: Origins = NOWHERE
     loop: int = 0
     live: Live = frozenset()
+    batch: Labels = UNKNOWN
 
 
 @dataclasses.dataclass
@@ -69,12 +74,14 @@ class Walk:
       products: how often each parameter is multiplied with data.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
+      scope: the calls around what is being walked.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     loss: Origins = NOWHERE
     live: Live = frozenset()
+    scope: tuple[int, ...] = ()
 
     def behind(self, live: Live) -> frozenset[int]:
         """These uses and all that their derivatives reach."""

@@ -193,23 +193,6 @@ def test_own_errors_come_through():
         kfe.find_layers(problem.loss_fn, problem.params, problem.args[0])
 
 
-def test_batch_axis_that_does_not_match():
-    """The time axis first: 5 is no multiple of the loss's 6 examples."""
-    model = nn.Dense(3)
-    x = jnp.ones((5, 6, 2))
-    labels = jnp.zeros(6, int)
-    params = {"net": model.init(jax.random.key(0), x)["params"]}
-
-    def loss_fn(params, x, labels):
-        return cross_entropy(model.apply({"params": params["net"]}, x).sum(0), labels)
-
-    layers = kfe.find_layers(loss_fn, params, x, labels)
-    with pytest.raises(
-        ValueError, match=r"input of layer 'net' has size 5, but the registered loss has 6 examples"
-    ):
-        kfe.value_grad_and_taps(loss_fn, layers)(params, x, labels, key=jax.random.key(0))
-
-
 def test_parameters_that_changed(step):
     problem, layers, *_ = step
     wider = problems.make("linen", sizes=(3, 5, 2))

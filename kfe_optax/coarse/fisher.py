@@ -75,8 +75,8 @@ class Factored(NamedTuple):
         for layer in layers.values():
             if not layer.has_rows:
                 raise ValueError(
-                    f"Layer {layer.name!r} uses its parameters more than once, so the sums of its single rows, of which the "
-                    "factored coarse Fisher consists, are not known: choose form='exact'."
+                    f"Layer {layer.name!r} {layer.why_sums}, so the sums of its single rows, of which the factored coarse Fisher "
+                    "consists, are not known: choose form='exact'."
                 )
         size = sum(_count(space, layer) * _blocks(layer) for layer in layers.values())
         _check_size(

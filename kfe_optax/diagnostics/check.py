@@ -173,7 +173,8 @@ class _Against:
     def check(self, name: str) -> LayerCheck:
         layer = self.layers[name]
         if not layer.per_example and not layer.has_rows:
-            return LayerCheck(name, None, None, "applied to one example at a time: no per-example gradients")
+            why = "applied to one example at a time" if layer.aligned else layer.why_sums
+            return LayerCheck(name, None, None, f"{why}: no per-example gradients")
         gradient, examples = _of_layer(layer, self.grads, self.taps)
         total = examples.mean(0)
         size = max(np.abs(examples).max(), np.abs(gradient).max())

@@ -88,6 +88,11 @@ class Kind(abc.ABC):
     def free(self, x: Shape, y: Shape) -> Shape:
         """The axes that share the parameters: the examples, then the positions."""
 
+    def batch_axis(self, x: Shape) -> int:
+        """Which axis of x is the first of `free`."""
+        del x
+        return 0
+
     @abc.abstractmethod
     def row_shapes(self, x: Shape, y: Shape) -> dict[str, Shape]:
         """Shapes of the row rider's parts; their leading axis is that of the examples, times positions."""

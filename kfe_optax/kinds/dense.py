@@ -129,6 +129,10 @@ class Dense(Kind):
         size = dict(zip(labels, x, strict=True))
         return tuple(size[c] for c in self._free_labels(len(x))) or (1,)
 
+    def batch_axis(self, x):
+        labels = self._free_labels(len(x))
+        return self._expanded(self.inputs, len(x)).index(labels[0]) if labels else 0
+
     def row_shapes(self, x, y):
         rows = math.prod(self.free(x, y))
         return {"input": (rows, math.prod(x) // rows), "output": (rows, math.prod(y) // rows)}

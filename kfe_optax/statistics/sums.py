@@ -1,4 +1,4 @@
-"""Statistics of a layer that is used more than once (a repeated call, a loop over time): sums over its uses."""
+"""Statistics of a layer that is used more than once (a repeated call, a loop over time), or on unknown examples: sums."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sums:
         self._scale = scale
 
     def rows(self):
-        raise ValueError(f"Layer {self.layer.name!r} uses its parameters more than once and has no rows.")
+        raise ValueError(f"Layer {self.layer.name!r} {self.layer.why_sums} and has no rows.")
 
     def _over_stack(self, function):
         return over_stack(function, len(self.layer.stacked))(self._sums)
@@ -95,8 +95,8 @@ class Sums:
             return self._traced_uses(diagonal)
         if pairing == "position":
             raise ValueError(
-                f"Layer {layer.name!r} uses its parameters more than once, so the traces of its single positions are not "
-                "known: choose tkfac's pairing='example'."
+                f"Layer {layer.name!r} {layer.why_sums}, so the traces of its single positions are not known: choose tkfac's "
+                "pairing='example', or leave it out with layers.without."
             )
         d_in, d_out = layer.sides
         stack = layer.stack_shape
@@ -127,8 +127,15 @@ class Sums:
 
     def example_gradients(self):
         if not self.layer.per_example:
+            name = self.layer.name
+            if not self.layer.aligned:
+                raise ValueError(
+                    f"Layer {name!r} {self.layer.why_sums} (batch-major, also when flattened with other axes), so its "
+                    "per-example gradients are not known: choose a method that reads none, such as kfe.kfac, or "
+                    f"layers.without({name!r})."
+                )
             raise ValueError(
-                f"Layer {self.layer.name!r} is applied to one example at a time (vmap) or to batches of different sizes, so its "
+                f"Layer {name!r} is applied to one example at a time (vmap) or to batches of different sizes, so its "
                 "per-example gradients are not kept; call the model on the whole batch."
             )
         gradients = self._sums["examples"] * self._scale
@@ -138,7 +145,7 @@ class Sums:
 
     def project_inputs(self, p):
         raise ValueError(
-            f"Layer {self.layer.name!r} uses its parameters more than once, so the projections of its single rows are not known."
+            f"Layer {self.layer.name!r} {self.layer.why_sums}, so the projections of its single rows are not known."
         )
 
     def project_outputs(self, q):
