@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 
@@ -13,6 +14,8 @@ _FLAGS = {
     "--xla_force_host_platform_device_count": "8",
     "--xla_llvm_disable_expensive_passes": "true",
     "--xla_backend_optimization_level": "0",
+    # A test process has one core.
+    "--xla_cpu_parallel_codegen_split_count": "1",
 }
 if tuple(map(int, importlib.metadata.version("jax").split(".")[:2])) < (0, 11):
     # The older emitters compile twice as fast. From 0.11.2 on the flag is unknown, which would end the process.
@@ -23,6 +26,9 @@ for _flag, _value in _FLAGS.items():
 
 import jax
 import pytest
+
+# Tracing makes millions of objects that live as long as their program: looking through them often finds nothing.
+gc.set_threshold(100_000, 20, 100)
 
 
 @pytest.fixture

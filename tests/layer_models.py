@@ -168,7 +168,7 @@ def norms(dtype):
     return pooled(body, 3, WIDTH)(dtype)
 
 
-@case((2, *NORM), HEAD)
+@case((2, *NORM), HEAD, tier="slow")
 def norm_scan_0(dtype):
     return pooled(lambda x: stacked(lambda x: nn.tanh(nn.LayerNorm()(x)), 0)()(x, None)[0], 3, WIDTH)(dtype)
 

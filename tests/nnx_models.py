@@ -74,7 +74,7 @@ class Scanned(nnx.Module):
         return self.last(run(jnp.tanh(self.first(x)), self.blocks))
 
 
-@case(IN, (2, *HID), OUT)
+@case(IN, (2, *HID), OUT, tier="slow")
 def nnx_scan(dtype):
     return nnx_loss, nnx_model(Scanned(dtype), dtype), batch(dtype)
 
@@ -161,7 +161,7 @@ def plain_jax(dtype):
     return loss_fn, randomized(dense_params(INPUTS, WIDTH, WIDTH, CLASSES), dtype), batch(dtype)
 
 
-@case(IN, (2, *HID), OUT)
+@case(IN, (2, *HID), OUT, tier="slow")
 def plain_scan(dtype):
     """jax.lax.scan over stacked layers under jax.checkpoint."""
 

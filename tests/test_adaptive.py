@@ -105,7 +105,7 @@ def test_sharded_batch(x64):
     assert_close(jax.device_get(new), _trained("sampled", 1)[0], 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_frameworks_agree(framework, x64):
     """Linen and NNX take the steps of plain JAX."""
@@ -146,6 +146,7 @@ def deep(params, x):
     return kfe.tag_dense(x, x @ params["last"]["kernel"], params["last"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
 def test_a_stack_is_its_layers(fisher, x64):
     """Layers in a scan take the steps of the same network written out: factors, products Jv, search and damping."""

@@ -18,6 +18,7 @@ from kfe_optax.experiments.models import VGG, CharacterTransformer, Recurrent, R
 from kfe_optax.layer import leaves_by_path
 
 from . import nnx_networks
+from .methods import quick
 
 pytestmark = pytest.mark.release
 
@@ -87,7 +88,7 @@ def check(layers, params, count, outside):
     assert all(reason in table for reason in outside.values())
 
 
-@pytest.mark.parametrize("name", LINEN)
+@pytest.mark.parametrize("name", quick(*list(LINEN)[:3], slow=LINEN, of=LINEN))
 def test_linen(name):
     model, count, outside = LINEN[name]
     x = IMAGES if hasattr(model, "image_shape") else TEXT

@@ -179,7 +179,7 @@ def test_every_kind():
     )
 
 
-@pytest.mark.parametrize("name", quick("kfac", "ekfac batch"))
+@pytest.mark.parametrize("name", quick("ekfac batch", slow=["kfac"]))
 def test_every_method(name):
     train(make(name, problem().layers))
 

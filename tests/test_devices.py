@@ -307,6 +307,7 @@ class Normalized(nn.Module):
         return nn.Dense(2, name="out", param_dtype=x.dtype)(jnp.tanh(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "check_vma"), [pytest.param("pmap", True, marks=pytest.mark.nightly), ("shard_map", True)]
 )

@@ -11,11 +11,20 @@ import pytest
 import kfe_optax as kfe
 
 from . import problems
+from .methods import quick
 from .models import cross_entropy
 from .zoo import CASES
 
 
-@pytest.mark.parametrize("name", ["mlp", "remat_scan", "over_time", "batch_norm_dropout", "example_vmap"])
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        "over_time",
+        "batch_norm_dropout",
+        slow=["mlp", "remat_scan", "example_vmap"],
+        of=["mlp", "remat_scan", "over_time", "batch_norm_dropout", "example_vmap"],
+    ),
+)
 def test_a_sound_model(name):
     """Every layer is ok, or says why it is not checked."""
     case = CASES[name]

@@ -38,7 +38,7 @@ def test_a_kernel_replaced_beside_its_probe_is_no_layer(change):
     assert "changed before the layer uses it" in layers.reasons[0]
 
 
-@pytest.mark.parametrize("wrapper", [nn.WeightNorm, nn.SpectralNorm])
+@pytest.mark.parametrize("wrapper", [nn.WeightNorm, pytest.param(nn.SpectralNorm, marks=pytest.mark.slow)])
 def test_weight_normalization_sends_a_layer_to_rest(wrapper):
     class Model(nn.Module):
         @nn.compact

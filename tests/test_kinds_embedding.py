@@ -92,7 +92,7 @@ def read(taps, v):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("fisher", ["empirical", "exact"])
+@pytest.mark.parametrize("fisher", ["exact", pytest.param("empirical", marks=pytest.mark.slow)])
 def test_tied_embedding(fisher, masked, x64):
     params, layers = problem()
     layer = layers["embed"]

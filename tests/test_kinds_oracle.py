@@ -78,7 +78,12 @@ def every(part):
 @pytest.mark.parametrize(
     ("part", "group", "name"),
     [
-        *(("quick", *case) for case in every("quick")),
+        *(
+            pytest.param(
+                "quick", *case, marks=pytest.mark.slow if case[0] in ("linear maps", "masked") else []
+            )
+            for case in every("quick")
+        ),
         *(pytest.param("rest", *case, marks=pytest.mark.nightly) for case in every("rest")),
     ],
 )
@@ -91,6 +96,7 @@ def test_definition(part, group, name, x64):
     check_answers(net, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("group", "name"),
     [

@@ -57,6 +57,7 @@ def test_statistics(fisher, given):
         assert_close(taps_k.gradient_weight, taps.gradient_weight, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [pytest.param(kfe.scale_by_kpsvd, marks=pytest.mark.nightly), kfe.scale_by_ekfac]
 )
@@ -91,6 +92,7 @@ def test_on_several_devices(mode, given):
     assert several_devices.difference(found[0], expected[0], problem.params) < 1e-10
 
 
+@pytest.mark.slow
 def test_quadratic_model(given):
     """The loss elsewhere, and vᵀF v."""
     problem, _ = given

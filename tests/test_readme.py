@@ -15,6 +15,7 @@ _README = Path(__file__).parents[1] / "README.md"
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_blocks_of_the_readme_run():
     text = _README.read_text(encoding="utf-8")
     namespace: dict = {"__name__": "readme"}

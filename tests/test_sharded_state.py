@@ -105,7 +105,7 @@ def cut(padded: Any, like: Any) -> Any:
         pytest.param(
             name,
             n,
-            marks=[] if (name, n) in {("kfac", 8), ("ekfac", 2), ("soap", 8)} else pytest.mark.nightly,
+            marks={("ekfac", 2): [], ("kfac", 8): pytest.mark.slow}.get((name, n), pytest.mark.nightly),
         )
         for name in METHODS
         for n in (2, 8)

@@ -16,6 +16,7 @@ import kfe_optax as kfe
 
 from . import dense, problems
 from .dense import assert_close
+from .methods import quick
 
 PROPERTY = settings(
     max_examples=15,
@@ -43,7 +44,9 @@ def ekfac_state(kind):
     return problem, run
 
 
-@pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels"])
+@pytest.mark.parametrize(
+    "kind", quick("softmax", slow=["gaussian", "pixels"], of=["softmax", "gaussian", "pixels"])
+)
 @PROPERTY
 @given(seed=st.integers(0, 2**31 - 1), size=st.floats(0.1, 3))
 def test_ekfac_is_the_better_approximation(kind, x64, seed, size):
@@ -129,7 +132,7 @@ def step(loss_fn, weights, x, y, damping_type):
 
 
 @pytest.mark.parametrize("damping_type", ["factored", "exact"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", quick(0, slow=[1], of=range(3)))
 def test_invariance_under_affine_reparameterization(damping_type, seed, x64):
     """Without damping K-FAC takes the same step in function space (Martens & Grosse 2015, Theorem 1)."""
     generator = np.random.default_rng(seed)

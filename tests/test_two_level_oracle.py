@@ -137,6 +137,7 @@ def deep(params, x, scan):
     return kfe.tag_dense(x, x @ params["last"]["kernel"], params["last"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["eigenvectors", *(pytest.param(n, marks=pytest.mark.nightly) for n in ("outputs", "residual"))]
 )
@@ -223,6 +224,7 @@ def at(values, row, column, common, axis):
     return values[(slice(None),) * axis + (row, column)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("grid", "common"), [("finest", 4), pytest.param("coarsest", 1, marks=pytest.mark.nightly)]
 )

@@ -32,7 +32,7 @@ def made_up(name: str, losses: list[float], measures: dict | None = None) -> Run
     return Run(name, curve, 1.0, end, "cross-entropy, mean over pixels")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_four_optimizers_with_equal_steps(tiny_config, tmp_path):
     tiny_config.compare.steps = 7
     tiny_config.log_every = 3
@@ -58,6 +58,7 @@ def test_four_optimizers_with_equal_steps(tiny_config, tmp_path):
     assert "Seconds exclude" in text
 
 
+@pytest.mark.slow
 def test_equal_seconds_give_each_its_own_number_of_steps(tiny_config, tmp_path):
     tiny_config.compare.optimizers = "adam, kfac"
     tiny_config.compare.seconds = 0.3

@@ -30,7 +30,7 @@ def test_the_embedded_digits_are_real_and_divided_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels", [pytest.param(1, marks=pytest.mark.nightly), 3])
 def test_the_digits_in_the_size_of_cifar(channels):
     config = settings.base_config("digits")
     digits = load(config)
@@ -87,6 +87,7 @@ def test_normalization_takes_the_training_set_s_numbers_by_channel(tmp_path):
     np.testing.assert_array_equal(load(config).test_images, (plain[20:].reshape(10, -1)).astype(np.float32))
 
 
+@pytest.mark.slow
 def test_normalization_of_gray_images_is_one_mean_and_deviation():
     config = settings.base_config("digits")
     config.data.normalize, config.loss = True, "softmax_cross_entropy"

@@ -87,6 +87,7 @@ def growing(config):
     return config
 
 
+@pytest.mark.slow
 def test_the_job_has_a_program_for_each_size_of_the_run(tiny_config):
     config = growing(tiny_config)
     job = make_job(config, "adam", load(config), config.steps)
@@ -101,6 +102,7 @@ def test_the_job_has_a_program_for_each_size_of_the_run(tiny_config):
         short.step(short.state, job.batches(6))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_a_growing_batch_equals_an_uninterrupted_one(tiny_config, tmp_path):
     config, console = growing(tiny_config), Console(quiet=True)
     whole = train(config, tmp_path / "whole", console=console)

@@ -60,7 +60,7 @@ def test_planted_targets_are_a_linear_map_of_the_inputs():
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
-@pytest.mark.parametrize("depth", [2, 6])
+@pytest.mark.parametrize("depth", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_the_network_is_linear_and_has_its_depth(config, batch_norm, depth):
     config.model.update(batch_norm=batch_norm, depth=depth)
     dataset = load(config)
@@ -162,7 +162,7 @@ def test_a_band_is_students_of_the_logarithms():
     np.testing.assert_allclose([alone.mean[0], alone.low[0], alone.high[0]], 0.3)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_repeats_are_the_jobs_of_their_seeds(config):
     dataset = load(config)
     curves = repeat(config, ("sgd", "kfac"), dataset, seeds=(4, 5), every=3)
@@ -182,7 +182,7 @@ def test_repeats_are_the_jobs_of_their_seeds(config):
     np.testing.assert_allclose(*(runs.losses[:, 0] for runs in curves), rtol=0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_benchmark_draws_and_tells(tmp_path, monkeypatch, capsys):
     script = ROOT / "benchmarks" / "two_level.py"
     arguments = ["--optimizers", "sgd", "adam", "--seeds=2", "--every=2"]

@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 
 
+@pytest.mark.slow
 def test_train_with_overrides_and_resume(tiny_config_file, tmp_path, capsys):
     arguments = [
         "train",
@@ -43,7 +44,7 @@ def test_train_with_overrides_and_resume(tiny_config_file, tmp_path, capsys):
     assert {float(row["damping"]) for row in rows} == {0.5}
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compare_prints_a_table_and_writes_a_figure(tiny_config_file, tmp_path, capsys):
     assert (
         main(
@@ -187,7 +188,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_that_resumes(tiny_config_file,
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, id=path.stem, marks=[] if path.stem == "mnist_small" else pytest.mark.slow)
+        pytest.param(path, id=path.stem, marks=[] if path.stem == "mnist_small" else pytest.mark.nightly)
         for path in CONFIGS
     ],
 )

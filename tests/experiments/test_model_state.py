@@ -59,6 +59,7 @@ def statistics(state):
 # --- Batch norm ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "kfac"])
 def test_a_step_moves_the_running_statistics_by_a_tenth_of_the_batchs(config, optimizer):
     dataset = load(config)
@@ -95,6 +96,7 @@ def test_evaluation_takes_the_running_statistics(config):
     np.testing.assert_allclose(measures["loss"], whole, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "dropout"),
     [

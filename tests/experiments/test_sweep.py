@@ -72,6 +72,7 @@ def made_up(losses: dict[tuple[float, ...], float], seeds: int = 1) -> list[Row]
 TABLE = quick("ekfac", slow=("adam", "soap"), of=METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_a_trial_is_the_run_of_its_setting(tiny_config, name, monkeypatch):
     # So that the last evaluation batch is filled up.
