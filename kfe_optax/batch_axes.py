@@ -28,7 +28,7 @@ UNKNOWN: Labels = frozenset()
 _NAMES = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp complex conj
     convert_element_type copy copy_p cos cosh cumlogsumexp cummax cummin cumprod cumsum digamma div eq erf erf_inv erfc
     exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg
-    nextafter not optimization_barrier or pcast pow psum psum_invariant pvary real reduce_precision rem reshard round
+    nextafter not optimization_barrier or pcast pmax pmin pow psum psum_invariant pvary real reduce_precision rem reshard round
     rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
     stop_gradient sub tan tanh xor"""
 _SAME = frozenset(_NAMES.split())
@@ -105,8 +105,12 @@ def _moved(equation: Any, name: str, place: int, label: Label, shape: Any) -> in
         return params["broadcast_dimensions"][axis]
     if name == "squeeze":
         return _without(axis, params["dimensions"])
-    if name in ("argmax", "argmin") or (name.startswith("reduce_") and "axes" in params):
-        return _without(axis, params["axes"])
+    if name in ("argmax", "argmin", "reduce") or (name.startswith("reduce_") and "axes" in params):
+        return _without(axis, params["dimensions" if name == "reduce" else "axes"])
+    if name == "stack":
+        return axis + (axis >= params["axis"])
+    if name == "unstack":
+        return _without(axis, (params["axis"],))
     if name == "dot_general":
         return _multiplied(equation, place, axis)
     if name == "conv_general_dilated":
@@ -115,8 +119,15 @@ def _moved(equation: Any, name: str, place: int, label: Label, shape: Any) -> in
         return numbers.out_spec[0] if is_batch else None
     if name == "gather":
         return _gathered(equation, place, axis, shape)
-    if name.startswith("scatter") or name in ("dynamic_slice", "dynamic_update_slice", "slice", "pad", "fft"):
-        return axis if place == 0 else None  # the size says whether all of the axis is there
+    if name.startswith("scatter") or name in (
+        "dynamic_slice",
+        "dynamic_update_slice",
+        "slice",
+        "pad",
+        "tile",
+        "fft",
+    ):
+        return axis if place == 0 else None  # the size says whether all of the axis is there, and once
     if name in ("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum"):
         return axis if params["window_dimensions"][axis] == 1 else None
     if name in ("concatenate", "sort", "rev", "split", "top_k"):

@@ -134,7 +134,9 @@ def discover(
     walk = jaxprs.follow(jaxpr, [*own, *[None] * between, *trails])
     uses = walk.uses
     outputs = listener.outputs(walk)
-    batches = {size for output in outputs if not output.looped for size in output.batches}
+    # In a loop over single examples no output shows where they are.
+    alone = any(output.looped and not output.batched for output in outputs)
+    batches = set() if alone else {size for output in outputs for size in output.batches}
     layers, reasons = grouping.layers_of(walk, shapes, batches)
     for parent, name in names:
         if parent not in kept:

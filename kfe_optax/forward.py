@@ -99,7 +99,9 @@ class Forward:
             collection = _Collection(self.layers, registered, live, place, axes)
             with tags.listening(collection), adapters.intercepting(), masks.row_mask(row_mask):
                 loss, aux = self._run(call)
-            _check_loss(loss, place)
+            _check_loss(loss)
+            if any(output.spec.loss is not None for output in registered.values()):
+                _check_range(loss, place)
             return loss, (aux, call.state())
 
         loss, pull, (aux, state) = jax.vjp(run, parameters, varying.over(place.axes, riders), has_aux=True)
@@ -197,16 +199,16 @@ class _Collection:
         return losses
 
 
-def _check_loss(loss: Any, place: outputs.Place) -> None:
+def _check_loss(loss: Any) -> None:
     if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
         raise ValueError(
             f"The loss must be a real scalar, but has shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}; "
             "reduce it, for instance with .mean()."
         )
-    _check_range(loss, place)
 
 
 def _check_range(losses: Any, place: outputs.Place) -> None:
+    """Raises where what arrives at a registered loss in the Fisher's pull would be too small a number."""
     dtype = jnp.result_type(losses)
     if place.start < jnp.finfo(dtype).tiny:
         raise ValueError(

@@ -28,7 +28,7 @@ _CARRIED = frozenset(
 )
 # Through these a derivative keeps its sign.
 _POSITIVE = _CARRIED | {"add", "add_any", "reduce_sum", "cumsum", "psum", "psum_invariant", "reshape"}
-_POSITIVE |= {"broadcast_in_dim", "squeeze", "transpose", "slice", "concatenate"}
+_POSITIVE |= {"broadcast_in_dim", "squeeze", "transpose", "slice", "concatenate", "stack"}
 
 # How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})

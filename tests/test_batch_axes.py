@@ -154,6 +154,7 @@ KNOWN = {
     "rematerialized": jax.checkpoint(lambda x: jax.nn.relu(x) @ jnp.eye(D)),
     "a loop over time": loop_over_time,
     "the end of a loop": lambda x: jax.lax.fori_loop(0, 3, lambda i, v: jnp.sin(v) * i, x),
+    "stacked and repeated": lambda x: jnp.tile(jnp.stack(jnp.unstack(x, axis=2)[:3], 1), (1, 1, 2)),
     "spectrum": lambda x: jnp.fft.rfft(x, axis=1).real,
 }
 LOST = {

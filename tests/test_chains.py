@@ -276,6 +276,8 @@ def test_data_and_loss_are_ends_of_the_chain(name):
         names(layers)
     alone = tuple(n for n in used if not any(n in chain for chain in joined))
     assert names(layers, "split") == (joined, alone)
+    if name == "tiled":
+        return  # the first layer's examples are not known behind it
     # Whoever names a chain knows it better.
     assert names(layers, [["a", "b"]])[0] == [["a", "b"]]
 

@@ -221,21 +221,23 @@ def test_a_penalty_on_the_parameters_is_no_such_term():
 
 
 def test_half_precision_is_refused():
-    """float16 has no room between the loss's weights and nothing; bfloat16 has that of float32."""
+    """float16 has no room between the loss's weights and nothing; bfloat16 has, and `register_output` needs none."""
     params, (x, y) = parameters(), batch()
 
-    def loss_in(dtype):
-        return loss_with(
-            lambda p, h, z, y: (h.astype(jnp.float32) ** 2).sum(),
-            lambda z, y: cross_entropy(z.astype(dtype), y).mean(),
-        )
+    def weighted(z, y):
+        return cross_entropy(z, y).mean()
 
-    def shapes(dtype, fisher="sampled"):
-        layers = kfe.find_layers(loss_in(dtype), params, x, y)
-        differentiate = kfe.value_grad_and_taps(loss_in(dtype), layers, fisher=fisher)
+    def own(z, y):
+        return jnp.abs(kfe.register_output(z, kfe.Gaussian())).mean()
+
+    def shapes(dtype, fisher="sampled", loss=weighted):
+        loss_fn = loss_with(TERMS["activations"], lambda z, y: loss(z.astype(dtype), y))
+        layers = kfe.find_layers(loss_fn, params, x, y)
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher=fisher)
         return jax.eval_shape(lambda p: differentiate(p, x, y, key=jax.random.key(0))[:2], params)
 
     with pytest.raises(ValueError, match=r"compute the loss in float32, from outputs.astype"):
         shapes(jnp.float16)
     shapes(jnp.bfloat16)
     shapes(jnp.float16, "empirical")
+    shapes(jnp.float16, loss=own)
