@@ -27,7 +27,7 @@ UNKNOWN: Labels = frozenset()
 # Entry by entry, or operand by operand.
 _NAMES = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_convert_type cbrt ceil clamp complex conj
     convert_element_type copy copy_p cos cosh cumlogsumexp cummax cummin cumprod cumsum digamma div eq erf erf_inv erfc
-    exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg
+    exp exp2 expm1 floor ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max mesh_cast min mul name ne neg
     nextafter not optimization_barrier or pcast pmax pmin pow psum psum_invariant pvary real reduce_precision rem reshard round
     rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
     stop_gradient sub tan tanh xor"""

@@ -202,7 +202,8 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
                 results = [fact._replace(batch=UNKNOWN) for fact in results]
             if name.startswith("custom_"):
                 # A derivative of its own may reach what the function itself does not (a straight-through estimator).
-                results = [fact._replace(live=fact.live | _lives(inputs)) for fact in results]
+                reached = frozenset((use, 0) for use, _ in _lives(inputs))
+                results = [fact._replace(live=fact.live | reached) for fact in results]
             return results
     return None
 
