@@ -7,6 +7,7 @@ from typing import Any
 
 import optax
 
+from kfe_optax import checks
 from kfe_optax.layers import Layers
 from kfe_optax.optimizers import METHODS
 from kfe_optax.transforms.adaptive_damping import adaptive_damping
@@ -151,6 +152,7 @@ def _check(options: dict[str, Any], preconditioner: Any, momentum: Any) -> None:
 def _check_initial(damping: Any, floor: Any, ceiling: Any) -> None:
     if callable(damping):
         raise TypeError("initial_damping is a number: where λ starts, before it follows the reduction ratio.")
+    checks.positive(initial_damping=damping)
     known = all(isinstance(number, float | int) for number in (damping, floor, ceiling))
     if known and not floor <= damping <= ceiling:
         raise ValueError(

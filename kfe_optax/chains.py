@@ -213,12 +213,22 @@ def _listed(layers: Layers, chains: Any) -> list[Chain]:
             if name in seen:
                 raise ValueError(f"chains names {name!r} twice; a layer belongs to one chain.")
             seen.add(name)
+        _check_order(layers, names)
         found += (
             [tuple(e for run in _by_loop(layers[name] for name in names) for e in _unrolled(run))]
             if names
             else []
         )
     return found + [(element,) for name in layers if name not in seen for element in _elements(layers[name])]
+
+
+def _check_order(layers: Layers, names: Any) -> None:
+    for first, second in itertools.pairwise(names):
+        if layers[first].order > layers[second].order:
+            raise ValueError(
+                f"chains names {first!r} before {second!r}, which the forward pass runs first: name the layers of a chain in the "
+                "order in which they run, as print(layers) lists them."
+            )
 
 
 def _check_pairs(layers: Layers, chain: Chain, max_dim: int) -> None:

@@ -8,16 +8,17 @@ the batch shape, stacked axes, and whether the parameters are used more than onc
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import numpy as np
 
-from kfe_optax import adapters, grouping, jaxprs, marks, masks, static_values, tags, varying
+from kfe_optax import adapters, checks, grouping, jaxprs, marks, masks, static_values, tags, varying
 from kfe_optax.adapters import nnx as nnx_adapter
-from kfe_optax.layer import Path, leaves_by_path
+from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
 from kfe_optax.layers import Layers
 from kfe_optax.outputs import Output
 from kfe_optax.static_values import Static
@@ -48,8 +49,10 @@ def find_layers(
       parameters outside every layer, `layers.reasons` why.
 
     Raises:
-      ValueError: the loss breaks on the riders in its parameter tree (use `kfe.plain`), or differentiates a tagged layer
-        itself.
+      TypeError: parameters that are no floating-point arrays; an argument that is neither arrays nor a value to compare.
+      ValueError: the loss is no real scalar or does not depend on the parameters, the batch is empty, an axis of devices is not
+        named in `axis_name`; the loss breaks on the riders in its parameter tree (use `kfe.plain`), or differentiates a tagged
+        layer itself.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, kfe_optax as kfe
@@ -64,7 +67,7 @@ def find_layers(
       [('layers_0', (6, 4)), ('layers_2', (5, 3))]
     """
     parameters, given, rebuild, _ = adapters.partition(params, args, kwargs)
-    arrays, static = static_values.split_static(given)
+    arrays, static = static_values.split_call(given)
     classes = nnx_adapter.class_names(params) if nnx_adapter.is_module(params) else {}
     axes = tuple((name, 1) for name in varying.names(axis_name))
     return discover(loss_fn, has_aux, parameters, arrays, rebuild, static, classes, axes)
@@ -82,6 +85,7 @@ def discover(
 ) -> Layers:
     """`find_layers` on partitioned arguments (see `adapters.partition` and `static_values.split_static`)."""
     shapes = leaves_by_path(parameters)
+    _check_parameters(shapes)
     names = [
         (parent, name)
         for parent, own in adapters.slots(rebuild(parameters, static(arrays), {}).params).items()
@@ -100,11 +104,11 @@ def discover(
                 boxes.setdefault(parent, {})[name] = probe
         call = rebuild(parameters, static(arrays), boxes)
         loss = loss_fn(call.params, *call.args, **call.kwargs)
-        return loss[0] if has_aux else loss
+        return checks.loss(loss, has_aux)[0]
 
     def trace(kept):
         listener = _Discovery()
-        with tags.listening(listener), adapters.intercepting():
+        with tags.listening(listener), adapters.intercepting(), bound_axes():
             function = functools.partial(traced, kept=kept)
             jaxpr = jax.make_jaxpr(function, axis_env=axes)(parameters, arrays, probes)
         return listener, jaxpr
@@ -127,6 +131,11 @@ def discover(
         # A wrapper around some layers walks their parameters (weight normalization does): those layers take no riders.
         listener, jaxpr = trace(kept)
 
+    if not _depends(jaxpr, len(shapes)):
+        raise ValueError(
+            "The loss does not depend on the parameters, so that its gradient is zero: it must use what it is given as its first "
+            "argument."
+        )
     # The parameters themselves are followed as well: a kernel that was replaced beside its probe must not pass for itself.
     own = [_trail(path, leaf) for path, leaf in shapes.items()]
     trails = [_trail((*parent, name), probe) for (parent, name), probe in zip(names, probes, strict=True)]
@@ -138,6 +147,7 @@ def discover(
     alone = any(output.looped and not output.batched for output in outputs)
     batches = set() if alone else {size for output in outputs for size in output.batches}
     layers, reasons = grouping.layers_of(walk, shapes, batches)
+    _check_batch(layers)
     for parent, name in names:
         if parent not in kept:
             reasons[(*parent, name)] = "changed before the layer uses it (by a wrapper that takes no rider)"
@@ -148,6 +158,47 @@ def discover(
     outside = tuple(tuple(shapes[path].shape) for path in rest)
     unregistered = any(uses[i].info["mark"] is marks.layer_mark for i, _ in walk.live)
     return Layers(layers, rest, explained, outside, outputs, unregistered)
+
+
+@contextlib.contextmanager
+def bound_axes() -> Generator[None]:
+    """Says what to do where an axis of devices is named that is not bound."""
+    try:
+        yield
+    except NameError as error:
+        if "unbound axis name" not in str(error):
+            raise
+        raise ValueError(
+            f"{str(error).split('.')[0]}. kfe.find_layers, which runs outside of jax.pmap and jax.shard_map, is told with "
+            "axis_name= which axes the loss names; kfe.value_grad_and_taps must be called inside the pmap or shard_map that "
+            "names its own."
+        ) from error
+
+
+def _check_parameters(leaves: dict[Path, Any]) -> None:
+    for path, leaf in leaves.items():
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jax.dtypes.issubdtype(dtype, np.inexact):
+            raise TypeError(
+                f"The parameters hold {path_name(path)!r} of type {dtype or type(leaf).__name__}, and only floating-point arrays "
+                "have a gradient: pass everything else as another argument of the loss."
+            )
+
+
+def _check_batch(layers: tuple[Layer, ...]) -> None:
+    for layer in layers:
+        shapes = [use[0] for use in layer.uses]
+        if shapes and all(0 in shape for shape in shapes):
+            raise ValueError(f"The batch is empty: the input of layer {layer.name!r} has shape {shapes[0]}.")
+
+
+def _depends(jaxpr: Any, count: int) -> bool:
+    """Whether the loss is computed from one of the first `count` arguments."""
+    needed = {id(v) for v in jaxpr.jaxpr.outvars}
+    for equation in reversed(jaxpr.jaxpr.eqns):
+        if any(id(v) in needed for v in equation.outvars):
+            needed |= {id(v) for v in equation.invars}
+    return any(id(v) in needed for v in jaxpr.jaxpr.invars[:count])
 
 
 def _runs(trace: Callable[[set[Path]], Any], kept: set[Path]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import adapters, explicit, masks, outputs, tags, varying
+from kfe_optax import adapters, checks, explicit, masks, outputs, tags, varying
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
 
@@ -72,7 +72,7 @@ class Forward:
                 "The loss function of these taps is gone: keep a reference to it as long as to the taps."
             )
         found = loss_fn(call.params, *call.args, **call.kwargs)
-        return found if self.has_aux else (found, None)
+        return checks.loss(found, self.has_aux)
 
     def __call__(self, parameters: Any, arrays: Any, row_mask: Any, loss_scale: Any) -> Pass:
         """The pass: the residuals know gradients and statistics."""
@@ -99,7 +99,6 @@ class Forward:
             collection = _Collection(self.layers, registered, live, place, axes)
             with tags.listening(collection), adapters.intercepting(), masks.row_mask(row_mask):
                 loss, aux = self._run(call)
-            _check_loss(loss)
             if any(output.spec.loss is not None for output in registered.values()):
                 _check_range(loss, place)
             return loss, (aux, call.state())
@@ -197,14 +196,6 @@ class _Collection:
         losses = outputs.tagged_loss(output, self._place, z, args, control)
         _check_range(losses, self._place)
         return losses
-
-
-def _check_loss(loss: Any) -> None:
-    if jnp.shape(loss) != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
-        raise ValueError(
-            f"The loss must be a real scalar, but has shape {jnp.shape(loss)} and dtype {jnp.result_type(loss)}; "
-            "reduce it, for instance with .mean()."
-        )
 
 
 def _check_range(losses: Any, place: outputs.Place) -> None:

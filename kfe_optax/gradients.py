@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax import accumulation, adapters, discovery, masks, static_values, varying
+from kfe_optax import accumulation, adapters, checks, discovery, masks, static_values, varying
 from kfe_optax import microbatches as microbatches_lib
 from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.forward import Forward
@@ -94,8 +94,11 @@ def value_grad_and_taps(
         raise ValueError(f"fisher must be 'sampled', 'empirical' or 'exact', not {fisher!r}.")
     if not isinstance(layers, Layers):
         raise TypeError(f"layers must be what kfe.find_layers returns, not a {type(layers).__name__}.")
-    if num_samples < 1 or (num_samples > 1 and fisher != "sampled"):
-        raise ValueError("num_samples counts the draws of fisher='sampled'; leave it at 1 otherwise.")
+    if not checks.is_whole(num_samples) or num_samples < 1 or (num_samples > 1 and fisher != "sampled"):
+        raise ValueError(
+            f"num_samples counts the draws of fisher='sampled', a positive whole number, not {num_samples!r}; leave it at 1 "
+            "otherwise."
+        )
     microbatches = microbatches_lib.check(microbatches)
     place = Place(tuple(axis_name) if isinstance(axis_name, list) else axis_name, microbatches)
     options = (layers, fisher, num_samples, has_aux, place, quadratic_model)
@@ -118,8 +121,8 @@ def value_grad_and_taps(
         if loss_scale is not None:
             loss_scale = _checked_scale(loss_scale)
         parameters, given, rebuild, objects = adapters.partition(params, args, kwargs)
+        arrays, static = static_values.split_call(given)
         stacked = microbatches_lib.flags(microbatches, batch_arguments, *given, row_mask)
-        arrays, static = static_values.split_static(given)
         seed = jnp.zeros(2, jnp.uint32) if key is None else jax.random.bits(key, (2,), jnp.uint32)
         assert keep is not None  # the compiled function holds it weakly
         moving = (parameters, arrays, seed, row_mask, loss_scale)
@@ -141,7 +144,8 @@ def _compile(
     quadratic_model: bool,
 ):
     def step(rebuild, static, stacked, parameters, arrays, seed, row_mask, loss_scale):
-        _check_axes(parameters, arrays, place.axis_name)
+        with discovery.bound_axes():
+            _check_axes(parameters, arrays, place.axis_name)
         k, here, before = place.microbatches, place, arrays
         if k > 1:
             arrays = [microbatches_lib.split(a, k) if s else a for a, s in zip(arrays, stacked, strict=True)]
@@ -197,6 +201,7 @@ def _checked_scale(loss_scale: Any) -> jax.Array:
 
 def _check_axes(parameters: Any, arrays: Any, axis_name: Any) -> None:
     """Raises where types say that the batch, but not the parameters, differs along an axis that `axis_name` leaves out."""
+    varying.named(axis_name)  # raises where an axis is not bound
     known = frozenset(varying.names(axis_name)) | varying.axes_of(parameters)
     unnamed = varying.axes_of(arrays) - known
     if unnamed:

@@ -254,7 +254,8 @@ def test_loss_that_is_no_scalar(step):
     def loss_fn(params, x, y):
         return jnp.stack([problem.loss_fn(params, x, y)] * 2)
 
-    layers = kfe.find_layers(loss_fn, problem.params, *problem.args)
+    with pytest.raises(ValueError, match=r"must be a real scalar, but has shape \(2,\)"):
+        kfe.find_layers(loss_fn, problem.params, *problem.args)
     with pytest.raises(ValueError, match=r"must be a real scalar, but has shape \(2,\)"):
         kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(problem.params, *problem.args)
 

@@ -15,6 +15,7 @@ from kfe_optax.factors import base
 from kfe_optax.kronecker import Eigenbasis
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
+from kfe_optax.transforms import given as given_lib
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.layerwise import Matrices, ScalarOrSchedule, Step
 
@@ -58,7 +59,7 @@ class Level(NamedTuple):
 
     def present(self, leaves: Any) -> list[Layer]:
         """The layers in the tree that have coarse vectors."""
-        present = [layer for layer in layerwise.present_layers(self.layers, leaves) if not layer.constant]
+        present = [layer for layer in given_lib.present_layers(self.layers, leaves) if not layer.constant]
         if not present:
             raise ValueError(
                 "No layer in the tree can have a coarse vector: their inputs are the same for all examples. Use the fine "
@@ -83,7 +84,7 @@ class Level(NamedTuple):
     def update(self, state: CoarseState, step: Step, fine: Matrices) -> tuple[Matrices, CoarseState]:
         """The correction {layer: (*stack, d_in, d_out)} and the new state."""
         layers = self._of(step)
-        strength = layerwise.value(self.damping, step.count)
+        strength = layerwise.value(self.damping, step.count, "damping")
         if not step.retry:
             refresh = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
             measure = layerwise.due(step.count, self.factor_update_period, self.initial_refreshes)

@@ -194,9 +194,10 @@ def kronecker_matrix(terms: Any, *, stacked: int = 0, max_size: int = MAX_SIZE) 
     check_size("The matrix", d_in * d_out, max_size, "Use the matrix-free kronecker_error")
 
     def dense(side):
-        return (
-            side[..., None] * jnp.eye(side.shape[-1], dtype=side.dtype) if side.ndim == stacked + 1 else side
-        )
+        if side.ndim != stacked + 1:
+            return side
+        identity = jnp.eye(side.shape[-1], dtype=side.dtype)
+        return side[..., None] * jnp.expand_dims(identity, range(stacked))
 
     total = sum(jnp.einsum("...ab,...cd->...acbd", dense(a), dense(b)) for a, b in pairs)
     return jnp.asarray(total).reshape(*pairs[0][0].shape[:stacked], d_in * d_out, d_in * d_out)

@@ -139,7 +139,8 @@ def mean_absolute_correlation(correlation: jax.Array) -> jax.Array:
     """
     alive = jnp.diagonal(correlation, axis1=-2, axis2=-1) > 0
     count = alive.sum(-1)
-    pairs = alive[..., :, None] & alive[..., None, :] & ~jnp.eye(correlation.shape[-1], dtype=bool)
+    different = jnp.expand_dims(~jnp.eye(correlation.shape[-1], dtype=bool), range(correlation.ndim - 2))
+    pairs = alive[..., :, None] & alive[..., None, :] & different
     total = jnp.sum(jnp.where(pairs, jnp.abs(correlation), 0), (-2, -1))
     return total / jnp.maximum(count * (count - 1), 1)
 

@@ -158,7 +158,8 @@ def condition_number(spectrum: jax.Array, damping: Any = 0.0) -> jax.Array:
       >>> print(kfe.diagnostics.condition_number(jnp.array([0.0, 1.0, 3.0]), damping=1.0))
       4.0
     """
-    damped = jnp.abs(spectrum + jnp.asarray(damping, spectrum.dtype)[..., None])
+    damping = jnp.asarray(damping, spectrum.dtype)[..., None]
+    damped = jnp.abs(spectrum + jnp.expand_dims(damping, range(spectrum.ndim - damping.ndim)))
     smallest = damped.min(-1)
     return jnp.where(smallest == 0, jnp.inf, damped.max(-1) / jnp.where(smallest == 0, 1, smallest))
 

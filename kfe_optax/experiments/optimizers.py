@@ -219,7 +219,7 @@ def _clip_bound(max_kl: Any, run_steps: int) -> float | jax.Array | Schedule | N
     bound = make_schedule(max_kl, run_steps)
     if not traced:
         return bound
-    return lambda count: jnp.where(start > 0, layerwise.value(bound, count), jnp.inf)
+    return lambda count: jnp.where(start > 0, layerwise.value(bound, count, "max_kl"), jnp.inf)
 
 
 # Which Fisher the taps sample is an option of the differentiation, not of the transform.

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
+from kfe_optax import checks
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
 from kfe_optax.taps import Pulled, Taps
@@ -108,12 +109,13 @@ def estimate(
 
 
 def check_max_dim(max_dim: Any) -> None:
-    """Raises ValueError for a traced `max_dim`."""
+    """Raises ValueError for a `max_dim` that is traced, or no positive whole number."""
     if isinstance(max_dim, core.Tracer):
         raise ValueError(
             "max_dim fixes the shapes of the state and cannot be traced: give optax.inject_hyperparams "
             "static_args=('max_dim',), or call tx.init outside jit."
         )
+    checks.whole("max_dim", max_dim)
 
 
 def check_own_factors(layers: Sequence[Layer], factors: str, starts_with_kfac: bool = False) -> None:
@@ -162,6 +164,7 @@ def divided(term: Term, by: jax.Array) -> Term:
 def weight_of_past(updates: jax.Array, decay: ScalarOrSchedule, count: jax.Array) -> jax.Array:
     """ρ = min(1 − 1/k, decay) at the k-th update, so that the first batch counts in full (Martens & Grosse 2015, section 5)."""
     bound = jnp.asarray(decay(count) if callable(decay) else decay)
+    checks.one_number("decay", bound)
     return jnp.minimum(1 - 1 / updates.astype(jnp.result_type(float)), bound)
 
 

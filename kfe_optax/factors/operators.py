@@ -101,9 +101,9 @@ def _in_coefficients(a, g, diagonal, weight, plus) -> Operator:
     sides = [_Atoms(rows, [term[side] for term in plus], diagonal[side]) for side, rows in enumerate((a, g))]
     inputs, outputs = sides
     gram_in, gram_out = inputs.gram(), outputs.gram()
-    weights = jnp.concatenate(
-        [jnp.full(n, weight / n, a.dtype), jnp.ones(len(plus), a.dtype)]
-    )  # of the terms of Z = Σ w vec(x) vec(y)ᵀ
+    # Of the terms of Z = Σ w vec(x) vec(y)ᵀ.
+    weights = jnp.concatenate([jnp.full(n, weight / n, a.dtype), jnp.ones(len(plus), a.dtype)])
+    weights = jnp.expand_dims(weights, range(a.ndim - 2))
 
     def metric_in(c):
         return jnp.einsum("...nm,...m->...n", gram_in, c)

@@ -126,6 +126,7 @@ def adaptive_damping(
         )
 
     def update(updates, state, params=None, *, taps=None, value=None, value_fn=None, **extra):
+        checks.state(state, AdaptiveDampingState)
         if params is None:
             raise ValueError(
                 "adaptive_damping evaluates the loss at the new parameters: call tx.update(grads, opt_state, params, taps=taps)."

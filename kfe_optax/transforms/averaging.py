@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import counts
+from kfe_optax import checks, counts
 from kfe_optax.layer import leaves_by_path, path_name
 from kfe_optax.taps import Taps
 from kfe_optax.transforms import layerwise
@@ -66,6 +66,7 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
         return AveragingState(*zeros, jnp.zeros((), jnp.result_type(float)), average)
 
     def update(updates, state, params=None, *, taps=None, value=None, **_):
+        checks.state(state, AveragingState)
         if params is None:
             raise ValueError(
                 "average_iterates averages the parameters: call tx.update(grads, opt_state, params, ...)."
@@ -80,7 +81,7 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
         )
         averaged = counts.added(state.averaged, joins)
         k = 1 + averaged.astype(state.decay.dtype)
-        past = jnp.minimum(1 - 1 / k, layerwise.value(decay, state.count)).astype(state.decay.dtype)
+        past = jnp.minimum(1 - 1 / k, layerwise.value(decay, state.count, "decay")).astype(state.decay.dtype)
         return updates, AveragingState(counts.following(state.count), averaged, past, average)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import counts, explicit
+from kfe_optax import checks, counts, explicit
 from kfe_optax.transforms import layerwise
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
 
@@ -47,6 +47,9 @@ def clip_by_kl(
     Returns:
       A transformation whose state's `kl_factor` is ν (`kfe.info`), 0 for an update that is not finite, which is not taken.
 
+    Raises:
+      ValueError: a bound that is not positive, a negative learning rate.
+
     Example:
       >>> import jax.numpy as jnp, optax, kfe_optax as kfe
       >>> tx = kfe.clip_by_kl(optax.identity(), max_kl=1e-2, learning_rate=0.1)
@@ -55,6 +58,8 @@ def clip_by_kl(
       >>> round(float(state.kl_factor), 6)                      # sqrt(1e-2 / (0.01 · 25))
       0.2
     """
+    checks.bound(max_kl=max_kl)
+    checks.not_negative(learning_rate=learning_rate)
     inner = optax.with_extra_args_support(inner)
 
     def init(params):
@@ -62,13 +67,14 @@ def clip_by_kl(
         return KlClipState(inner.init(params), count, jnp.ones((), jnp.result_type(float)), rejected)
 
     def update(updates, state, params=None, **extra):
+        checks.state(state, KlClipState)
         new, inner_state = inner.update(updates, state.inner, params, **extra)
-        eta = layerwise.value(learning_rate, state.count)
+        eta = layerwise.value(learning_rate, state.count, "learning_rate")
         products = jax.tree.map(
             lambda d, g: jnp.abs(jnp.vdot(d.astype(jnp.promote_types(d.dtype, jnp.float32)), g)), new, updates
         )
         size = eta**2 * sum(jax.tree.leaves(products))
-        bound = layerwise.value(max_kl, state.count)
+        bound = layerwise.value(max_kl, state.count, "max_kl")
         factor = jnp.where(size > bound, jnp.sqrt(bound / jnp.where(size > 0, size, 1)), 1)
         # Nothing bounds a step whose size is not a number: it is not taken, and the factor says so.
         finite = jnp.isfinite(size)

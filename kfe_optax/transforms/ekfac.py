@@ -123,7 +123,7 @@ def scale_by_ekfac(
     """
     checks.positive(damping=damping)
     checks.decay("decay", decay)
-    checks.decay("scale_decay", scale_decay)
+    checks.decay("scale_decay", decay if scale_decay is None else scale_decay)
     if factors is None:
         factors = factors_lib.kfac(decay)
     if not factors.needs_taps:
@@ -138,9 +138,12 @@ def scale_by_ekfac(
     ):
         if chosen not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
-    checks.period("factor_update_period", factor_update_period)
-    checks.period("basis_update_period", basis_update_period)
-    checks.period("scale_update_period", scale_update_period)
+    checks.refreshes(
+        initial_refreshes,
+        factor_update_period=factor_update_period,
+        basis_update_period=basis_update_period,
+        scale_update_period=scale_update_period,
+    )
     basis_lib.check(refresh, refresh_tolerance)
     method = _Ekfac(
         layers=layers,
@@ -321,7 +324,7 @@ class _Ekfac(NamedTuple):
 
         # The start s_A s_Gᵀ is only a stand-in: the first measured scale replaces it.
         first = first & (state.last_refresh >= 0)
-        decay = jnp.where(first, 0, layerwise.value(self.scale_decay, count))
+        decay = jnp.where(first, 0, layerwise.value(self.scale_decay, count, "scale_decay"))
         return self._average(state, pulled.reduce(moments), decay, jnp.ones((), bool))
 
     def _running_scale(self, state: EkfacState, rotated: Matrices, step: Step, known: jax.Array) -> Scales:
@@ -332,7 +335,9 @@ class _Ekfac(NamedTuple):
             name: jnp.square(v) * (taps.examples_of(name) if weight is None else weight).astype(v.dtype)
             for name, v in rotated.items()
         }
-        return self._average(state, moments, layerwise.value(self.scale_decay, step.count), known)
+        return self._average(
+            state, moments, layerwise.value(self.scale_decay, step.count, "scale_decay"), known
+        )
 
     def _average(self, state: EkfacState, moments: Matrices, decay: jax.Array, known: jax.Array) -> Scales:
         scale, failures = dict(state.scale), state.failures

@@ -143,8 +143,9 @@ def in_kfe(
         raise TypeError(
             f"inner must be an Optax transformation such as optax.scale_by_adam(), not {inner!r}; the layers come second."
         )
-    checks.period("factor_update_period", factor_update_period)
-    checks.period("basis_update_period", basis_update_period)
+    checks.refreshes(
+        initial_refreshes, factor_update_period=factor_update_period, basis_update_period=basis_update_period
+    )
     basis_lib.check(refresh, refresh_tolerance)
     for field, how in (carry or {}).items():
         if not callable(how) and how not in ("first", "second", "keep"):

@@ -113,8 +113,11 @@ def scale_by_kronecker(
         raise TypeError(f"factors must be one of kfe.factors, such as kfe.factors.kpsvd(), not {factors!r}.")
     checks.positive(damping=damping)
     form = _form(factors, damping_type, denominators, floor)
-    checks.period("factor_update_period", factor_update_period)
-    checks.period("inverse_update_period", inverse_update_period)
+    checks.refreshes(
+        initial_refreshes,
+        factor_update_period=factor_update_period,
+        inverse_update_period=inverse_update_period,
+    )
     method = _Kronecker(
         layers,
         factors,

@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import counts, explicit, static_values, varying
+from kfe_optax import checks, counts, explicit, static_values, varying
 from kfe_optax import devices as devices_lib
 from kfe_optax.devices import Distribute, Division
 from kfe_optax.layer import Layer, Path, leaves_by_path, path_name
-from kfe_optax.layers import Layers, same_layers
+from kfe_optax.layers import Layers
 from kfe_optax.taps import Taps
+from kfe_optax.transforms import given as given_lib
 from kfe_optax.transforms import rest as rest_lib
 
 STATE_VERSION = 1
@@ -58,7 +59,7 @@ class Step(NamedTuple):
 
     def strength(self, damping: ScalarOrSchedule) -> jax.Array:
         """λ of this step: what `update` was given as `damping=`, or the method's own scalar or schedule."""
-        result = value(damping if self.damping is None else self.damping, self.count)
+        result = value(damping if self.damping is None else self.damping, self.count, "damping")
         # A schedule may end at zero, where a part without curvature would be 0/0.
         return jnp.where(result == 0, jnp.finfo(result.dtype).tiny, result)
 
@@ -107,9 +108,10 @@ def counters() -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
 
 
-def value(scalar_or_schedule: ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """A hyper-parameter at step `count`, float32 (float64 under x64 when it is given so)."""
+def value(scalar_or_schedule: ScalarOrSchedule, count: jax.Array, name: str) -> jax.Array:
+    """The hyper-parameter `name` at step `count`, float32 (float64 under x64 when it is given so)."""
     result = scalar_or_schedule(count) if callable(scalar_or_schedule) else scalar_or_schedule
+    checks.one_number(name, result)
     return jnp.asarray(result, jnp.result_type(float))
 
 
@@ -150,18 +152,20 @@ def layerwise(
     """The Optax transformation of a method.
 
     Raises:
-      TypeError, ValueError: see the checks in this module; each says what to do.
+      TypeError, ValueError: see `kfe_optax.transforms.given`; each says what to do.
     """
     if not isinstance(layers, Layers):
         raise TypeError(
             f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
         )
+    if not layers:
+        raise ValueError(f"The loss has no layer to precondition: {given_lib.reasons(layers)}.")
     devices_lib.check_distribute(distribute)
     outside = optax.with_extra_args_support(rest or optax.scale_by_adam())
 
     def init(params):
-        leaves = leaves_at_start(layers, params)
-        present = present_layers(layers, leaves)
+        leaves = given_lib.leaves_at_start(layers, params)
+        present = given_lib.present_layers(layers, leaves)
         # Each field is an array of its own: a donated buffer may stand in a state only once.
         return LayerwiseState(
             version=jnp.asarray(STATE_VERSION, jnp.int32),
@@ -173,10 +177,11 @@ def layerwise(
         )
 
     def update(updates, state, params=None, *, taps=None, damping=None, retry=None, **extra):
+        checks.state(state, LayerwiseState)
         if method.needs_taps:
-            check_taps(layers, taps)
+            given_lib.check_taps(layers, taps)
         leaves = leaves_by_path(updates)
-        present = present_layers(layers, leaves)
+        present = given_lib.present_layers(layers, leaves)
         matrices = matrices_of(present, leaves)
         rest_params = parameters = None
         if params is not None:
@@ -228,6 +233,8 @@ def layerwise(
     # Compiled, so that a caller that does not compile the whole step neither retraces nor runs it operation by operation.
     @functools.partial(jax.jit, static_argnums=(0, 1, 2))
     def _step(static, again, division, arrays, method_state, given, damping):
+        present = [layer for name, layer in layers.items() if name in given[1]]
+        given_lib.check_method_state(method, present, method_state)
         return method.update(method_state, Step(*given, static(arrays), damping, again, division))
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
@@ -263,72 +270,3 @@ def _scatter(present: list[Layer], matrices: Matrices, layers: Layers, rest: Any
         new.update(layer.from_matrix(matrices[layer.name]))
     new.update({path: rest[path_name(path)] for path in layers.rest if path_name(path) in rest})
     return new
-
-
-def leaves_at_start(layers: Layers, params: Any) -> dict[Path, Any]:
-    """{key path: leaf} of what `init` is given: parameters, their shapes alone, or what stands for them all."""
-    if type(params).__name__ == "_ParamsPlaceholder":
-        # `optax.tree_map_params` asks what of the state has the structure of the parameters: nothing of a layerwise state.
-        return {
-            path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in layers.leaf_shapes().items()
-        }
-    return leaves_by_path(params)
-
-
-def present_layers(layers: Layers, leaves: dict[Path, jax.Array]) -> list[Layer]:
-    """The layers whose parameters are in the tree; a layer is there as a whole or masked as a whole."""
-    present = []
-    known = set(layers.rest)
-    for layer in layers.values():
-        paths = [path for _, path in layer.paths]
-        known.update(paths)
-        there = [path for path in paths if path in leaves]
-        if there and len(there) < len(paths):
-            gone = next(path for path in paths if path not in leaves)
-            raise ValueError(
-                f"Layer {layer.name!r} is only partly there: {path_name(gone)} is masked out and {path_name(there[0])} is not. A "
-                "layer's kernel and bias are preconditioned together; mask both or neither."
-            )
-        if there:
-            shape = _matrix_shape(layer, {role: leaves[path] for role, path in layer.paths})
-            if shape != layer.shape:
-                raise ValueError(
-                    f"Layer {layer.name!r} was found with a matrix of shape {layer.shape}, but the tree holds one of shape "
-                    f"{shape}; call kfe.find_layers again after changing the model."
-                )
-            present.append(layer)
-    unknown = [path for path in leaves if path not in known]
-    if unknown:
-        raise ValueError(
-            f"The parameter tree holds {path_name(unknown[0])}, which find_layers did not see; call kfe.find_layers again after "
-            "changing the model, and give the optimizer the tree that the loss takes."
-        )
-    if not present:
-        raise ValueError(
-            "None of the layers' parameters is in the tree: the optimizer was given another tree (a subtree, a wrapped one) than "
-            "find_layers saw."
-        )
-    return present
-
-
-def _matrix_shape(layer: Layer, leaves: dict[str, Any]) -> tuple[int, ...]:
-    plain = {role: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for role, leaf in leaves.items()}
-    return jax.eval_shape(layer.gather, plain).shape
-
-
-def check_taps(layers: Layers, taps: Any) -> None:
-    """Raises unless the taps are those of these layers."""
-    if taps is None:
-        raise ValueError(
-            "This transformation needs the taps of the step: call tx.update(grads, opt_state, params, taps=taps) with what "
-            "kfe.value_grad_and_taps returned. For flax's TrainState use kfe.TrainState, for nnx.Optimizer pass taps=taps to "
-            "its update."
-        )
-    if not isinstance(taps, Taps):
-        raise TypeError(f"taps must be what kfe.value_grad_and_taps returns, not a {type(taps).__name__}.")
-    difference = same_layers(layers, taps.layers)
-    if difference:
-        raise ValueError(
-            f"The taps are not those of the layers that the optimizer was built for: {difference}. Give value_grad_and_taps and "
-            "the optimizer the same layers."
-        )

@@ -119,6 +119,7 @@ def scale_by_quadratic_model(
         return QuadraticModelState(state, jnp.zeros((), jnp.int32), previous, *numbers)
 
     def update(updates, state, params=None, *, taps=None, damping=None, l2=None, back=None, **extra):
+        checks.state(state, QuadraticModelState)
         taps = checked_taps(taps)
         arrays, static = static_values.split_static(extra)
         penalty = own_l2 if l2 is None else l2
@@ -129,7 +130,7 @@ def scale_by_quadratic_model(
     @functools.partial(jax.jit, static_argnums=0)
     def _step(static, arrays, updates, state, params, taps, damping, l2, back):
         extra = static(arrays)
-        strength = layerwise.value(own_damping if damping is None else damping, state.count)
+        strength = layerwise.value(own_damping if damping is None else damping, state.count, "damping")
         strength = strength if l2 is None else strength + l2
         gradient = regularized(updates, params, l2)
         vectors = [state.previous] if momentum else []

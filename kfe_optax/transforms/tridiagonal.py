@@ -131,8 +131,11 @@ def scale_by_block_tridiagonal(
     """
     checks.positive(damping=damping)
     checks.decay("decay", decay)
-    checks.period("factor_update_period", factor_update_period)
-    checks.period("inverse_update_period", inverse_update_period)
+    checks.refreshes(
+        initial_refreshes,
+        factor_update_period=factor_update_period,
+        inverse_update_period=inverse_update_period,
+    )
     if not isinstance(floor, jax.Array) and not 0 < floor <= 1:
         raise ValueError(
             f"floor must lie in (0, 1], where it keeps the inverse positive and bounded; it is {floor!r}."

@@ -19,7 +19,7 @@ from kfe_optax.devices import Distribute
 from kfe_optax.factors import base
 from kfe_optax.layer import leaves_by_path
 from kfe_optax.layers import Layers
-from kfe_optax.transforms import layerwise
+from kfe_optax.transforms import given, layerwise
 from kfe_optax.transforms.kfac import scale_by_kfac
 from kfe_optax.transforms.layerwise import LayerwiseState, ScalarOrSchedule, Step
 from kfe_optax.transforms.roots import DampingType
@@ -146,8 +146,11 @@ def two_level(
         )
     checks.positive(damping=damping)
     checks.decay("decay", decay)
-    checks.period("factor_update_period", factor_update_period)
-    checks.period("inverse_update_period", inverse_update_period)
+    checks.refreshes(
+        initial_refreshes,
+        factor_update_period=factor_update_period,
+        inverse_update_period=inverse_update_period,
+    )
     base.check_max_dim(max_dim)
     space = _space(coarse, groups, count, decay, max_dim)
     level = Level(
@@ -216,12 +219,11 @@ def _added(
                 "fine must be a preconditioner of this package, such as kfe.scale_by_kfac(layers, ...), not a transformation "
                 f"with a {type(state).__name__} as its state; put two_level inside chains, clips and wrappers."
             )
-        return TwoLevelState(
-            *state, level.init(level.present(layerwise.leaves_at_start(level.layers, params)))
-        )
+        return TwoLevelState(*state, level.init(level.present(given.leaves_at_start(level.layers, params))))
 
     def update(updates, state, params=None, *, taps=None, **extra):
-        layerwise.check_taps(layers, taps)
+        checks.state(state, TwoLevelState)
+        given.check_taps(layers, taps)
         result: Any = fine.update(updates, state.fine, params, taps=taps, **extra)
         new, fine_state = result
         leaves, fine_leaves = leaves_by_path(updates), leaves_by_path(new)
