@@ -72,6 +72,7 @@ def value_grad_and_taps(
       count unbatched.
 
     Raises:
+      TypeError, ValueError: as `find_layers` does.
       ValueError: the loss registers no output or subtracts one, `key` is missing, `loss_scale` is not positive, the loss's
         layers or parameters are not those of `layers`, "exact" meets a loss inside a loop, the batch does not split into
         microbatches, or it differs between the devices of an axis of `jax.shard_map` that `axis_name` does not name.

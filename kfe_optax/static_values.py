@@ -47,19 +47,18 @@ def split_static(tree: Any, name: Callable[[Any], str] = jax.tree_util.keystr) -
       TypeError: a value that cannot be compared, or that hides arrays.
     """
     leaves, structure = jax.tree.flatten(tree)
-    is_array = [_is_array(leaf) for leaf in leaves]
-    values: list[Any] = []
+    arrays, values = [], []
     for place, leaf in enumerate(leaves):
+        if _is_array(leaf):
+            arrays.append(leaf)
+            values.append(_ARRAY)
+            continue
         try:
-            hash(leaf)
-            values.append(_ARRAY if is_array[place] else leaf)
-        except TypeError:
-            try:
-                values.append(_ARRAY if is_array[place] else _Compared(leaf, _content(leaf)))
-            except _UnknownError as error:
-                path = jax.tree_util.tree_leaves_with_path(tree)[place][0]
-                raise TypeError(f"{name(path)} {error}") from None
-    return [leaf for a, leaf in zip(is_array, leaves, strict=True) if a], Static(structure, tuple(values))
+            values.append(_comparable(leaf))
+        except _UnknownError as error:
+            path, _ = jax.tree_util.tree_leaves_with_path(tree)[place]
+            raise TypeError(f"{name(path)} {error}") from None
+    return arrays, Static(structure, tuple(values))
 
 
 def split_call(given: Any) -> tuple[list[Any], Static]:
@@ -80,6 +79,14 @@ class _UnknownError(Exception):
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _comparable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return _Compared(value, _content(value))
+    return value
 
 
 def _content(value: Any) -> Any:

@@ -145,3 +145,26 @@ def test_no_implicit_rank_promotion_in_kinds(name):
 
     with jax.numpy_rank_promotion("raise"):
         assert described(jax.eval_shape(step, params, tx.init(params))) == described(params)
+
+
+def test_no_implicit_rank_promotion_in_diagnostics():
+    """Of a stack of two layers, one side of which is a diagonal."""
+    loss_fn, params, args = zoo.CASES["scan_axis_0"].make(jnp.float32)
+
+    def allowed(*args):
+        with jax.numpy_rank_promotion("allow"):
+            return loss_fn(*args)
+
+    layers = kfe.find_layers(allowed, params, *args)
+    (name,) = (name for name, layer in layers.items() if layer.stacked)
+
+    def measure(params):
+        _, _, taps = kfe.value_grad_and_taps(allowed, layers, fisher="exact")(params, *args)
+        terms = kfe.factors.estimate(kfe.factors.lanczos(), taps, max_dim=4)[name]
+        matrix = kfe.diagnostics.kronecker_matrix(terms, stacked=1)
+        spectrum = jnp.diagonal(matrix, axis1=-2, axis2=-1)
+        number = kfe.diagnostics.condition_number(spectrum, damping=0.1)
+        return number, kfe.diagnostics.mean_absolute_correlation(matrix)
+
+    with jax.numpy_rank_promotion("raise"):
+        assert [leaf.shape for leaf in jax.eval_shape(measure, params)] == [(2,), (2,)]
