@@ -134,7 +134,7 @@ def discover(
     if not _depends(jaxpr, len(shapes)):
         raise ValueError(
             "The loss does not depend on the parameters, so that its gradient is zero: it must use what it is given as its first "
-            "argument."
+            "argument, and not behind jax.lax.stop_gradient alone."
         )
     # The parameters themselves are followed as well: a kernel that was replaced beside its probe must not pass for itself.
     own = [_trail(path, leaf) for path, leaf in shapes.items()]
@@ -196,7 +196,8 @@ def _depends(jaxpr: Any, count: int) -> bool:
     """Whether the loss is computed from one of the first `count` arguments."""
     needed = {id(v) for v in jaxpr.jaxpr.outvars}
     for equation in reversed(jaxpr.jaxpr.eqns):
-        if any(id(v) in needed for v in equation.outvars):
+        frozen = equation.primitive.name == "stop_gradient"
+        if not frozen and any(id(v) in needed for v in equation.outvars):
             needed |= {id(v) for v in equation.invars}
     return any(id(v) in needed for v in jaxpr.jaxpr.invars[:count])
 

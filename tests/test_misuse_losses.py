@@ -69,6 +69,11 @@ RETURNS = {
         False,
         "does not depend on the parameters, so that its gradient is zero",
     ),
+    "stopped": (
+        lambda v: jax.lax.stop_gradient(v.mean()),
+        False,
+        "and not behind jax.lax.stop_gradient alone",
+    ),
     "number": (lambda v: 1.0, False, "does not depend on the parameters"),
 }
 
