@@ -146,7 +146,10 @@ class Checkpoints:
 
     def _put_aside(self, damaged: dict[int, str]) -> tuple[str, ...]:
         """Moves damaged checkpoints out of the list; what became of them in words."""
+        if not damaged:
+            return ()
         said = []
+        wait_for_all()  # who still looks for damage shall find the same
         for step, damage in damaged.items():
             target = self._folder.with_name(f"damaged_checkpoint_{step}")
             if writes():
@@ -156,9 +159,8 @@ class Checkpoints:
                     target = target.with_name(f"damaged_checkpoint_{step}_{number}")
                 (self._folder / str(step)).rename(target)
             said.append(f"the checkpoint of step {step} ({damage}), now '{target}'")
-        if damaged:
-            wait_for_all()
-            self._manager.reload()
+        wait_for_all()
+        self._manager.reload()
         return tuple(said)
 
 

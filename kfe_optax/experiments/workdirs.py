@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.processes import writes
+from kfe_optax.experiments.processes import any_process, writes
 
 try:
     import fcntl
@@ -33,15 +33,21 @@ def claimed(workdir: str | Path, command: str, files: Sequence[str]) -> Generato
         with claimed("runs/first", "train", ("metrics.csv",)) as folder:
             (folder / "metrics.csv").write_text(...)
     """
+    mark, refusal = contextlib.nullcontext(), None
+    path = Path(workdir)
     try:
-        path = Path(workdir).expanduser()
+        path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
-        mark = _marked(path, command, files) if writes() else contextlib.nullcontext()
-    except ExperimentError:
-        raise
+        if writes():
+            mark = _marked(path, command, files)
+    except ExperimentError as error:
+        refusal = error
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ExperimentError(f"Cannot write to --workdir '{workdir}' ({reason}); choose another.") from error
+        refusal = ExperimentError(f"Cannot write to --workdir '{workdir}' ({reason}); choose another.")
+    # Before the first process has looked, no other one may make a file there.
+    if any_process(refusal is not None):
+        raise refusal or ExperimentError(f"The first process cannot use --workdir '{workdir}'.")
     with mark:
         yield path
 
