@@ -153,7 +153,7 @@ def _shown(group: list[jaxprs.Use], sources: dict[Any, int]) -> int | None:
         # A vmap over stacked layers that maps the input as well stands in front.
         axis = kind.batch_axis(x) + sum(mapped[2] for _, mapped in use.info["vmaps"])
         found.append({label.size for label in use.batch if label.axis == axis and label.source in sources})
-    return max(set.intersection(*found), default=None)
+    return max(set.intersection(*found), default=None) or None
 
 
 def _settled(layer: Layer, shown: int | None, batch: int) -> Layer:
