@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ _ARRAY = object()
 
 @dataclasses.dataclass(frozen=True)
 class _Compared:
-    """A value without a hash, such as a slice or a `ConfigDict`, that is compared by its content."""
+    """A value that is compared by its content: a number by its type as well, a slice or a `ConfigDict` that has no hash."""
 
     value: Any = dataclasses.field(compare=False)
     content: Any
@@ -78,10 +79,14 @@ class _UnknownError(Exception):
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    # NumPy's types themselves have both, too.
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and not isinstance(leaf, type)
 
 
 def _comparable(value: Any) -> Any:
+    if isinstance(value, numbers.Number):
+        # 1, 1.0 and True are equal, and a program of one is not a program of another; a NaN is equal to nothing.
+        return _Compared(value, (type(value), repr(value)))
     try:
         hash(value)
     except TypeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import logging
+import math
 
 import flax.linen as nn
 import jax
@@ -259,6 +260,27 @@ def test_the_running_scale_of_a_loss_that_registers_nothing(divided, x64):
         )
         found = jax.tree.map(lambda v: v[0], mapped(*halves))
     assert_close(found, expected, 1e-10)
+
+
+def test_python_values_that_are_equal_may_be_other_programs():
+    """1, 1.0 and True each have the loss that JAX gives them, a NaN is no new program, NumPy's types are no arrays."""
+    traced = []
+
+    def loss_fn(params, x, power, dtype):
+        traced.append(power)
+        z = kfe.tag_dense(x, x @ params["kernel"], params)
+        factor = 3.0 if power is True else 2.0 if isinstance(power, float) else 1.0
+        return factor * kfe.losses.l2_loss(z.astype(dtype)).mean()
+
+    params, x = {"kernel": jnp.ones((2, 1))}, jnp.ones((3, 2))
+    layers = kfe.find_layers(loss_fn, params, x, 1, np.float32)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")
+    losses = [float(differentiate(params, x, power, np.float32)[0]) for power in (1, 1.0, True)]
+    assert losses == [2.0, 4.0, 6.0]
+    differentiate(params, x, math.nan, np.float32)
+    before = len(traced)
+    differentiate(params, x, float("nan"), np.float32)
+    assert len(traced) == before
 
 
 def test_a_method_as_the_loss():
