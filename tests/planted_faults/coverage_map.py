@@ -13,16 +13,20 @@ from .faults import ROOT, Fault
 
 
 class FileMap(NamedTuple):
-    """One test file: seconds of each test, {library file: {line: tests}}."""
+    """One test file: seconds of each test, {library file: {line: tests}}, the tests that count."""
 
     seconds: dict[str, float]
     lines: dict[str, dict[int, list[str]]]
+    tests: set[str]
+
+    def cost(self, test: str) -> float:
+        """How long it took, its fixtures included."""
+        return self.seconds.get(test, 0.0)
 
     def executing(self, fault: Fault, lines: set[int]) -> list[str]:
         """The tests that execute one of the lines, the quickest first."""
         here = self.lines.get(fault.file, {})
-        tests = {test for line in lines for test in here.get(line, ())}
-        return sorted(tests, key=lambda test: self.seconds.get(test, 0.0))
+        return sorted({test for line in lines for test in here.get(line, ())}, key=self.cost)
 
     @property
     def breadth(self) -> int:
@@ -101,5 +105,6 @@ def load(folder: pathlib.Path, tests: set[str]) -> dict[str, FileMap]:
             file: {int(number): [test for test in here if test in tests] for number, here in its.items()}
             for file, its in found["lines"].items()
         }
-        maps[path.name.removesuffix(".json").replace("--", "/")] = FileMap(found["seconds"], lines)
+        own = tests & found["seconds"].keys()
+        maps[path.name.removesuffix(".json").replace("--", "/")] = FileMap(found["seconds"], lines, own)
     return dict(sorted(maps.items(), key=lambda item: item[1].breadth))

@@ -17,31 +17,45 @@ from .faults import ROOT, Fault
 SECONDS_A_FILE = 8.0
 # What executes a line of the core takes the whole suite: the narrowest files tell.
 FILES = 5
-# A fault that none of those sees is shown to all the tests that execute it, for so long.
-SECONDS_UNSEEN = 60.0
+# A fault that none of those sees is shown to more, for so long.
+SECONDS_UNSEEN = 150.0
 # After this a run hangs (a fault may make a loop endless), which is not overlooked either.
 SECONDS = 600.0
 
 
 def choose(fault: Fault, maps: dict[str, FileMap]) -> tuple[list[str], list[str]]:
-    """The tests to begin with, and those for a fault that they do not see."""
+    """The tests to begin with, and those for a fault that they do not see.
+
+    A line is executed by the first test that asks for what tests of a file share, a compiled step for instance; what is wrong with
+    it another one may see. So the later ones are all tests of the files in which one executes the line.
+    """
     lines = fault.lines((ROOT / fault.file).read_text())
+    reached = {file: found for file, found in maps.items() if found.executing(fault, lines)}
     first: list[str] = []
+    for found in list(reached.values())[:FILES]:
+        first += (
+            _within(found, found.executing(fault, lines), SECONDS_A_FILE) or found.executing(fault, lines)[:1]
+        )
     later: list[str] = []
-    spent, files = 0.0, 0
-    for found in maps.values():
-        executing = found.executing(fault, lines)
-        files += bool(executing)
-        here = 0.0
-        for index, test in enumerate(executing):
-            seconds = found.seconds.get(test, 0.0)
-            if files <= FILES and (not index or here + seconds <= SECONDS_A_FILE):
-                first.append(test)
-                here += seconds
-            elif spent + seconds <= SECONDS_UNSEEN:
-                later.append(test)
-                spent += seconds
+    spent = 0.0
+    for found in reached.values():
+        executing = [test for test in found.executing(fault, lines) if test not in first]
+        others = sorted(found.tests - {*first, *executing}, key=found.cost)
+        chosen = _within(found, [*executing, *others], min(3 * SECONDS_A_FILE, SECONDS_UNSEEN - spent))
+        later += chosen
+        spent += sum(map(found.cost, chosen))
     return first, later
+
+
+def _within(found: FileMap, tests: list[str], seconds: float) -> list[str]:
+    """As many of the first of them as take no longer."""
+    chosen: list[str] = []
+    for test in tests:
+        seconds -= found.cost(test)
+        if seconds < 0:
+            break
+        chosen.append(test)
+    return chosen
 
 
 def run(
