@@ -159,6 +159,15 @@ def test_info_of_other_optimizers():
     assert kfe.info(optax.adam(1e-3).init({"w": jnp.ones(2)})) == kfe.Info()
 
 
+def test_weight_decay_acts_where_its_mask_says(step):
+    """Without a gradient the update is the decay alone, −η w θ."""
+    problem, layers, grads, taps = step
+    mask = jax.tree.map(lambda p: p.ndim > 1, problem.params)
+    tx = kfe.kfac(0.1, layers, weight_decay=0.5, mask=mask)
+    updates, _ = update(tx, problem.params, jax.tree.map(jnp.zeros_like, grads), taps)
+    assert_close(updates, jax.tree.map(lambda p: -0.05 * p * (p.ndim > 1), problem.params), 1e-6)
+
+
 def test_info_of_two_preconditioners(step):
     """Counts are added over the parts of a partition."""
     problem, layers, grads, taps = step

@@ -26,8 +26,8 @@ SECONDS = 600.0
 def choose(fault: Fault, maps: dict[str, FileMap]) -> tuple[list[str], list[str]]:
     """The tests to begin with, and those for a fault that they do not see.
 
-    A line is executed by the first test that asks for what tests of a file share, a compiled step for instance; what is wrong with
-    it another one may see. So the later ones are all tests of the files in which one executes the line.
+    What tests of a file share, a compiled step for instance, executes its lines in the first test that asks for it; what is wrong
+    another one may see. So the later ones are all tests of the files in which one executes the line.
     """
     lines = fault.lines((ROOT / fault.file).read_text())
     reached = {file: found for file, found in maps.items() if found.executing(fault, lines)}

@@ -32,8 +32,8 @@ def write(faults: list[Fault], results: pathlib.Path) -> str:
         "# Planted faults",
         "",
         f"{summary}. Each was shown to the tests that execute its lines in at most {FILES} test files, the narrowest, and in",
-        "each to the quickest of them; a fault that none of those saw, to more (`planting.py`). So a file that is not named may see",
-        "a fault as well. The tests of CI alone count, not the nightly ones. Written by `python -m tests.planted_faults`.",
+        "each to the quickest of them; a fault that none of those saw, to more (`planting.py`). So a file that is not named may",
+        "see it as well. The tests of CI alone count, not the nightly ones. Written by `python -m tests.planted_faults`.",
     ]
     for area in dict.fromkeys(fault.area for fault in faults):
         lines += [
