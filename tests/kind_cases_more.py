@@ -321,6 +321,12 @@ def both_masked(make, *args, **options):
     return several(masked(first, MASK), masked(second, ~MASK))
 
 
+def masked_alike(make, *args, **options):
+    """Called twice with one mask: an example may have no row at all."""
+    first, second = make(*args, **options), elsewhere(make, *args, **options)
+    return several(masked(first, MASK), masked(second, MASK))
+
+
 def tokens_masked_twice(**fields):
     first = kc.embedding((4,), tokens=REPEATED, **fields)
     return several(masked(first, MASK), masked(kc.embedding((4,), tokens=REPEATED[::-1], **fields), ~MASK))
@@ -345,6 +351,7 @@ MASKED = {
     "conv_twice": case(both_masked, kc.conv, (4,), (3,)),
     "dense_twice": case(both_masked, kc.general, (4, 2), (3,), (-1,)),
     "dense_twice_reduce": case(both_masked, kc.general, (4, 2), (3,), (-1,), **REDUCE),
+    "dense_alike_reduce": case(masked_alike, kc.general, (4, 2), (3,), (-1,), **REDUCE),
     "tokens_twice": case(tokens_masked_twice),
     "tokens_twice_reduce": case(tokens_masked_twice, **REDUCE),
     "stacked": case(made, stacked, kc.general, (4, 2), (3,), (-1,)),

@@ -30,7 +30,8 @@ QUICK = {
     "norms": "batch_train layer axes_in_another_order separate_axes scale_only zero_scale flattened called_twice",
     "shared": "conv groups sua_uncentered conv_reduce flattened projection blocks_reduce recurrent tokens tokens_reduce",
     "stacked": "feature_groups sua_uncentered projection tokens layer_norm twice_reduce",
-    "masked": "positions prefix pooled flattened conv_stride tokens reduce dense_twice tokens_twice tokens_twice_reduce all_dead",
+    "masked": "positions prefix pooled flattened conv_stride tokens reduce dense_twice "
+    "dense_alike_reduce tokens_twice tokens_twice_reduce all_dead",
 }
 # Of whom everything is asked; in the nightly tests of all.
 THOROUGH = {

@@ -313,6 +313,15 @@ def test_an_alias_moves_the_rest_as_adam_would(momentum):
     for _ in range(50):
         updates, state = update(grads, state, problem.params, taps=taps)
     np.testing.assert_allclose(np.abs(updates["temperature"]), 1e-3, rtol=1e-2)
+    # A step that a layer's gradient forbids is none for the rest either.
+    _, after = update(
+        {**grads, "head": jax.tree.map(lambda g: g * jnp.nan, grads["head"])},
+        state,
+        problem.params,
+        taps=taps,
+    )
+    jax.tree.map(np.testing.assert_array_equal, after[0].rest, state[0].rest)
+    assert int(after[0].nonfinite) == 1
 
 
 @pytest.mark.parametrize(
