@@ -4,6 +4,7 @@
 class ExperimentError(ValueError):
     """A mistake in a command, a config or a data file that one sentence explains.
 
-    ``kfe-optax`` prints the sentence and exits with status 2; everything else keeps its traceback,
-    because everything else is a defect of the program and not of its input.
+    ``kfe-optax`` prints the sentence and exits with status 2, and so it does for what the library refuses and for
+    files that the system denies; everything else keeps its traceback, because everything else is a
+    defect of the program and not of its input.
     """
