@@ -54,7 +54,7 @@ def kfac_adaptive(
       damping_period: T₁, steps between measurements of the loss at the new parameters.
       damping_factor: ω₁ of one step.
       damping_floor: the least λ. A batch's own loss follows the model the better the smaller λ is, noise and all: with
-        small batches updates are then taken back more often (see `adaptive_damping`), which a higher floor spares.
+        small batches raise it.
       damping_ceiling: the largest λ.
       damping_in_model: whether the reduction ratio's model has λ in it.
       search_period: T₂, steps between searches for the preconditioner's damping γ²; None: it is λ + η. Best a multiple of the

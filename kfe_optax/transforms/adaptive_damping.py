@@ -10,7 +10,6 @@ import optax
 
 from kfe_optax import checks, counts, explicit
 from kfe_optax.transforms import layerwise
-from kfe_optax.transforms.looking_back import Seen, loss_change, to_blame
 from kfe_optax.transforms.quadratic_model import (
     QuadraticModelState,
     checked_taps,
@@ -32,7 +31,6 @@ class AdaptiveDampingState(NamedTuple):
       reduction_ratio: the last r, NaN before the first and where the trial loss was not finite.
       rejected: int32, updates that were not taken, or taken back.
       last: the update of the last step, zero where it was not taken; None where `scale_by_quadratic_model` inside has it.
-      seen: the losses of the batches.
     """
 
     inner: Any
@@ -41,7 +39,6 @@ class AdaptiveDampingState(NamedTuple):
     reduction_ratio: jax.Array
     rejected: jax.Array
     last: Any
-    seen: Seen
 
 
 def adaptive_damping(
@@ -64,9 +61,8 @@ def adaptive_damping(
     An update is not taken where it leads to parameters that are not finite or, measured, to a loss that is not; nor where it is
     so long, ‖δ‖ > ‖θ‖/√ε > 0, that it could not be taken back: θ + δ − δ has lost half of θ's digits. One that leads unmeasured
     to where the loss or its gradient is not finite is taken back on the next step. Each raises λ fourfold. A batch whose loss was
-    not finite before that update either is passed over instead: bad data are no bad step. Around `scale_by_quadratic_model` an
-    update is also taken back where it clearly raised the loss of the next batch, by more than a quarter of the foretold fall, as
-    with a λ too small for the size of the batch. Do not wrap this in `optax.apply_if_finite`, which hides such steps.
+    not finite before that update either is passed over instead: bad data are no bad step. Do not wrap this in
+    `optax.apply_if_finite`, which hides such a step.
 
     Args:
       inner: what makes the update δ that is added to the parameters: `scale_by_quadratic_model(...)`, whose model is then
@@ -127,7 +123,6 @@ def adaptive_damping(
             jnp.full((), jnp.nan, numbers),
             rejected,
             None if known else jax.tree.map(jnp.zeros_like, params),
-            Seen(jnp.full((), jnp.nan, numbers), jnp.zeros((), numbers)),
         )
 
     def update(updates, state, params=None, *, taps=None, value=None, value_fn=None, **extra):
@@ -151,64 +146,57 @@ def adaptive_damping(
             gradient, more = regularized(updates, params, penalty), {}
             strength = state.damping if penalty is None else state.damping + penalty
         before = taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value))
-        bad = ~(jnp.isfinite(before) & layerwise.all_finite(jax.tree.leaves(updates)))
-        loss_at = taps.loss_at if value_fn is None else lambda p: taps.mean_over_devices(value_fn(p))
-        asked = state, params, taps, before, bad, penalty
-        blamed = _compiled_blame(*asked) if value_fn is None else _blame(*asked, loss_at)
+        astray = ~(jnp.isfinite(before) & layerwise.all_finite(jax.tree.leaves(updates)))
         if state.last is None:
-            more["back"] = bad | blamed
+            more["back"] = astray
         result: Any = wrapped.update(
             gradient, state.inner, params, taps=taps, damping=strength, **more, **extra
         )
-        given = updates, result, state, params, taps, before, bad, blamed, penalty
-        return _compiled(*given) if value_fn is None else _taken(*given, loss_at)
+        loss_at = taps.loss_at if value_fn is None else lambda p: taps.mean_over_devices(value_fn(p))
+        given = updates, result, state, params, taps, before, astray, penalty
+        if value_fn is None:
+            return _compiled(*given)
+        return _taken(*given, loss_at)
 
-    def _blame(state, params, taps, before, bad, penalty, loss_at):
-        del taps
-        if state.last is None:
-            last, moved = state.inner.previous, state.inner.squared_norm != 0
-            expected = jnp.abs(state.inner.model_change)
-        else:
-            last, moved, expected = _as(params, state.last), True, jnp.inf
-        return to_blame(last, moved, expected, state.seen, before, bad, params, loss_at, penalty)
-
-    @jax.jit
-    def _compiled_blame(state, params, taps, before, bad, penalty):
-        return _blame(state, params, taps, before, bad, penalty, taps.loss_at)
-
-    def _taken(updates, result, state, params, taps, before, bad, blamed, penalty, loss_at):
+    def _taken(updates, result, state, params, taps, before, astray, penalty, loss_at):
         delta, inner_state = result
-        count, astray, held = counts.following(state.count), bad | blamed, bad & ~blamed
+        count, last = counts.following(state.count), state.last
         due = layerwise.due(count, period)
+        # Without one the quadratic model itself has taken back what led astray.
+        if last is not None:
+            delta = jax.tree.map(
+                lambda d, b: jnp.where(astray, -b.astype(d.dtype), d), delta, _as(delta, last)
+            )
 
         def measured():
             there = loss_at(optax.apply_updates(params, delta))
-            change = loss_change(there - before, delta, params, penalty)
+            change = _loss_change(there - before, delta, params, penalty)
             model = _model_change(
                 inner_state, updates, delta, params, taps, state.damping, penalty, damping_in_model
             )
-            ratio = _ratio(change, model, before)
-            return ratio.astype(state.damping.dtype), jnp.isfinite(change)
+            ratio = _ratio(change, model, before).astype(state.damping.dtype)
+            finite = jnp.isfinite(jnp.where(astray, there, change))
+            squared = state.inner.squared_norm if last is None else inner_product(last, last)
+            return ratio, finite, squared != 0
 
-        ratio, finite = jax.lax.cond(due, measured, lambda: (state.reduction_ratio, jnp.ones((), bool)))
-        finite &= _reversible(params, delta, inner_state)
+        nothing = jnp.ones((), bool)
+        ratio, finite, moved = jax.lax.cond(
+            due | astray, measured, lambda: (state.reduction_ratio, nothing, nothing)
+        )
+        # Where this batch has no finite loss before the last update either, nor there was one, that is the batch's doing.
+        held = astray & ~(finite & moved)
+        refused = jnp.where(astray, ~held, ~(finite & _reversible(params, delta, inner_state)))
         power = jnp.asarray(factor, state.damping.dtype) ** period
         damping = adapted(state.damping, ratio, power, floor, ceiling)
         damping = jnp.where(due & ~astray, damping, state.damping)
-        refused = blamed | ~(astray | finite)
         damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, ceiling), damping)
 
         inner_state = _without_momentum(refused, inner_state)
-        last = state.last
-        # Without one the quadratic model itself has taken back what led astray, and kept it as its own last update.
         if last is None:
             squared_norm = jnp.where(held, state.inner.squared_norm, inner_state.squared_norm)
             inner_state = inner_state._replace(squared_norm=squared_norm)
         else:
             taken = _as(last, _unless(refused, delta))
-            delta = jax.tree.map(
-                lambda d, b: jnp.where(blamed, -b.astype(d.dtype), d), delta, _as(delta, last)
-            )
             last = jax.tree.map(lambda d, b: jnp.where(held, b, d.astype(b.dtype)), taken, last)
         new_state = AdaptiveDampingState(
             inner_state,
@@ -217,13 +205,12 @@ def adaptive_damping(
             jnp.where(astray, jnp.nan, ratio),
             counts.added(state.rejected, refused),
             last,
-            state.seen.joined(before, ~astray),
         )
-        return _unless(held | (refused & ~blamed), delta), new_state
+        return _unless(held | (refused & ~astray), delta), new_state
 
     @jax.jit
-    def _compiled(updates, result, state, params, taps, before, bad, blamed, penalty):
-        return _taken(updates, result, state, params, taps, before, bad, blamed, penalty, taps.loss_at)
+    def _compiled(updates, result, state, params, taps, before, astray, penalty):
+        return _taken(updates, result, state, params, taps, before, astray, penalty, taps.loss_at)
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
 
@@ -282,6 +269,13 @@ def adapted(damping: jax.Array, ratio: jax.Array, power: Any, floor: Any, ceilin
     """λ after a reduction ratio r: ω₁λ for r > 3/4, λ/ω₁ for r < 1/4 or no number, in [floor, ceiling]."""
     scale = jnp.where(ratio > 0.75, power, jnp.where(ratio >= 0.25, 1, 1 / power))
     return jnp.clip(damping * scale, floor, ceiling).astype(damping.dtype)
+
+
+def _loss_change(change: jax.Array, delta: Any, params: Any, l2: Any) -> jax.Array:
+    """h(θ+δ) − h(θ) from the change of the loss function."""
+    if l2 is None:
+        return change
+    return change + l2 * (inner_product(params, delta) + inner_product(delta, delta) / 2)
 
 
 def _model_change(
