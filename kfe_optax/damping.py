@@ -11,6 +11,14 @@ import jax.numpy as jnp
 
 from kfe_optax import kronecker
 
+ROUNDINGS = 4
+"""So many rounding errors of the largest curvature are the least that is added to it."""
+
+
+def least(largest: jax.Array) -> jax.Array:
+    """The least damping of a matrix with eigenvalues up to `largest`, 4 ε of them: less would divide by rounding errors."""
+    return ROUNDINGS * float(jnp.finfo(largest.dtype).eps) * largest
+
 
 def pi(input_factor: jax.Array, output_factor: jax.Array, stacked: int) -> jax.Array:
     """π = sqrt[(tr A / d_in) / (tr G / d_out)], (...,); 1 where a trace is zero (Martens & Grosse 2015, section 6.3)."""
@@ -43,14 +51,15 @@ def add_to_diagonal(factor: jax.Array, amount: jax.Array, stacked: int) -> jax.A
 def factored(
     input_factor: jax.Array, output_factor: jax.Array, damping: jax.Array, stacked: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(A + π√λ I, G + √λ/π I): factored Tikhonov damping (Martens & Grosse 2015, section 6.3)."""
+    """(A + π√λ I, G + √λ/π I): factored Tikhonov damping (Martens & Grosse 2015, section 6.3); each at least 4 ε of the trace."""
     mean_in = kronecker.trace(input_factor, stacked) / input_factor.shape[-1]
     mean_out = kronecker.trace(output_factor, stacked) / output_factor.shape[-1]
     ratio = common_pi(mean_in, mean_out)
     root = jnp.sqrt(damping).astype(input_factor.dtype)
+    traces = mean_in * input_factor.shape[-1], mean_out * output_factor.shape[-1]
     return (
-        add_to_diagonal(input_factor, ratio * root, stacked),
-        add_to_diagonal(output_factor, root / ratio, stacked),
+        add_to_diagonal(input_factor, jnp.maximum(ratio * root, least(traces[0])), stacked),
+        add_to_diagonal(output_factor, jnp.maximum(root / ratio, least(traces[1])), stacked),
     )
 
 

@@ -256,7 +256,8 @@ class _Ekfac(NamedTuple):
     def _added(self, basis: Any, strength: jax.Array) -> jax.Array:
         inputs, outputs = basis
         if self.damping_type == "plain":
-            return strength.astype(inputs.values.dtype)
+            least = damping_lib.least(inputs.values.max(-1) * outputs.values.max(-1))[..., None, None]
+            return jnp.maximum(strength.astype(inputs.values.dtype), least)
         # π belongs to the same factors as the eigenvalues, which may be older than the running averages.
         ratio = damping_lib.common_pi(inputs.values.mean(-1), outputs.values.mean(-1))
         return damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)

@@ -69,7 +69,9 @@ class Eigenbases(NamedTuple):
         return refresh_sides(layers, sides, old, kronecker.eigh, _diagonal_eigenbasis, devices)
 
     def apply(self, v, root, strength, stacked):
-        scale = kronecker.outer(root[0].values, root[1].values) + strength.astype(v.dtype)
+        least = damping_lib.least(root[0].values.max(-1) * root[1].values.max(-1))[..., None, None]
+        scale = kronecker.outer(root[0].values, root[1].values)
+        scale = scale + jnp.maximum(strength.astype(v.dtype), least)
         return kronecker.from_basis(kronecker.to_basis(v, root, stacked) / scale, root, stacked)
 
 
@@ -118,7 +120,9 @@ def _damped_first_terms(
             amount = jnp.sqrt(strength) if damping_type == "sqrt" else strength
             pair = tuple(
                 damping_lib.add_to_diagonal(
-                    side, jnp.broadcast_to(amount, side.shape[:stacked]).astype(side.dtype), stacked
+                    side,
+                    jnp.maximum(amount.astype(side.dtype), damping_lib.least(kronecker.trace(side, stacked))),
+                    stacked,
                 )
                 for side in first
             )
