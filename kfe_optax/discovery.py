@@ -218,7 +218,7 @@ class _Discovery:
     """Binds markers to the probes (see `tags.Listener`)."""
 
     def __init__(self):
-        self._outputs: list[tuple[Any, tuple[int, ...]]] = []
+        self._outputs: list[tuple[Any, tuple[int, ...], bool]] = []
 
     def tag(self, kind, roles, x, y, parameters, box, label):
         probe = box.get(roles[0][1])
@@ -237,7 +237,8 @@ class _Discovery:
 
     def output(self, spec, z, args):
         serial = len(self._outputs)
-        self._outputs.append((spec, z.shape))
+        # `register_output` has weights of its own, 1/n where it is given none.
+        self._outputs.append((spec, z.shape, spec.loss is None and args[0] is None))
         z = marks.output_mark.bind(z, serial=serial, vmaps=())
         if spec.loss is None:
             return z
@@ -254,11 +255,14 @@ class _Discovery:
         found: dict[int, Output] = {}
         for use in reached:
             serial = use.info["serial"]
-            spec, shape = self._outputs[serial]
+            spec, shape, unweighted = self._outputs[serial]
             mapped = tuple(size for size, (is_mapped,) in use.info["vmaps"] if is_mapped)
             looped = use.loops > 0
             nested = bool(mapped) or looped or times[serial] > 1
-            found[serial] = Output(serial, spec, shape, mapped, nested, looped, signs[serial] == {-1})
+            positive = unweighted or (signs[serial] == {1} and not spec.signed)
+            found[serial] = Output(
+                serial, spec, shape, mapped, nested, looped, signs[serial] == {-1}, positive
+            )
         return tuple(found[serial] for serial in sorted(found))
 
 

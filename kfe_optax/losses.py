@@ -59,7 +59,7 @@ def _admitted(z, labels, where):
 
 
 _INTEGER = Spec("softmax_cross_entropy_with_integer_labels", Categorical(), _integer_labels, _live, _admitted)
-_SOFT = Spec("softmax_cross_entropy", Categorical(), _soft_labels, _label_mass, _admitted)
+_SOFT = Spec("softmax_cross_entropy", Categorical(), _soft_labels, _label_mass, _admitted, signed=True)
 _SIGMOID = Spec("sigmoid_binary_cross_entropy", Bernoulli(), optax.losses.sigmoid_binary_cross_entropy)
 _SQUARED = Spec("squared_error", Gaussian(0.5), optax.losses.squared_error)
 _L2 = Spec("l2_loss", Gaussian(), optax.losses.l2_loss)

@@ -43,6 +43,7 @@ class Spec:
       mass: (z, *args) → the factor of the distribution's Fisher in the loss's Gauss–Newton matrix (soft labels that do
         not sum to one), or None for 1.
       outputs: (z, *args) → the distribution's own parameters when they are not z itself (classes left out), or None.
+      signed: whether `mass` may be negative.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Spec:
     loss: Callable[..., jax.Array] | None
     mass: Callable[..., jax.Array] | None = None
     outputs: Callable[..., jax.Array] | None = None
+    signed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Output:
       nested: True inside a vmap or a loop, or when reached more than once: its draws are told apart by the data.
       looped: True inside a loop.
       subtracted: True where the loss subtracts it, whatever the data.
+      positive: True where none of its weights is negative, whatever the data: nothing is to be counted.
     """
 
     serial: int
@@ -71,6 +74,7 @@ class Output:
     nested: bool
     looped: bool
     subtracted: bool = False
+    positive: bool = False
 
     @property
     def batched(self) -> bool:

@@ -295,7 +295,8 @@ class Taps:
     @property
     def negative_weights(self) -> jax.Array:
         """Whether an element of a registered loss has a negative weight in the loss, which counts as zero in the Fisher."""
-        if self._weights is None or self._plan.fisher == "empirical":
+        known = self._plan.fisher == "empirical" or all(o.positive for o in self.layers.outputs)
+        if self._weights is None or known:
             return jnp.zeros((), bool)
         number = self._weights[2]
         return (number if self._plan.axis_name is None else jax.lax.psum(number, self._plan.axis_name)) > 0

@@ -67,6 +67,23 @@ def test_a_subtracted_loss_is_refused(name):
     shapes("empirical")
 
 
+def test_what_is_known_to_be_positive_is_not_counted():
+    """Means and sums, of which devices then need exchange nothing."""
+
+    def positive(function):
+        params, *data = batch()
+        return [o.positive for o in kfe.find_layers(loss_of(function), params, *data).outputs]
+
+    assert positive(lambda z, y, w: 0.1 * cross_entropy(kfe)(z, y).mean() + losses.l2_loss(z).sum() / 3) == [
+        True,
+        True,
+    ]
+    assert positive(lambda z, y, w: kfe.register_output(z, kfe.Gaussian()).sum()) == [True]
+    assert positive(lambda z, y, w: losses.policy_gradient_loss(z, y, w).mean()) == [True]
+    for function, _ in HAPPENS.values():
+        assert positive(function) == [False]
+
+
 def test_what_is_not_known_while_tracing_is_not_refused():
     """Twice minus is plus, and so may be a number that is not known."""
     for function in (
