@@ -46,6 +46,7 @@ class _Fact(NamedTuple):
     origins: Origins = NOWHERE
     live: Live = frozenset()
     batch: Labels = UNKNOWN
+    number: Any = None  # what a constant is
 
 
 _DATA = _Fact(None, DATA, origins.DATA)
@@ -75,7 +76,8 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
     def read(variable) -> _Fact:
         if isinstance(variable, Literal):
             # An array that the loss closes over may stand in the program itself; it is data, where a number is not.
-            return own(_DATA, variable) if np.ndim(variable.val) else _Fact(None, NOTHING)
+            number = variable.val
+            return own(_DATA, variable) if np.ndim(number) else _Fact(None, NOTHING, number=number)
         return known.get(variable, _Fact(None, NOTHING))
 
     scope = walk.scope
@@ -95,10 +97,12 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
         walk.scope = scope
         if outputs is None:
             behind = origins.behind(equation, [fact.origins for fact in inputs])
-            live = _derivative(equation, name, inputs)
+            live = _derivative(name, inputs)
             fact = _Fact(_step(equation, name, trails), source, behind, live)
             batches = batch_axes.behind(equation, [fact.batch for fact in inputs])
             outputs = [fact._replace(batch=batch) for batch in batches]
+            if name in _CARRIED and len(inputs) == len(outputs) == 1:
+                outputs[0] = outputs[0]._replace(number=inputs[0].number)
         for variable, fact in zip(equation.outvars, outputs, strict=False):
             known[variable] = own(fact, variable)
     return [read(v) for v in jaxpr.outvars]
@@ -135,25 +139,25 @@ def _lives(facts: Sequence[_Fact]) -> Live:
     return frozenset().union(*(fact.live for fact in facts))
 
 
-def _derivative(equation: Any, name: str, inputs: Sequence[_Fact]) -> Live:
+def _derivative(name: str, inputs: Sequence[_Fact]) -> Live:
     """What the derivative of an equation's outputs reaches, and with which sign."""
     found: set[tuple[int, int]] = set()
     if name != "stop_gradient":
         for place, fact in enumerate(inputs):
-            sign = _sign(equation, name, place) if fact.live else 0
+            sign = _sign(name, place, inputs) if fact.live else 0
             found |= {(use, sign * before) for use, before in fact.live}
     return frozenset(found)
 
 
-def _sign(equation: Any, name: str, place: int) -> int:
+def _sign(name: str, place: int, inputs: Sequence[_Fact]) -> int:
     """The sign of an equation's derivative with respect to one of its operands; 0 where it is not known."""
     if name in _POSITIVE:
         return 1
     if name in ("neg", "sub"):
         return -1 if name == "neg" or place == 1 else 1
     if name in ("mul", "div") and (name, place) != ("div", 1):
-        factor = equation.invars[1 - place]
-        return int(np.sign(factor.val)) if isinstance(factor, Literal) and np.ndim(factor.val) == 0 else 0
+        factor = inputs[1 - place].number
+        return 0 if factor is None else int(factor > 0) - int(factor < 0)
     return 0
 
 
