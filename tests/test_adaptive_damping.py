@@ -30,7 +30,7 @@ def stepped():
             problem.loss_fn, problem.layers(), fisher="exact", quadratic_model=True
         )
         _, grads, taps = differentiate(problem.params, *problem.args)
-        yield problem, grads, taps
+        return problem, grads, taps
 
 
 @pytest.mark.parametrize("damping_in_model", [True, pytest.param(False, marks=pytest.mark.slow)])
