@@ -381,6 +381,9 @@ def test_bypassing_a_layer_of_a_stack():
     assert layers["after"].flow.bypassing(gone).first == (Source(X1, LAST),)
     flow = layers[X1].flow.bypassing(gone)
     assert (flow.first, flow.later) == ((Source("before", SAME),), (Source(X1, BEFORE),))
+    # What feeds the layer that is left out changes behind the first iteration, and so does what then feeds the next one.
+    flow = layers.without(X1)[X2].flow
+    assert (flow.first, flow.later) == ((Source("before", SAME),), (Source(X2, BEFORE),))
 
 
 class Images(nn.Module):

@@ -202,6 +202,22 @@ def test_samples_differ_between_examples_keys_and_heads(x64):
     assert relative_error(np.abs(both), np.abs(first) * np.sqrt(2)) > 0.1
 
 
+def test_samples_differ_between_calls_of_a_function(x64):
+    """A function that is traced once registers one loss; where it is called twice, each call draws its own targets."""
+    b = arrays()
+    head = jax.jit(lambda z, targets: kfe.losses.l2_loss(z, targets).mean())
+
+    def loss_fn(params, b):
+        z = kfe.tag_dense(b["x"], b["x"] @ params["kernel"], params)
+        return head(z, b["targets"]) + head(-z, b["targets"])
+
+    params = {"kernel": b["kernel"]}
+    layers = kfe.find_layers(loss_fn, params, b)
+    taps = kfe.value_grad_and_taps(loss_fn, layers)(params, b, key=jax.random.key(0))[2]
+    # The gradients at z and −z of the same draw would cancel.
+    assert layers["kernel"].rows(taps["kernel"])[1].all()
+
+
 def test_vmapped_samples_differ(x64):
     """Inside a per-example vmap one seed serves all examples; their targets differ all the same."""
     b = arrays()

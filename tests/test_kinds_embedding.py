@@ -116,6 +116,20 @@ def test_tied_embedding(fisher, masked, x64):
     assert_close(contracted, expected, 1e-11)
 
 
+def test_tokens_of_a_layer_in_low_precision():
+    """bfloat16 has no odd numbers above 256, but tokens are counted as what they are."""
+    tokens = jnp.array([[257], [259]])
+    model = nn.Embed(300, 1, dtype=jnp.bfloat16)
+    params = {"embed": {"embedding": jnp.ones((300, 1))}}
+
+    def loss_fn(params, tokens):
+        return kfe.losses.l2_loss(model.apply({"params": params["embed"]}, tokens)).mean()
+
+    layers = kfe.find_layers(loss_fn, params, tokens)
+    _, _, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, tokens)
+    assert_close(taps["embed"].covariances()[0], jnp.zeros(300).at[tokens].set(0.5), 1e-6)
+
+
 def test_the_product_keeps_the_trace(x64):
     """tr A tr G = Σ tr A_u tr G_u, and tr A = 1."""
     first, second = uses(all_columns(), None)
