@@ -195,6 +195,33 @@ def test_the_batch_is_followed(name):
         assert layer.positions == np.prod(shape[:-1]) // N
 
 
+def test_a_mask_of_examples_that_are_flattened(x64):
+    """It counts or leaves out all positions of an example, which stand one behind the other."""
+    params, x, y = parameters(), normal(*X), normal(N, H)
+    live = jnp.array([True, False, False, True])
+    loss_fn = loss_behind("flattened")
+    layers = kfe.find_layers(loss_fn, params, x, y)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")
+    _, _, taps = differentiate(params, x, y, row_mask=live)
+    own = x[live].reshape(-1, D)
+    assert_close(taps["first"].covariances()[0], own.T @ own / len(own), 1e-12)
+
+
+def test_a_norm_of_positions_that_are_flattened(x64):
+    """An example's gradient is the sum over its positions, and the mean over the examples is the loss's."""
+    x = normal(*X)
+    params = {"norm": {"scale": normal(D), "bias": normal(D)}}
+
+    def loss_fn(params, x):
+        y = nn.LayerNorm().apply({"params": params["norm"]}, x.reshape(-1, D))
+        return kfe.losses.l2_loss(y.reshape(x.shape)).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
+    found = taps["norm"].example_gradients().mean(-3)
+    assert_close(found, layers["norm"].to_matrix(grads), 1e-12)
+
+
 def test_an_einsum_whose_batch_is_not_first():
     class Model(nn.Module):
         @nn.compact

@@ -154,6 +154,27 @@ def test_losses_that_name_the_axis(loss, mode, check_vma, fresh_problem):
     assert_close(found[2], expected[2], 1e-12)
 
 
+def test_a_loss_that_is_averaged_inside(x64):
+    """Typed as one number on all devices, it has their gradients' mean for its gradient, as any other loss."""
+    params, x = {"kernel": jnp.array([[1.0], [2.0]])}, jnp.array([[1.0, 2.0], [3.0, 5.0]])
+
+    def local(params, x):
+        return kfe.losses.l2_loss(kfe.tag_dense(x, x @ params["kernel"], params)).mean()
+
+    def loss_fn(params, x):
+        return jax.lax.pmean(local(params, x), AXIS)
+
+    layers = kfe.find_layers(loss_fn, params, x, axis_name=AXIS)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical", axis_name=AXIS)
+    mapped = jax.shard_map(
+        lambda params, x: jax.lax.pmean(differentiate(params, x)[1], AXIS),
+        mesh=several_devices.mesh_of(2),
+        in_specs=(EVERYWHERE, DIVIDED),
+        out_specs=EVERYWHERE,
+    )
+    assert_close(jax.jit(mapped)(params, x), jax.grad(local)(params, x), 1e-12)
+
+
 def of_means(params, x, y, axis_name):
     """A loss of outputs that are the same on all devices: averages over the batch's parts."""
     hidden = jnp.tanh(kfe.tag_dense(x, x @ params["in"]["kernel"], params["in"]))
