@@ -56,7 +56,7 @@ def mixed():
         def loss_fn(params, x, labels):
             return _losses(kfe, model.apply({"params": params}, x), x, labels)
 
-        yield loss_fn, params, (x, labels), lambda p: model.apply({"params": p}, x)
+        return loss_fn, params, (x, labels), lambda p: model.apply({"params": p}, x)
 
 
 def _vectors(params, count):
