@@ -39,6 +39,13 @@ def named(labels: Labels, aval: Any, source: Hashable) -> Labels:
     return labels if any(label.axis == 0 for label in labels) else labels | at(0, aval, source)
 
 
+def everywhere(aval: Any, source: Hashable) -> Labels:
+    """The labels of an argument, whose examples may lie along any axis (members or time may come first): each is a source."""
+    return frozenset(
+        Label(axis, size, (source, axis)) for axis, size in enumerate(getattr(aval, "shape", ()))
+    )
+
+
 def at(axis: int, aval: Any, source: Hashable) -> Labels:
     """The label of a value that is a source along this axis."""
     shape = getattr(aval, "shape", ())
@@ -96,9 +103,11 @@ def _moved(equation: Any, name: str, place: int, label: Label, shape: Any) -> in
     if name in _SAME:
         return axis
     if name == "reshape":
-        return (
-            _reshaped(label, shape, equation.outvars[0].aval.shape) if params["dimensions"] is None else None
-        )
+        order = (
+            range(len(shape)) if params["dimensions"] is None else params["dimensions"]
+        )  # axes are moved first
+        moved, sizes = label._replace(axis=list(order).index(axis)), [shape[i] for i in order]
+        return _reshaped(moved, sizes, equation.outvars[0].aval.shape)
     if name == "transpose":
         return params["permutation"].index(axis)
     if name == "broadcast_in_dim":

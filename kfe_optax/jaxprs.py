@@ -70,14 +70,19 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             fact = fact._replace(batch=batch_axes.named(fact.batch, variable.aval, source))
         return fact
 
+    def met(fact: _Fact, variable: Any) -> _Fact:
+        if fact.level == DATA and not fact.batch:
+            fact = fact._replace(batch=batch_axes.everywhere(variable.aval, (walk.scope, id(variable))))
+        return own(fact, variable)
+
     given = [*zip(jaxpr.invars, facts, strict=True), *((v, _DATA) for v in jaxpr.constvars)]
-    known = {variable: own(fact, variable) for variable, fact in given}
+    known = {variable: met(fact, variable) for variable, fact in given}
 
     def read(variable) -> _Fact:
         if isinstance(variable, Literal):
             # An array that the loss closes over may stand in the program itself; it is data, where a number is not.
             number = variable.val
-            return own(_DATA, variable) if np.ndim(number) else _Fact(None, NOTHING, number=number)
+            return met(_DATA, variable) if np.ndim(number) else _Fact(None, NOTHING, number=number)
         return known.get(variable, _Fact(None, NOTHING))
 
     scope = walk.scope

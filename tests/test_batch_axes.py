@@ -139,6 +139,9 @@ KNOWN = {
     "flattened": lambda x: x.reshape(-1, D),
     "time-major and back": lambda x: jnp.swapaxes(jnp.swapaxes(x, 0, 1) + 1, 0, 1).reshape(N * T, D),
     "windows": lambda x: x.reshape(N, 2, 3, D).swapaxes(1, 2).reshape(N * 2, 3, D),
+    "moved by a reshape": lambda x: jax.lax.reshape(
+        jax.lax.reshape(x, (T, N, D), dimensions=(1, 0, 2)), (N, T, D), dimensions=(1, 0, 2)
+    ),
     "one position": lambda x: x[:, 0],
     "chosen positions": lambda x: jnp.take_along_axis(x, jnp.argmax(x, 1, keepdims=True), 1),
     "positions in an order": lambda x: x[:, jnp.array([5, 4, 3, 2, 1, 0])],
