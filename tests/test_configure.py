@@ -130,7 +130,7 @@ def test_a_mask_of_another_shape_is_refused(problem):
         differentiate(params, *args, key=jax.random.key(0), row_mask=jnp.ones((2, 5), bool))
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_a_mask_of_examples_counts_for_all_layers(problem):
     """The statistics under the mask of one example are those of that example, times its share of the batch."""
     loss_fn, params, args, layers = problem

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
+from kfe_optax import varying
 
 from . import methods, several_devices
 from .dense import assert_close
@@ -203,6 +204,37 @@ def test_outputs_that_are_the_same_everywhere(fresh_problem):
     assert all(jnp.isfinite(factor).all() and jnp.trace(factor) > 0 for factor in factors)
 
 
+def test_rows_of_one_device_are_not_those_of_all(fresh_problem):
+    """Where the statistics of devices are averaged, no reduction may take the rows at hand for the whole batch."""
+    params, x, y = own_problem()
+    loss_fn = functools.partial(normalized, axis_name=None)
+    layers = kfe.find_layers(loss_fn, params, x, y)
+
+    def rows(params, x, y, axis_name=None):
+        collect = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical", axis_name=axis_name)
+        found = collect(params, x, y)[2].pulled().rows("in")
+        assert (found is None) == (axis_name is not None)
+        return x.mean()
+
+    jax.eval_shape(rows, params, x, y)
+    mapped = functools.partial(rows, axis_name=AXIS)
+    halves = [v.reshape(2, -1, *v.shape[1:]) for v in (x, y)]
+    jax.eval_shape(jax.pmap(mapped, AXIS, in_axes=(None, 0, 0), devices=jax.devices()[:2]), params, *halves)
+
+
+def test_types_of_two_axes():
+    """What varies over one axis is typed as varying over a further one as well."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("member", "data"))
+
+    def inside(x):
+        assert varying.axes_of(x) == {"member"}
+        assert varying.axes_of(varying.over(frozenset({"member", "data"}), x)) == {"member", "data"}
+        return x
+
+    spec = jax.sharding.PartitionSpec("member")
+    jax.eval_shape(jax.shard_map(inside, mesh=mesh, in_specs=spec, out_specs=spec), jnp.ones(4))
+
+
 @pytest.mark.slow
 def test_two_axes(fresh_problem):
     """The batch over both axes of a mesh, named together."""
@@ -311,6 +343,9 @@ def test_explicit_axes(name, in_context, fresh_problem):
         state = state if "divided" in name else jax.device_put(state, whole)
         step = jax.jit(several_devices.train_step(loss_fn, layers, tx))
         found = step(params, state, jax.device_put(batch, split), jax.device_put(key, whole))
+        # What is divided stays divided.
+        pieces = [[v.sharding.shard_shape(v.shape) for v in jax.tree.leaves(s)] for s in (state, found[1])]
+        assert pieces[0] == pieces[1]
     assert several_devices.difference(found[0], expected[0], base.params) < 1e-10
 
 

@@ -69,7 +69,7 @@ def test_appendix_c(scale, on_refresh, x64):
     compare(problems.make("plain", "pixels"), 7, options, 2 * problems.EXAMPLES)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_batch_scale_without_memory(x64):
     """scale_decay=0 is the paper's EKFAC: S* of the current batch alone."""
     problem = problems.make("linen", "gaussian")
@@ -118,7 +118,7 @@ def test_alias(framework, x64):
     assert_close(kfe.info(state).kl_factor, jnp.asarray(factors[-1]))
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_diagonal_side(x64):
     """A side larger than max_dim keeps the identity as its basis; S stays the diagonal of F in that basis."""
     problem = problems.make("plain", sizes=(5, 3, 2))

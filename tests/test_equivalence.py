@@ -115,7 +115,7 @@ def test_stacking_axes(optimizer, x64):
         assert_close(found, [moved(u) for u in expected], 1e-9)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_nnx_forms(x64):
     """nnx.remat, nnx.jit and nnx.scan around NNX layers: the update of the plain call."""
     loss_fn, model, args = CASES["nnx_mlp"].make(jnp.float64)
@@ -152,7 +152,7 @@ def test_frameworks_agree_when_sampled(x64):
     assert_close(found[2], found[0], 1e-10)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_inside_jit_scan_and_vmap(x64):
     """A jitted step, a scan over steps and a vmap over seeds give what separate calls give."""
     problem = problems.make("linen")

@@ -60,7 +60,7 @@ def estimated():
     return run(taps)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("name", THEOREMS)
 def test_factorizations(name, x64):
     """Each is what it is of F, blocks by themselves: the closer ones are closer, TKFAC keeps the trace."""
@@ -91,7 +91,7 @@ def test_factorizations(name, x64):
 # TEKFAC in a network with convolutions.
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("damping_type", ["trace", "plain"])
 def test_tekfac_with_convolutions(damping_type, x64):
     """λ_l of each convolution, of all its feature groups together, one of them at the floor; β in everything else."""

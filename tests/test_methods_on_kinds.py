@@ -21,8 +21,6 @@ from .kind_cases_more import case, norm
 from .kind_networks import Network
 
 # Two large networks are compiled in float64 for all of these tests together.
-pytestmark = pytest.mark.nightly
-
 _CONVOLUTIONS = (
     "conv1",
     "feature_groups",
@@ -80,6 +78,7 @@ def approximated():
     return one_step(approximations(), methods(approximations().layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", APPROXIMATIONS)
 def test_kfac(name, x64):
     """Both dampings, block by block with explicit inverses; a π of all blocks where they share a factor.
@@ -99,6 +98,7 @@ def test_kfac(name, x64):
             assert_close(found[index], expected, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", APPROXIMATIONS)
 def test_ekfac(name, x64):
     """The best diagonal of each block in its basis: it keeps the trace of F and is closer to F than A⊗G."""
@@ -125,6 +125,7 @@ def test_ekfac(name, x64):
         assert_close(other[index], u_a @ (rotated / (s + added)) @ u_g.T, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", APPROXIMATIONS)
 def test_adam_in_the_eigenbasis(name, x64):
     own = Blocks(approximations(), name)
@@ -139,6 +140,7 @@ def test_adam_in_the_eigenbasis(name, x64):
 OTHERS = [name for name in kfe.factors.FACTORS if name != "kfac"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_factors_refuse(name, x64):
     """What is about A and G is no option of other factors; K-FAC's correction has an A and a G of its own."""

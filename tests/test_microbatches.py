@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
+from kfe_optax import microbatches, static_values
 
 from . import problems, several_devices
 from .dense import assert_close
@@ -255,6 +256,14 @@ def test_the_state_of_an_nnx_module():
     assert_close(
         taps["dense"].covariances(), jax.tree.map(lambda a, b: (a + b) / 2, pairs[0], pairs[1]), 1e-6
     )
+
+
+def test_keywords_hold_examples_by_their_names():
+    """Whatever the order of the call: JAX sorts keywords by name."""
+    given = {"x": jnp.ones((4, 2)), "table": jnp.ones((3, 5))}
+    flags = microbatches.flags(2, ("x",), None, (), given, None)
+    arrays, _ = static_values.split_static((None, (), given))
+    assert [a.shape for a, is_batch in zip(arrays, flags, strict=True) if is_batch] == [(4, 2)]
 
 
 def test_misuse(given):

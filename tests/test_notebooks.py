@@ -21,7 +21,7 @@ def test_a_notebook_is_stripped(notebook):
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_a_notebook_runs(notebook):
     nbclient = pytest.importorskip("nbclient", reason="pip install 'kfe-optax[dev]'")
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(_FOLDER)}}).execute()

@@ -207,6 +207,13 @@ def test_stacks_are_divided_along_the_stack():
     assert found == {"stack": (1, 3, 16), "rows": (3, 2, 9), "odd": (9, 1, 5), "bias": (9,)}
 
 
+def test_the_least_size_is_that_of_an_array_that_is_divided():
+    params = {"least": jnp.ones(16), "smaller": jnp.ones(15)}
+    state = shard_state(optax.trace(0.9), mesh_of(2), min_size=16).init(params)
+    found = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in state.trace.items()}
+    assert found == {"least": (8,), "smaller": (15,)}
+
+
 def test_two_axes_of_a_mesh():
     """All axes of the mesh, or some of them."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))

@@ -219,7 +219,7 @@ def test_chains_of_one_are_kfac(x64):
     assert min(dense.relative_error(found[i], expected[i]) for i in (0, 1)) > 1e-3
 
 
-@nightly
+@pytest.mark.slow
 def test_no_chain_at_all_is_kfac(x64):
     layers, expected = square()[1], by_kfac()
     assert_close(moved(kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[])), expected, 1e-14)

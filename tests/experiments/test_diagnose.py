@@ -72,7 +72,7 @@ def best_diagonal(m, basis):
 # --- The numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_every_number_is_that_of_the_dense_matrices(config, x64):
     config.diagnose.update(
         layer="2", tolerance=1e-13, max_iterations=4000, running_examples=10, decay=0.6, spectrum_limit=112
@@ -226,7 +226,7 @@ def found(config, measured, tmp_path_factory):
     return measured
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 def test_the_theorems_hold_while_a_network_trains(found):
     theorems = [check for check in found["diagnosis"].checks if check.theorem]
     assert len(theorems) == 8

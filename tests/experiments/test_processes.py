@@ -20,8 +20,6 @@ from kfe_optax.experiments.config_files import load_config
 from kfe_optax.experiments.train import train
 from tests.experiments.conftest import TINY_CONFIG
 
-pytestmark = pytest.mark.nightly
-
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
 STEPS, SAVED = 24, 5
@@ -100,6 +98,7 @@ def killed(module_config, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(module_config, whole, tmp_path):
     folder, said = whole
     outcome = in_one_process(module_config, tmp_path / "one", STEPS, "one", 0)
@@ -114,6 +113,7 @@ def test_two_processes_make_the_run_of_one(module_config, whole, tmp_path):
     assert checkpoints(folder) == [20, STEPS]
 
 
+@pytest.mark.slow
 def test_a_killed_run_loses_nothing_up_to_its_last_checkpoint(module_config, whole, killed, tmp_path):
     folder = tmp_path / "restarted"
     shutil.copytree(killed, folder)
@@ -128,6 +128,7 @@ def test_a_killed_run_loses_nothing_up_to_its_last_checkpoint(module_config, who
     assert after == losses(whole[0])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("mode", "count"), [("one", 0), ("shard_map", 8)])
 def test_two_processes_go_on_as_one(module_config, whole, killed, tmp_path, mode, count):
     folder = tmp_path / "run"
@@ -137,6 +138,7 @@ def test_two_processes_go_on_as_one(module_config, whole, killed, tmp_path, mode
     assert all(leaf.is_fully_addressable for leaf in jax.tree.leaves(outcome.state))
 
 
+@pytest.mark.nightly
 def test_one_process_goes_on_as_two(module_config, whole, tmp_path):
     in_one_process(module_config, tmp_path, 7, "sharded", 4)
     status, said, errors = in_two_processes(
@@ -147,6 +149,7 @@ def test_one_process_goes_on_as_two(module_config, whole, tmp_path):
     assert_same_run(tmp_path, whole[0])
 
 
+@pytest.mark.nightly
 def test_a_signal_ends_both_after_the_same_step(module_config, tmp_path):
     """With a checkpoint that resumes, although the signal finds them at different steps."""
     workdir = tmp_path / "run"
@@ -174,6 +177,7 @@ def test_a_signal_ends_both_after_the_same_step(module_config, tmp_path):
     assert max(checkpoints(workdir)) == step
 
 
+@pytest.mark.nightly
 def test_a_mistake_in_all_processes_ends_them_with_its_sentence(module_config, tmp_path):
     status, said, errors = in_two_processes(module_config, tmp_path, "--config.batch_size=18")
     assert status == 1
@@ -181,6 +185,7 @@ def test_a_mistake_in_all_processes_ends_them_with_its_sentence(module_config, t
     assert not said.count("step")
 
 
+@pytest.mark.slow
 def test_without_a_cluster_one_sentence_asks_for_it(module_config, tmp_path):
     flags = ("--config.distributed=True", "--config.devices.mode=sharded", f"--workdir={tmp_path}")
     found = subprocess.run(

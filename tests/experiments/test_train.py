@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import signal
+import struct
 
 import jax
 import numpy as np
 import optax
 import pytest
 from rich.console import Console
+from tensorboardX.proto import event_pb2
 
 import kfe_optax as kfe
 from kfe_optax.experiments.batches import Batches
@@ -18,6 +20,7 @@ from kfe_optax.experiments.data import load
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.optimizers import METHODS, Method
+from kfe_optax.experiments.records import Recorder
 from kfe_optax.experiments.task import make_task
 from kfe_optax.experiments.train import evaluate, train
 
@@ -63,6 +66,18 @@ def test_a_run_leaves_records_checkpoints_and_measures(tiny_config, tmp_path, co
     assert "optimizer: adam" in (tmp_path / "run" / "config.txt").read_text()
 
 
+def test_tensorboard_hides_what_followed_the_checkpoint_and_not_its_own_step(tmp_path):
+    with Recorder(tmp_path, resume_at=7):
+        pass
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:  # length, its checksum, the event, its checksum
+        (size,) = struct.unpack("<Q", data[:8])
+        events.append(event_pb2.Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    assert [event.step for event in events if event.HasField("session_log")] == [8]
+
+
 @pytest.mark.parametrize("optimizer", CURVATURE)
 def test_an_optimizer_with_curvature_records_its_info(tiny_config, tmp_path, console, optimizer):
     tiny_config.optimizer = optimizer
@@ -87,7 +102,11 @@ def test_averaged_parameters_are_evaluated_where_there_are_any(tiny_config, tmp_
     average = kfe.averaged_parameters(state.opt_state, state.params)
     assert outcome.measures == evaluate(task, average, dataset)
     assert outcome.measures != evaluate(task, state.params, dataset)
-    assert compare(tiny_config, tmp_path, console)[0].measures == outcome.measures
+    run = compare(tiny_config, tmp_path, console)[0]
+    assert run.measures == outcome.measures
+    seen = slice(tiny_config.compare.examples)
+    last = task.evaluate(average, dataset.train_images[seen], dataset.train_labels[seen])
+    assert run.curve[-1].loss == pytest.approx(last["loss"], rel=1e-6)
 
 
 def test_the_log_interval_includes_the_last_step(tiny_config, tmp_path, console):
