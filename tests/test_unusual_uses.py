@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
+from kfe_optax import traces
 
 from .dense import assert_close, relative_error
 from .models import cross_entropy, parameter_shapes, randomized
@@ -108,6 +109,17 @@ def test_a_function_that_was_traced_under_another_mask(wrap):
         found.append([taps[name].covariances()[0] for name in "ab"])
     assert_close(*found, 1e-6)
     assert relative_error(found[0][0], found[0][1]) > 0.1
+
+
+def test_what_is_traced_under_fresh_is_traced_anew():
+    """An inner jit says again what surrounds it (its tags, its mask), also when it was traced under another one."""
+    seen, surrounding = [], []
+    inner = jax.jit(lambda x: seen.append(surrounding[-1]) or x)
+    for name in ("one", "other"):
+        surrounding.append(name)
+        with traces.fresh():
+            jax.eval_shape(inner, jnp.zeros(N))
+    assert seen == ["one", "other"]
 
 
 def test_a_mask_costs_nothing_where_nobody_listens():

@@ -29,6 +29,7 @@ from kfe_optax.experiments.diagnose_rows import GivenRows
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.main import main
 from kfe_optax.experiments.task import make_task
+from kfe_optax.factors import Term
 from tests import dense_factors
 
 QUIET = Console(quiet=True)
@@ -198,6 +199,22 @@ def test_the_window_forgets_its_oldest_batch():
     a, g = diagnose_measure._rows_of(window)
     f = dense_factors.fisher_of_rows(a, g)
     np.testing.assert_allclose(f, (1 / 3 * 9 + 2 / 3 * 16) * np.ones((6, 6)), rtol=1e-6)
+
+
+def test_the_running_scale_forgets_by_steps(config):
+    """Between measurements that are `every` steps apart, the past keeps the weight that so many steps leave it."""
+    plan = make_plan(config)._replace(every=3, decay=0.5)
+    keys = jax.random.split(jax.random.key(0))
+    a, g = jax.random.normal(keys[0], (5, 1, 3)), jax.random.normal(keys[1], (5, 1, 2))
+    tap = GivenRows(3, 2).tap(a, g)
+    terms = (Term(jnp.eye(3), jnp.eye(2)),)
+    basis = diagnose_measure._basis(terms)
+    old = diagnose_measure.Stale(terms, basis, jnp.full((3, 2), 7.0))
+    seen = diagnose_measure._Seen(tap, jnp.ones(()), diagnostics.fisher_spectrum(tap), plan)
+    state = diagnose_measure.MeasureState({}, {}, None, old, None, jnp.array(100))
+    new, _ = diagnose_measure._between_refreshes(seen, state, jnp.array(False), terms, basis)
+    current = diagnose_measure._scale(tap, basis)
+    np.testing.assert_allclose(new.scale, 7 / 8 + 7 * current / 8, rtol=1e-5)
 
 
 def test_given_rows_are_the_rows_of_the_tap():
