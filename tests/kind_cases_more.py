@@ -271,11 +271,11 @@ def stacked(make, *args, **options):
     return Branch(apply, params, x, rows, first.configure, factors, first.plain)
 
 
+# No local convolution: its patches flatten members and examples, members first, behind which no example is known.
 STACKED = {
     "conv": case(stacked, kc.conv, (3, 2), (2, 2)),
     "feature_groups": case(stacked, kc.conv, (4,), (2,), channels=2, features=4, feature_group_count=2),
     "transposed": case(stacked, kc.conv, (3,), (2,), transposed=True, strides=2, transpose_kernel=True),
-    "local": case(stacked, kc.conv_local, True),
     "groups": case(stacked, kc.input_groups, 2, True),
     "sua": case(stacked, kc.sua, True, True),
     "sua_uncentered": case(stacked, kc.sua, False, True),
