@@ -92,7 +92,9 @@ def test_a_loss_of_the_data_alone(layers):
     refused(ValueError, "does not depend on the parameters", layers, loss_fn)
 
 
-@pytest.mark.parametrize("leaf", [jnp.zeros((), int), jnp.ones(2, bool), jax.random.key(0)], ids=str)
+@pytest.mark.parametrize(
+    "leaf", [jnp.zeros((), int), jnp.ones(2, bool), jax.random.key(0)], ids=["whole", "flags", "key"]
+)
 def test_parameters_without_a_gradient(leaf, layers):
     sentence = "^The parameters hold 'dense/step' of type .* only floating-point arrays have a gradient: pass"
     refused(TypeError, sentence, layers, sound, {"dense": {**PARAMS["dense"], "step": leaf}})

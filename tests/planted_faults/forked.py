@@ -144,6 +144,17 @@ class Contexts:
         }
 
 
+class Chosen:
+    """These tests alone of those that are collected: not every name can be said on a command line."""
+
+    def __init__(self, tests: Iterable[str]):
+        self.tests = set(tests)
+        self.files = sorted({test.partition("::")[0] for test in self.tests})
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = [item for item in items if item.nodeid in self.tests]
+
+
 class Stop:
     """Once a test of a file has failed, the rest of that file is left out."""
 

@@ -107,7 +107,8 @@ def _job(
         options = ["--continue-on-collection-errors", "-m", ""]
         for tests in chosen:
             if tests and not stop.seen:
-                forked.run_pytest([*options, *tests], stop)
+                chosen_tests = forked.Chosen(tests)
+                forked.run_pytest([*options, *chosen_tests.files], stop, chosen_tests)
         (folder / "ended").touch()
 
     (folder / "progress.json").write_text('{"seen": {}, "now": null}')
