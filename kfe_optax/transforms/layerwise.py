@@ -23,7 +23,7 @@ from kfe_optax.taps import Taps
 from kfe_optax.transforms import given as given_lib
 from kfe_optax.transforms import rest as rest_lib
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 Schedule = Callable[[Any], Any]
 ScalarOrSchedule = float | jax.Array | Schedule
 Matrices = dict[str, jax.Array]
