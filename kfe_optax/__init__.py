@@ -4,6 +4,7 @@ from kfe_optax import diagnostics as diagnostics
 from kfe_optax import factors as factors
 from kfe_optax import initializers as initializers
 from kfe_optax import losses as losses
+from kfe_optax import polar as polar
 from kfe_optax.adapters.linen import TrainState as TrainState
 from kfe_optax.adaptive import kfac_adaptive as kfac_adaptive
 from kfe_optax.diagnostics import check_layers as check_layers
@@ -31,6 +32,8 @@ from kfe_optax.optimizers import tkfac as tkfac
 from kfe_optax.optimizers import two_level_kfac as two_level_kfac
 from kfe_optax.sharded_state import shard_state as shard_state
 from kfe_optax.sharded_state import state_bytes_per_device as state_bytes_per_device
+from kfe_optax.soap import soap as soap
+from kfe_optax.spectral import spectral_kfac as spectral_kfac
 from kfe_optax.tags import plain as plain
 from kfe_optax.tags import tag_dense as tag_dense
 from kfe_optax.taps import Taps as Taps
@@ -48,7 +51,10 @@ from kfe_optax.transforms.named import scale_by_kfac_corrected as scale_by_kfac_
 from kfe_optax.transforms.named import scale_by_kpsvd as scale_by_kpsvd
 from kfe_optax.transforms.named import scale_by_lanczos as scale_by_lanczos
 from kfe_optax.transforms.named import scale_by_tkfac as scale_by_tkfac
+from kfe_optax.transforms.normalize import graft as graft
+from kfe_optax.transforms.normalize import normalize_layers as normalize_layers
 from kfe_optax.transforms.quadratic_model import scale_by_quadratic_model as scale_by_quadratic_model
+from kfe_optax.transforms.spectral import scale_by_spectral_kfac as scale_by_spectral_kfac
 from kfe_optax.transforms.tekfac import scale_by_tekfac as scale_by_tekfac
 from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal as scale_by_block_tridiagonal
 from kfe_optax.transforms.two_level import scale_by_two_level_kfac as scale_by_two_level_kfac

@@ -49,17 +49,28 @@ def add_to_diagonal(factor: jax.Array, amount: jax.Array, stacked: int) -> jax.A
 
 
 def factored(
-    input_factor: jax.Array, output_factor: jax.Array, damping: jax.Array, stacked: int
+    input_factor: jax.Array,
+    output_factor: jax.Array,
+    damping: jax.Array,
+    stacked: int,
+    relative: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(A + π√λ I, G + √λ/π I): factored Tikhonov damping (Martens & Grosse 2015, section 6.3); each at least 4 ε of the trace."""
+    """(A + π√λ I, G + √λ/π I): factored Tikhonov damping (Martens & Grosse 2015, section 6.3); each at least 4 ε of the trace.
+
+    Relative: λ is `damping` times the mean curvature (tr A/d_in)(tr G/d_out), and so A + √λ (tr A/d_in) I, G + √λ (tr G/d_out) I.
+    """
     mean_in = kronecker.trace(input_factor, stacked) / input_factor.shape[-1]
     mean_out = kronecker.trace(output_factor, stacked) / output_factor.shape[-1]
-    ratio = common_pi(mean_in, mean_out)
     root = jnp.sqrt(damping).astype(input_factor.dtype)
+    if relative:
+        amounts = root * mean_in, root * mean_out
+    else:
+        ratio = common_pi(mean_in, mean_out)
+        amounts = ratio * root, root / ratio
     traces = mean_in * input_factor.shape[-1], mean_out * output_factor.shape[-1]
     return (
-        add_to_diagonal(input_factor, jnp.maximum(ratio * root, least(traces[0])), stacked),
-        add_to_diagonal(output_factor, jnp.maximum(root / ratio, least(traces[1])), stacked),
+        add_to_diagonal(input_factor, jnp.maximum(amounts[0], least(traces[0])), stacked),
+        add_to_diagonal(output_factor, jnp.maximum(amounts[1], least(traces[1])), stacked),
     )
 
 
@@ -74,7 +85,11 @@ def appendix_c(
 
 
 def trace_tuned(
-    scales: Mapping[str, jax.Array], layers: Mapping[str, Any], damping: jax.Array, floor: float | jax.Array
+    scales: Mapping[str, jax.Array],
+    layers: Mapping[str, Any],
+    damping: jax.Array,
+    floor: float | jax.Array,
+    relative: bool = False,
 ) -> dict[str, jax.Array]:
     """TEKFAC's denominators from the scales Θ (Gao et al. 2020, section 4).
 
@@ -88,6 +103,7 @@ def trace_tuned(
       layers: {layer: its description}.
       damping: λ.
       floor: ϑ.
+      relative: whether λ is `damping` times the mean of Θ.
     """
     tuned = {}
     for name, scale in scales.items():
@@ -101,6 +117,7 @@ def trace_tuned(
         if name in tuned:
             denominators[name] = scale + tuned[name]
         else:
-            plain = scale + damping.astype(scale.dtype)
+            own = damping.astype(scale.dtype)
+            plain = scale + (own * scale.mean((-2, -1), keepdims=True) if relative else own)
             denominators[name] = plain if factor is None else factor.astype(scale.dtype) * plain
     return denominators

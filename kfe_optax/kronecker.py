@@ -267,6 +267,20 @@ def carry_first_moment(
     return moment
 
 
+def carry_columns(
+    moment: jax.Array, old: tuple[Eigenbasis, Eigenbasis], new: tuple[Eigenbasis, Eigenbasis]
+) -> jax.Array:
+    """A matrix whose entries go where the eigenvectors have gone, unturned (Vyas et al. 2024, in their code)."""
+    for side in (0, 1):
+        before, after = old[side].vectors, new[side].vectors
+        if before is None or after is None:
+            continue
+        source = jnp.argmax(jnp.abs(after.mT @ before), -1)
+        index = source[..., :, None] if side == 0 else source[..., None, :]
+        moment = jnp.take_along_axis(moment, index, -2 if side == 0 else -1)
+    return moment
+
+
 def dot(a: jax.Array, b: jax.Array, stacked: int) -> jax.Array:
     """(...,) Frobenius inner products of two factors, or of two diagonals."""
     return jnp.sum(a * b, tuple(range(stacked, a.ndim)))

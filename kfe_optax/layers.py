@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from kfe_optax import table
-from kfe_optax.kinds import Kind
+from kfe_optax.kinds import KINDS, Kind
 from kfe_optax.layer import Layer, Path, path_name
 
 
@@ -134,30 +134,43 @@ class Layers(Mapping[str, Layer]):
             _check_sharing(layer)
         return self._with(changed.get(name, layer) for name, layer in self._by_name.items())
 
-    def without(self, pattern: str) -> Layers:
-        """The layers but those whose name matches `pattern` (as in `configure`); their parameters go through `rest`.
+    def without(self, *patterns: str, kinds: Iterable[str] = ()) -> Layers:
+        """The layers but some; the parameters of these go through `rest`.
+
+        Args:
+          *patterns: which layers go, by name (as in `configure`).
+          kinds: which kinds of layers go, such as "embedding" and "norm"; there may be none of them.
 
         Raises:
-          ValueError: no layer has such a name.
+          ValueError: no layer has such a name; there is no such kind.
         """
-        names = fnmatch.filter(self._by_name, pattern)
-        if not names:
-            raise ValueError(
-                f"No layer's name matches {pattern!r}; the layers are {', '.join(self._by_name)}."
-            )
-        left = {path: shape for name in names for path, shape in self._by_name[name].leaf_shapes().items()}
-        kept = [layer for layer in self._layers if layer.name not in names]
+        kinds = check_kinds(kinds)
+        gone = {name: "left out by kind" for name, layer in self._by_name.items() if layer.kind.name in kinds}
+        for pattern in patterns:
+            names = fnmatch.filter(self._by_name, pattern)
+            if not names:
+                raise ValueError(
+                    f"No layer's name matches {pattern!r}; the layers are {', '.join(self._by_name)}."
+                )
+            gone |= dict.fromkeys(names, "left out by Layers.without")
+        if not gone:
+            return self
+        left = {
+            path: (shape, why)
+            for name, why in gone.items()
+            for path, shape in self._by_name[name].leaf_shapes().items()
+        }
         # What a layer that is left out feeds is fed by what fed it.
-        gone = {name: self._by_name[name].flow for name in names}
+        flows = {name: self._by_name[name].flow for name in gone}
         layers = (
-            dataclasses.replace(layer, order=order, flow=layer.flow.bypassing(gone))
-            for order, layer in enumerate(kept)
+            dataclasses.replace(layer, order=order, flow=layer.flow.bypassing(flows))
+            for order, layer in enumerate(layer for layer in self._layers if layer.name not in gone)
         )
         return Layers(
             tuple(layers),
             (*self.rest, *left),
-            (*self.reasons, *("left out by Layers.without" for _ in left)),
-            (*self._shapes, *left.values()),
+            (*self.reasons, *(why for _, why in left.values())),
+            (*self._shapes, *(shape for shape, _ in left.values())),
             self.outputs,
             self.unregistered,
         )
@@ -186,6 +199,15 @@ class Layers(Mapping[str, Layer]):
         """The layers as an aligned table, with the bytes of state and the cost of a refresh under `max_dim`."""
         sizes = tuple(map(math.prod, self._shapes))
         return table.layer_table(self._layers, self.rest, self.reasons, sizes, max_dim)
+
+
+def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
+    """The names of kinds of layers; raises ValueError for one that does not exist."""
+    given = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for name in given:
+        if name not in KINDS:
+            raise ValueError(f"There is no kind of layer {name!r}; the kinds are {', '.join(KINDS)}.")
+    return given
 
 
 def _configured(layer: Layer, approximation: str, options: Mapping[str, Any]) -> Kind:

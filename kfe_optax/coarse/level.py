@@ -52,6 +52,7 @@ class Level(NamedTuple):
     space: spaces.Space
     form: fisher.Form
     damping: ScalarOrSchedule
+    relative: bool
     decay: ScalarOrSchedule
     factor_update_period: Any
     inverse_update_period: Any
@@ -189,7 +190,8 @@ class Level(NamedTuple):
         gradient = jnp.where(jnp.any(basis.vectors != 0, 1), gradient, 0)
         # A schedule may reach λ = 0: of a curvature below its rounding errors no inverse is taken.
         smallest = ROUNDINGS * float(jnp.finfo(dtype).eps) * jnp.max(basis.values)
-        scaled = (gradient @ basis.vectors) / jnp.maximum(basis.values + strength.astype(dtype), smallest)
+        added = strength.astype(dtype) * (jnp.mean(basis.values) if self.relative else 1)
+        scaled = (gradient @ basis.vectors) / jnp.maximum(basis.values + added, smallest)
         coefficients = basis.vectors @ scaled
         usable = step.finite & jnp.isfinite(coefficients).all()
         ends = list(_ends(parts))

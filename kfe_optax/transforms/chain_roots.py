@@ -56,6 +56,7 @@ def refresh(
     old: Mapping[str, ChainRoots],
     strength: jax.Array,
     devices: Devices = ALONE,
+    relative: bool = False,
 ) -> tuple[dict[str, ChainRoots], jax.Array]:
     """The roots of all chains, and how many chains kept all of their old ones because a factorization failed.
 
@@ -69,7 +70,7 @@ def refresh(
     following: dict[Any, jax.Array] = {}
     for name, chain in factors.items():
         for i, pair in enumerate(zip(chain.input, chain.output, strict=True)):
-            for side, block in enumerate(damping_lib.factored(*pair, strength, 0)):
+            for side, block in enumerate(damping_lib.factored(*pair, strength, 0, relative)):
                 damped[name, side, i] = block
         for side, blocks in enumerate((chain.input_next, chain.output_next)):
             following.update({(name, side, i): block for i, block in enumerate(blocks)})

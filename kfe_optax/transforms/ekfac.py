@@ -51,6 +51,7 @@ def scale_by_ekfac(
     *,
     scale: Literal["batch", "running"] = "running",
     damping_type: Literal["plain", "appendix_c", "trace"] = "plain",
+    relative_damping: bool = False,
     trace_floor: float = 0.01,
     factors: Factors | None = None,
     decay: ScalarOrSchedule = 0.95,
@@ -80,6 +81,9 @@ def scale_by_ekfac(
       scale: see above.
       damping_type: "plain" adds λ to S; "appendix_c" adds λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, what K-FAC's factored damping adds;
         "trace" is TEKFAC's (see `scale_by_tekfac`).
+      relative_damping: whether λ is `damping` times each layer's own mean curvature, so that it does not depend on the scale of
+        the loss nor on that of the layer; `damping` is then a number without a unit, such as 0.1.
+        That is the mean of S, and with "appendix_c" (tr A/d_in)(tr G/d_out).
       trace_floor: ϑ of "trace".
       factors: one of `kfe.factors`, whose leading term's eigenvectors are the basis; `kfe.factors.kfac(decay)` by default.
       decay: ρ of the running averages of the default factors; the k-th update uses min(1 − 1/k, ρ).
@@ -151,6 +155,7 @@ def scale_by_ekfac(
         damping=damping,
         batch=scale == "batch",
         damping_type=damping_type,
+        relative=relative_damping,
         trace_floor=trace_floor,
         scale_decay=decay if scale_decay is None else scale_decay,
         factor_update_period=factor_update_period,
@@ -172,6 +177,7 @@ class _Ekfac(NamedTuple):
     damping: ScalarOrSchedule
     batch: bool
     damping_type: str
+    relative: bool
     trace_floor: Any
     scale_decay: ScalarOrSchedule
     factor_update_period: Any
@@ -196,7 +202,7 @@ class _Ekfac(NamedTuple):
     def update(self, state: EkfacState, step: Step) -> tuple[Matrices, EkfacState]:
         count, taps = step.count, step.taps
         assert taps is not None
-        strength = step.strength(self.damping)
+        strength = step.strength(self.damping, self.relative)
         if step.retry:
             return self._applied(state, step, self._rotated(state, step), strength)
         new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
@@ -250,16 +256,26 @@ class _Ekfac(NamedTuple):
             for name, scale in state.scale.items()
         }
         if self.damping_type == "trace":
-            return damping_lib.trace_tuned(scales, self.layers, strength, self.trace_floor)
-        return {name: scale + self._added(state.basis[name], strength) for name, scale in scales.items()}
+            return damping_lib.trace_tuned(
+                scales, self.layers, strength, self.trace_floor, relative=self.relative
+            )
+        return {
+            name: scale + self._added(scale, state.basis[name], strength) for name, scale in scales.items()
+        }
 
-    def _added(self, basis: Any, strength: jax.Array) -> jax.Array:
+    def _added(self, scale: jax.Array, basis: Any, strength: jax.Array) -> jax.Array:
         inputs, outputs = basis
         if self.damping_type == "plain":
             least = damping_lib.least(inputs.values.max(-1) * outputs.values.max(-1))[..., None, None]
-            return jnp.maximum(strength.astype(inputs.values.dtype), least)
+            strength = strength.astype(scale.dtype)
+            if self.relative:
+                strength = strength * scale.mean((-2, -1), keepdims=True)
+            return jnp.maximum(strength, least)
         # π belongs to the same factors as the eigenvalues, which may be older than the running averages.
-        ratio = damping_lib.common_pi(inputs.values.mean(-1), outputs.values.mean(-1))
+        means = inputs.values.mean(-1), outputs.values.mean(-1)
+        ratio = damping_lib.common_pi(*means)
+        if self.relative:
+            strength = strength * means[0] * means[1]
         return damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
 
     @jax.default_matmul_precision("highest")

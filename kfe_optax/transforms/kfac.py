@@ -17,6 +17,7 @@ def scale_by_kfac(
     damping: ScalarOrSchedule,
     *,
     damping_type: DampingType = "factored",
+    relative_damping: bool = False,
     decay: ScalarOrSchedule = 0.95,
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
@@ -35,6 +36,9 @@ def scale_by_kfac(
       layers: what `kfe.find_layers` returned.
       damping: λ > 0, in units of the loss's curvature; a scalar or a schedule of the step.
       damping_type: see above.
+      relative_damping: whether λ is `damping` times each layer's own mean curvature, so that it does not depend on the scale of
+        the loss nor on that of the layer; `damping` is then a number without a unit, such as 0.1.
+        With "factored" it adds √damping times the mean eigenvalue to each factor.
       decay: ρ of the factors' running averages; the k-th update uses min(1 − 1/k, ρ).
       factor_update_period: steps between updates of A and G, each one more backward pass.
       inverse_update_period: steps between refreshes of the inverses (or eigenbases).
@@ -71,6 +75,7 @@ def scale_by_kfac(
         damping,
         factors=factors_lib.kfac(decay),
         damping_type=damping_type,
+        relative_damping=relative_damping,
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
         initial_refreshes=initial_refreshes,

@@ -24,8 +24,13 @@ from kfe_optax.transforms.layerwise import Matrices, Step
 from kfe_optax.transforms.rest import sound
 
 Pair = tuple[Eigenbasis, Eigenbasis]
-Carry = Literal["first", "second", "keep"] | Callable[[jax.Array, Pair, Pair], jax.Array]
+Carry = Literal["first", "second", "columns", "keep"] | Callable[[jax.Array, Pair, Pair], jax.Array]
 
+_MOVES: Mapping[str, Callable[..., jax.Array]] = {
+    "first": kronecker.carry_first_moment,
+    "second": kronecker.carry_second_moment,
+    "columns": kronecker.carry_columns,
+}
 # How the fields of Optax's states move: what is linear in the gradient, and what is quadratic in it.
 CARRY: Mapping[str, Carry] = {
     "mu": "first",
@@ -104,8 +109,9 @@ def in_kfe(
         extra argument `kfe` (a `KfeInfo`) if it takes extra arguments. Its `init` sees zeros.
       layers: what `kfe.find_layers` returned.
       basis: one of `kfe.factors`; `kfe.factors.kfac()` by default.
-      carry: {field: "first", "second", "keep", or a function (leaf, old basis, new basis) → leaf} for the fields of a state
-        that is not Optax's, where a basis is the pair of `Eigenbasis` of the leaf's layer.
+      carry: {field: "first", "second", "columns" (entries go where the eigenvectors have gone, unturned), "keep", or a function
+        (leaf, old basis, new basis) → leaf} for the fields of a state that is not Optax's, where a basis is the pair of
+        `Eigenbasis` of the leaf's layer.
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       basis_update_period: steps between refreshes of the basis.
       initial_refreshes: the first steps, in each of which factors and basis are refreshed.
@@ -148,9 +154,9 @@ def in_kfe(
     )
     basis_lib.check(refresh, refresh_tolerance)
     for field, how in (carry or {}).items():
-        if not callable(how) and how not in ("first", "second", "keep"):
+        if not callable(how) and how != "keep" and how not in _MOVES:
             raise ValueError(
-                f"carry[{field!r}] must be 'first', 'second', 'keep' or a function, not {how!r}."
+                f"carry[{field!r}] must be {', '.join(map(repr, _MOVES))}, 'keep' or a function, not {how!r}."
             )
     method = _InKfe(
         layers,
@@ -265,7 +271,6 @@ class _InKfe(NamedTuple):
                 return how(leaf, old[layer], new[layer])
             if how == "keep":
                 return leaf
-            function = kronecker.carry_first_moment if how == "first" else kronecker.carry_second_moment
-            return function(leaf, old[layer], new[layer]).astype(leaf.dtype)
+            return _MOVES[how](leaf, old[layer], new[layer]).astype(leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(move, inner)

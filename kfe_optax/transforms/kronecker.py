@@ -26,7 +26,7 @@ class KroneckerState(NamedTuple):
       factors: the state of the factors (running averages).
       roots: {layer: (input side, output side)}: damped inverses (rank 1), eigenbases ("exact"), or the simultaneous
         diagonalizations of a rank-2 sum.
-      damping: λ of the last step.
+      damping: λ of the last step; where it is relative, as a multiple of each layer's mean curvature.
       failures: int32, factors and factorizations that failed; the last good one was kept.
       last_refresh: int32, the step of the last refresh of the roots.
     """
@@ -44,6 +44,7 @@ def scale_by_kronecker(
     *,
     factors: Factors | None = None,
     damping_type: DampingType = "factored",
+    relative_damping: bool = False,
     denominators: Denominators = "clip",
     floor: float = 0.1,
     factor_update_period: int = 10,
@@ -69,6 +70,9 @@ def scale_by_kronecker(
       damping: λ > 0, in units of the loss's curvature; a scalar or a schedule of the step.
       factors: one of `kfe.factors`; `kfe.factors.kfac()` by default.
       damping_type: see above.
+      relative_damping: whether λ is `damping` times each layer's own mean curvature, so that it does not depend on the scale of
+        the loss nor on that of the layer; `damping` is then a number without a unit, such as 0.1.
+        With "factored" it adds √damping times the mean eigenvalue to each factor; "sqrt" and "linear" have no such form.
       denominators: for rank 2, "clip": d = max(1 + s₁ s₂ᵀ, floor), the exact inverse where the sum is well above zero;
         "absolute": d = 1 + |s₁||s₂|ᵀ, as the authors' code has it.
       floor: of "clip", in (0, 1]: what is inverted is at least floor times the damped first term, and so positive definite.
@@ -112,7 +116,7 @@ def scale_by_kronecker(
     if not callable(getattr(factors, "terms", None)):
         raise TypeError(f"factors must be one of kfe.factors, such as kfe.factors.kpsvd(), not {factors!r}.")
     checks.positive(damping=damping)
-    form = _form(factors, damping_type, denominators, floor)
+    form = _form(factors, damping_type, relative_damping, denominators, floor)
     checks.refreshes(
         initial_refreshes,
         factor_update_period=factor_update_period,
@@ -123,6 +127,7 @@ def scale_by_kronecker(
         factors,
         form,
         damping,
+        relative_damping,
         factor_update_period,
         inverse_update_period,
         initial_refreshes,
@@ -131,7 +136,7 @@ def scale_by_kronecker(
     return layerwise.layerwise(layers, method, rest, distribute)
 
 
-def _form(factors: Factors, damping_type: Any, denominators: Any, floor: Any) -> roots.Form:
+def _form(factors: Factors, damping_type: Any, relative: bool, denominators: Any, floor: Any) -> roots.Form:
     if factors.rank > 2:
         raise ValueError(
             f"A sum of {factors.rank} Kronecker products has no inverse in closed form; choose factors of rank 1 or 2 here, "
@@ -145,14 +150,21 @@ def _form(factors: Factors, damping_type: Any, denominators: Any, floor: Any) ->
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
     if not isinstance(floor, jax.Array) and not 0 < floor <= 1:
         raise ValueError(f"floor must lie in (0, 1], where it keeps the inverse positive; it is {floor!r}.")
+    if relative and damping_type not in ("factored", "exact"):
+        raise ValueError(
+            "relative_damping goes with damping_type='factored' or 'exact': "
+            f"{damping_type!r} adds the same number to both factors."
+        )
     if factors.rank == 1:
-        return roots.Eigenbases() if damping_type == "exact" else roots.Inverses(damping_type)
+        return (
+            roots.Eigenbases(relative) if damping_type == "exact" else roots.Inverses(damping_type, relative)
+        )
     if damping_type == "exact":
         raise ValueError(
             "damping_type='exact' needs the eigenvectors of one Kronecker product, and these factors are a sum of two; "
             "choose 'factored', 'sqrt' or 'linear', which damp the first."
         )
-    return roots.Pencils(damping_type, denominators, floor)
+    return roots.Pencils(damping_type, denominators, floor, relative)
 
 
 class _Kronecker(NamedTuple):
@@ -160,6 +172,7 @@ class _Kronecker(NamedTuple):
     factors: Factors
     form: roots.Form
     damping: ScalarOrSchedule
+    relative: bool
     factor_update_period: Any
     inverse_update_period: Any
     initial_refreshes: int
@@ -178,7 +191,7 @@ class _Kronecker(NamedTuple):
         return KroneckerState(factors, first, *layerwise.counters())
 
     def update(self, state: KroneckerState, step: Step) -> tuple[Matrices, KroneckerState]:
-        strength = step.strength(self.damping)
+        strength = step.strength(self.damping, self.relative)
         factors = update_factors(
             self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
         )

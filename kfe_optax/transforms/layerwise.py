@@ -57,8 +57,22 @@ class Step(NamedTuple):
     retry: bool
     devices: Division
 
-    def strength(self, damping: ScalarOrSchedule) -> jax.Array:
-        """λ of this step: what `update` was given as `damping=`, or the method's own scalar or schedule."""
+    def strength(self, damping: ScalarOrSchedule, relative: bool = False) -> jax.Array:
+        """λ of this step: what `update` was given as `damping=`, or the method's own scalar or schedule.
+
+        Args:
+          damping: the method's own.
+          relative: whether it is a multiple of each layer's mean curvature, which no `damping=` in the loss's units replaces.
+
+        Raises:
+          TypeError: it is relative, and `update` was given another one.
+        """
+        if relative and self.damping is not None:
+            raise TypeError(
+                "The damping of this preconditioner is relative to each layer's mean curvature and cannot be adapted in the "
+                "loss's units: inside adaptive_damping and scale_by_quadratic_model take relative_damping=False, or another "
+                "preconditioner such as kfe.scale_by_kfac."
+            )
         result = value(damping if self.damping is None else self.damping, self.count, "damping")
         # A schedule may end at zero, where a part without curvature would be 0/0.
         return jnp.where(result == 0, jnp.finfo(result.dtype).tiny, result)
@@ -148,8 +162,16 @@ def layerwise(
     method: Method,
     rest: optax.GradientTransformation | None,
     distribute: Distribute = "none",
+    found: Layers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The Optax transformation of a method.
+
+    Args:
+      layers: the layers that it preconditions.
+      method: the method.
+      rest: the transformation of the parameters outside them.
+      distribute: how devices share its linear algebra.
+      found: the layers of the taps, where the method leaves some of them out.
 
     Raises:
       TypeError, ValueError: see `kfe_optax.transforms.given`; each says what to do.
@@ -179,7 +201,7 @@ def layerwise(
     def update(updates, state, params=None, *, taps=None, damping=None, retry=None, **extra):
         checks.state(state, LayerwiseState)
         if method.needs_taps:
-            given_lib.check_taps(layers, taps)
+            given_lib.check_taps(layers if found is None else found, taps)
         leaves = leaves_by_path(updates)
         present = given_lib.present_layers(layers, leaves)
         matrices = matrices_of(present, leaves)

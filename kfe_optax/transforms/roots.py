@@ -44,12 +44,13 @@ class Inverses(NamedTuple):
     """(A + a I)⁻¹ V (B + b I)⁻¹ from two inverses."""
 
     damping_type: DampingType
+    relative: bool = False
 
     def init(self, term, stacked):
         return tuple(kronecker.identity_like(side, stacked) for side in term)
 
     def refresh(self, layers, terms, old, strength, devices):
-        damped = _damped_first_terms(layers, terms, strength, self.damping_type)
+        damped = _damped_first_terms(layers, terms, strength, self.damping_type, self.relative)
         return refresh_sides(layers, damped, old, kronecker.inverse, lambda d: 1 / d, devices)
 
     def apply(self, v, root, strength, stacked):
@@ -59,6 +60,8 @@ class Inverses(NamedTuple):
 
 class Eigenbases(NamedTuple):
     """U_A[(U_Aᵀ V U_B) ⊘ (s_A s_Bᵀ + λ)]U_Bᵀ: the inverse of A⊗B + λI itself; λ acts at once."""
+
+    relative: bool = False
 
     def init(self, term, stacked):
         return tuple(unit_basis(side, stacked) for side in term)
@@ -71,7 +74,10 @@ class Eigenbases(NamedTuple):
     def apply(self, v, root, strength, stacked):
         least = damping_lib.least(root[0].values.max(-1) * root[1].values.max(-1))[..., None, None]
         scale = kronecker.outer(root[0].values, root[1].values)
-        scale = scale + jnp.maximum(strength.astype(v.dtype), least)
+        strength = strength.astype(v.dtype)
+        if self.relative:
+            strength = strength * (root[0].values.mean(-1) * root[1].values.mean(-1))[..., None, None]
+        scale = scale + jnp.maximum(strength, least)
         return kronecker.from_basis(kronecker.to_basis(v, root, stacked) / scale, root, stacked)
 
 
@@ -87,12 +93,13 @@ class Pencils(NamedTuple):
     damping_type: DampingType
     denominators: Denominators
     floor: Any
+    relative: bool = False
 
     def init(self, term, stacked):
         return tuple(_unit_pencil(side, stacked) for side in term)
 
     def refresh(self, layers, terms, old, strength, devices):
-        damped = _damped_first_terms(layers, terms, strength, self.damping_type)
+        damped = _damped_first_terms(layers, terms, strength, self.damping_type, self.relative)
         pairs = {(name, i): (side, terms[name][1][i]) for (name, i), side in damped.items()}
         return refresh_sides(layers, pairs, old, kronecker.pencil, _diagonal_pencil, devices)
 
@@ -109,13 +116,13 @@ class Pencils(NamedTuple):
 
 
 def _damped_first_terms(
-    layers: Layers, terms: Terms, strength: jax.Array, damping_type: DampingType
+    layers: Layers, terms: Terms, strength: jax.Array, damping_type: DampingType, relative: bool
 ) -> dict[tuple[str, int], jax.Array]:
     damped = {}
     for name, (first, *_) in terms.items():
         stacked = len(layers[name].stack_shape)
         if damping_type == "factored":
-            pair = damping_lib.factored(*first, strength, stacked)
+            pair = damping_lib.factored(*first, strength, stacked, relative)
         else:
             amount = jnp.sqrt(strength) if damping_type == "sqrt" else strength
             pair = tuple(

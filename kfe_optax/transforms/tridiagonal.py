@@ -22,8 +22,6 @@ from kfe_optax.transforms.chain_roots import ChainRoots
 from kfe_optax.transforms.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax.transforms.roots import Inverses, where_alive
 
-_ALONE = Inverses("factored")
-
 
 class TridiagonalRoots(NamedTuple):
     """Inverses, of one refresh each.
@@ -59,6 +57,7 @@ def scale_by_block_tridiagonal(
     layers: Layers,
     damping: ScalarOrSchedule,
     *,
+    relative_damping: bool = False,
     chains: Chains = "whole",
     decay: ScalarOrSchedule = 0.95,
     factor_update_period: int = 10,
@@ -85,6 +84,8 @@ def scale_by_block_tridiagonal(
     Args:
       layers: what `kfe.find_layers` returned.
       damping: λ > 0, in units of the loss's curvature; a scalar or a schedule of the step.
+      relative_damping: whether λ is `damping` times each layer's own mean curvature, so that it does not depend on the scale of
+        the loss nor on that of the layer; `damping` is then a number without a unit, such as 0.1.
       chains: "whole": the network is one chain: the data feed the first layer alone, each layer the next one alone, the last
         one the loss. "split": the chains that it contains; what cannot be in one is a chain of one. Or the names of the layers
         of each chain, in order and whatever feeds them, such as [["encoder_0", "encoder_1"], ["decoder_0", "decoder_1"]].
@@ -151,6 +152,7 @@ def scale_by_block_tridiagonal(
         plan,
         Chained(plan, decay),
         damping,
+        relative_damping,
         floor,
         factor_update_period,
         inverse_update_period,
@@ -165,6 +167,7 @@ class _Tridiagonal(NamedTuple):
     plan: Plan
     factors: Chained
     damping: ScalarOrSchedule
+    relative: bool
     floor: Any
     factor_update_period: Any
     inverse_update_period: Any
@@ -174,16 +177,21 @@ class _Tridiagonal(NamedTuple):
     needs_taps = True
     reads_parameters = False
 
+    @property
+    def alone(self) -> Inverses:
+        """The inverses of layers that are chains of one."""
+        return Inverses("factored", self.relative)
+
     def init(self, layers: list[Layer]) -> TridiagonalState:
         factors = self.factors.init(layers, self.max_dim)
         roots = TridiagonalRoots(
             {name: chain_roots.unit(chain) for name, chain in factors.chains.items()},
-            {n: _ALONE.init(t, len(self.layers[n].stack_shape)) for n, t in factors.alone.items()},
+            {n: self.alone.init(t, len(self.layers[n].stack_shape)) for n, t in factors.alone.items()},
         )
         return TridiagonalState(factors, roots, *layerwise.counters())
 
     def update(self, state: TridiagonalState, step: Step) -> tuple[Matrices, TridiagonalState]:
-        strength = step.strength(self.damping)
+        strength = step.strength(self.damping, self.relative)
         factors = self._averaged(state.factors, step)
         due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes) | step.retry
 
@@ -221,9 +229,11 @@ class _Tridiagonal(NamedTuple):
     def _refresh(
         self, factors: ChainedState, old: TridiagonalRoots, strength: jax.Array, devices: Devices
     ) -> tuple[TridiagonalRoots, jax.Array]:
-        chains, chain_failures = chain_roots.refresh(factors.chains, old.chains, strength, devices)
+        chains, chain_failures = chain_roots.refresh(
+            factors.chains, old.chains, strength, devices, self.relative
+        )
         terms = {name: (term,) for name, term in factors.alone.items()}
-        alone, failures = _ALONE.refresh(self.layers, terms, old.alone, strength, devices)
+        alone, failures = self.alone.refresh(self.layers, terms, old.alone, strength, devices)
         return TridiagonalRoots(chains, alone), failures + chain_failures
 
     def _apply(
@@ -249,7 +259,7 @@ class _Tridiagonal(NamedTuple):
                 new[element] = where_alive(term, 0, results[name][i], given[name][i], ready)
         whole = _stacked(new)
         alone = kronecker.each(
-            lambda v, root: _ALONE.apply(v, root, strength, v.ndim - 2),
+            lambda v, root: self.alone.apply(v, root, strength, v.ndim - 2),
             {name: (wide[name], roots.alone[name]) for name in factors.alone},
             step.devices.products,
         )

@@ -61,6 +61,7 @@ def two_level(
     form: FormName | None = None,
     grid: Choice = "finest",
     damping: ScalarOrSchedule = 1e-2,
+    relative_damping: bool = False,
     decay: ScalarOrSchedule = 0.95,
     factor_update_period: int = 10,
     inverse_update_period: int = 100,
@@ -102,6 +103,7 @@ def two_level(
       form: see above.
       grid: see above.
       damping: λ > 0 of the coarse level, a scalar or a schedule of the step; a change acts at once.
+      relative_damping: whether λ is `damping` times the mean eigenvalue of F_c; not for "residual", whose r has a λ in it.
       decay: ρ of the running averages; the k-th update uses min(1 − 1/k, ρ). Where the coarse vectors change, at a refresh of
         "eigenvectors" and "residual", the averages start anew.
       factor_update_period: steps between updates of the averages, each one more backward pass.
@@ -158,11 +160,14 @@ def two_level(
         space,
         _form(space, coarse, form, grid),
         damping,
+        relative_damping,
         decay,
         factor_update_period,
         inverse_update_period,
         initial_refreshes,
     )
+    if relative_damping and coarse == "residual":
+        raise ValueError("coarse='residual' takes a damping in the loss's units: leave out relative_damping.")
     devices_lib.check_distribute(distribute)
     return _added(optax.with_extra_args_support(fine), layers, level, distribute)
 
@@ -267,6 +272,7 @@ def scale_by_two_level_kfac(
     grid: Choice = "finest",
     coarse_damping: ScalarOrSchedule = 1e-2,
     damping_type: DampingType = "factored",
+    relative_damping: bool = False,
     decay: ScalarOrSchedule = 0.95,
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
@@ -282,8 +288,8 @@ def scale_by_two_level_kfac(
       damping: λ of K-FAC, a scalar or a schedule of the step.
       coarse, groups, count, form, grid: see `two_level`.
       coarse_damping: λ of the coarse level.
-      damping_type, decay, factor_update_period, inverse_update_period, initial_refreshes, max_dim, distribute, rest: see
-        `scale_by_kfac`; of both levels.
+      damping_type, relative_damping, decay, factor_update_period, inverse_update_period, initial_refreshes, max_dim, distribute,
+        rest: see `scale_by_kfac`; of both levels.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -311,6 +317,7 @@ def scale_by_two_level_kfac(
         "max_dim": max_dim,
         "distribute": distribute,
     }
+    shared["relative_damping"] = relative_damping
     fine = scale_by_kfac(layers, damping, damping_type=damping_type, rest=rest, **shared)
     return two_level(
         fine,

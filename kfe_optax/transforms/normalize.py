@@ -1,0 +1,136 @@
+"""`normalize_layers` and `graft`: the length of each layer's step, given by a rule or by another optimizer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfe_optax import checks, explicit
+from kfe_optax.layers import Layers
+from kfe_optax.transforms import matrices
+from kfe_optax.transforms.matrices import root_mean_square
+
+Size = Literal["rms", "fan_in", "operator"]
+
+
+def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransformation:
+    """Gives every layer's update one length, so that a learning rate says how far a layer moves in one step.
+
+    Δ_l ← c Δ_l / rms(Δ_l) for each matrix (d_in, d_out) of each layer, stacked ones apart, with rms the root mean square of the
+    entries. "rms": c = 1, the learning rate is the size of a weight's step. "fan_in": c = 1/√d_in, it is that size relative to
+    the weights' usual standard deviation at the start, so that one rate fits narrow and wide layers. "operator": c =
+    √min(d_in, d_out) / d_in, for which √(d_in/d_out) times the root mean square of the singular values is 1: inputs of root
+    mean square 1 change outputs by about the learning rate (Yang et al. 2023; Bernstein & Newhouse 2024).
+
+    Args:
+      layers: what `kfe.find_layers` returned, or those of them that are to be normalized (`layers.without(...)`). Parameters
+        outside them are left as they are, and so are updates of zero.
+      size: see above.
+
+    Returns:
+      An Optax transformation without a state.
+
+    Raises:
+      TypeError: no layers.
+      ValueError: an unknown `size`; in `update`, a tree that is not that of the layers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, kfe_optax as kfe
+      >>> def loss_fn(params, x):
+      ...     return kfe.losses.l2_loss(kfe.tag_dense(x, x @ params["kernel"], params)).mean()
+      >>> params = {"kernel": jnp.ones((3, 2))}
+      >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3))
+      >>> tx = kfe.normalize_layers(layers)
+      >>> updates, _ = tx.update({"kernel": jnp.full((3, 2), 5.0)}, tx.init(params))
+      >>> updates["kernel"][0].tolist()
+      [1.0, 1.0]
+    """
+    matrices.check_layers(layers)
+    if size not in ("rms", "fan_in", "operator"):
+        raise ValueError(f"size must be 'rms', 'fan_in' or 'operator', not {size!r}.")
+
+    def init(params):
+        del params
+        return optax.EmptyState()
+
+    def factor(delta):
+        d_in, d_out = delta.shape[-2:]
+        target = {"rms": 1.0, "fan_in": 1 / math.sqrt(d_in), "operator": math.sqrt(min(d_in, d_out)) / d_in}
+        return target[size] * _inverse(root_mean_square(delta))
+
+    def update(updates, state, params=None):
+        del params
+        return matrices.rescaled(layers, factor, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+class GraftState(NamedTuple):
+    """State of `graft`.
+
+    Attributes:
+      direction: the state of the transformation that gives the direction.
+      magnitude: that of the one that gives the length.
+    """
+
+    direction: Any
+    magnitude: Any
+
+
+def graft(
+    direction: optax.GradientTransformation, magnitude: optax.GradientTransformation, layers: Layers
+) -> optax.GradientTransformationExtraArgs:
+    """The direction of one update with the length of another, layer by layer: Δ_l ‖Δ'_l‖ / ‖Δ_l‖ (Agarwal et al. 2020).
+
+    Args:
+      direction: gives Δ, such as `kfe.scale_by_kfac(...)`.
+      magnitude: gives Δ', such as `optax.scale_by_adam()`; it is given the same gradient.
+      layers: what `kfe.find_layers` returned. Lengths are those of each layer's matrix, stacked ones apart; of a parameter
+        outside the layers, its own.
+
+    Returns:
+      A transformation that hands all extra arguments, such as `taps`, to both. A Δ of zero stays zero.
+
+    Raises:
+      TypeError: no layers.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
+      >>> def loss_fn(params, x):
+      ...     return kfe.losses.l2_loss(kfe.tag_dense(x, x @ params["kernel"], params)).mean()
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(2))
+      >>> tx = kfe.graft(optax.identity(), optax.scale_by_sign(), layers)
+      >>> updates, _ = tx.update({"kernel": jnp.diag(jnp.array([3.0, 4.0]))}, tx.init(params))
+      >>> round(float(jnp.linalg.norm(updates["kernel"])), 4)
+      1.4142
+    """
+    matrices.check_layers(layers)
+    first, second = map(optax.with_extra_args_support, (direction, magnitude))
+
+    def init(params):
+        return GraftState(first.init(params), second.init(params))
+
+    def of_matrix(delta, other):
+        return root_mean_square(other) * _inverse(root_mean_square(delta))
+
+    def of_leaf(delta, other):
+        axes = tuple(range(delta.ndim))
+        return root_mean_square(other, axes) * _inverse(root_mean_square(delta, axes))
+
+    def update(updates, state, params=None, **extra):
+        checks.state(state, GraftState)
+        delta, first_state = first.update(updates, state.direction, params, **extra)
+        other, second_state = second.update(updates, state.magnitude, params, **extra)
+        new = matrices.rescaled(layers, of_matrix, delta, other, outside=of_leaf)
+        return new, GraftState(first_state, second_state)
+
+    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+
+
+def _inverse(number: jax.Array) -> jax.Array:
+    return jnp.where(number > 0, 1 / jnp.where(number > 0, number, 1), 0)

@@ -1,0 +1,170 @@
+"""`normalize_layers`, `graft` and the KL clip of each layer: the length of a layer's step, stacks and blocks taken apart."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfe_optax as kfe
+
+from .dense import assert_close
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A stack of three kernels, a wide one with a bias, a parameter outside; and updates of very different sizes."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            ensemble = nn.vmap(
+                nn.Dense,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=None,
+                out_axes=0,
+                axis_size=3,
+            )
+            gain = self.param("gain", nn.initializers.ones, (40,))
+            hidden = ensemble(4, use_bias=False, name="stack")(x).sum(0)
+            return gain * nn.Dense(40, name="wide")(hidden)
+
+    x = jax.random.normal(jax.random.key(0), (6, 5))
+    params = Net().init(jax.random.key(1), x)["params"]
+
+    def loss(params, x):
+        return kfe.losses.l2_loss(Net().apply({"params": params}, x)).mean()
+
+    layers = kfe.find_layers(loss, params, x)
+    assert layers["stack"].shape == (3, 5, 4) and layers["wide"].shape == (5, 40) and len(layers.rest) == 1
+    keys = iter(jax.random.split(jax.random.key(2), 4))
+    updates = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape), params)
+    updates["stack"]["kernel"] *= jnp.array([1e-20, 1.0, 1e15])[:, None, None]
+    return params, layers, updates
+
+
+def lengths(layers, tree):
+    """The root mean square of every matrix, in float64."""
+    matrices = {name: np.asarray(layer.to_matrix(tree), np.float64) for name, layer in layers.items()}
+    return {name: np.sqrt(np.mean(m**2, (-2, -1))) for name, m in matrices.items()}
+
+
+@pytest.mark.parametrize(
+    ("size", "stack", "wide"),
+    [("rms", 1, 1), ("fan_in", 5**-0.5, 5**-0.5), ("operator", 4**0.5 / 5, 5**0.5 / 5)],
+)
+def test_normalize(size, stack, wide, problem):
+    params, layers, updates = problem
+    tx = kfe.normalize_layers(layers, size)
+    new, _ = tx.update(updates, tx.init(params))
+    assert_close(lengths(layers, new), {"stack": np.full(3, stack), "wide": np.asarray(wide)}, 1e-5)
+    np.testing.assert_array_equal(new["gain"], updates["gain"])
+    direction = lambda tree: tree["stack"]["kernel"][0] / jnp.abs(tree["stack"]["kernel"][0]).max()
+    assert_close(direction(new), direction(updates), 1e-5)
+
+
+def test_operator_size_is_that_of_the_root_mean_square_singular_value():
+    """Of an orthogonal Δ it is the norm from root mean squares of inputs to those of outputs itself."""
+
+    def loss_fn(params, x):
+        return kfe.losses.l2_loss(kfe.tag_dense(x, x @ params["kernel"], params)).mean()
+
+    for shape in ((8, 3), (3, 8)):
+        params = {"kernel": jnp.ones(shape)}
+        layers = kfe.find_layers(loss_fn, params, jnp.ones((2, shape[0])))
+        matrix = np.random.default_rng(0).normal(size=shape)
+        u, _, v = np.linalg.svd(matrix, full_matrices=False)
+        tx = kfe.normalize_layers(layers, "operator")
+        new, _ = tx.update({"kernel": jnp.asarray(u @ v, jnp.float32)}, tx.init(params))
+        norm = np.linalg.norm(np.asarray(new["kernel"]), 2) * np.sqrt(shape[0] / shape[1])
+        assert norm == pytest.approx(1, rel=1e-5)
+
+
+def test_zero_stays_zero(problem):
+    params, layers, updates = problem
+    nothing = jax.tree.map(jnp.zeros_like, updates)
+    for tx in (kfe.normalize_layers(layers), kfe.graft(optax.identity(), optax.scale_by_sign(), layers)):
+        new, _ = tx.update(nothing, tx.init(params), params)
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(new))
+
+
+def test_graft(problem):
+    """The lengths of the one and the directions of the other; states and extra arguments of both."""
+    params, layers, updates = problem
+    seen = []
+
+    def spy(scale):
+        def update(grads, state, params=None, *, word=None, **_):
+            seen.append(word)
+            return jax.tree.map(lambda g: scale * g, grads), state + 1
+
+        return optax.GradientTransformationExtraArgs(lambda _: jnp.zeros((), jnp.int32), update)
+
+    tx = kfe.graft(spy(-1.0), optax.chain(spy(1.0), optax.scale_by_sign(), optax.scale(3.0)), layers)
+    new, state = tx.update(updates, tx.init(params), params, word="both")
+    assert seen == ["both", "both"] and int(state.direction) == int(state.magnitude[0]) == 1
+    assert_close(lengths(layers, new), {"stack": np.full(3, 3.0), "wide": np.asarray(3.0)}, 1e-5)
+    assert float(jnp.sqrt(jnp.mean(new["gain"] ** 2))) == pytest.approx(3, rel=1e-5)
+    assert float(jnp.vdot(new["gain"], updates["gain"])) < 0
+    with pytest.raises(TypeError, match="GraftState"):
+        tx.update(updates, optax.EmptyState(), params)
+
+
+def test_clip_of_each_layer(problem):
+    """ν = min(1, sqrt(c / (η² |Δᵀ∇|))) of every matrix; the least of them is in `kfe.info`."""
+    params, layers, updates = problem
+    grads = {**updates, "stack": {"kernel": jnp.ones((3, 5, 4)) * jnp.array([0.1, 1.0, 9.0])[:, None, None]}}
+    tx = kfe.clip_by_kl(optax.identity(), 0.3, 0.5, layers=layers)
+    new, state = tx.update(grads, tx.init(params), params)
+    squares = {
+        name: np.sum(np.asarray(own.to_matrix(grads), np.float64) ** 2, (-2, -1))
+        for name, own in layers.items()
+    }
+    nu = {name: np.minimum(1, np.sqrt(0.3 / (0.25 * s))) for name, s in squares.items()}
+    before, after = (lengths(layers, tree) for tree in (grads, new))
+    assert_close({name: after[name] / before[name] for name in layers}, nu, 1e-5)
+    assert nu["stack"][0] == 1 > nu["stack"][1]
+    gain = float(jnp.sum(grads["gain"] ** 2))
+    assert_close(new["gain"] / grads["gain"], np.full(40, min(1, np.sqrt(0.3 / (0.25 * gain)))), 1e-5)
+    least = min(*(n.min() for n in nu.values()), np.sqrt(0.3 / (0.25 * gain)))
+    assert float(kfe.info(state).kl_factor) == pytest.approx(least, rel=1e-5)
+    assert int(kfe.info(state).rejected) == 0
+
+
+def test_one_bad_layer_does_not_stop_the_others(problem):
+    params, layers, updates = problem
+    bad = {**updates, "stack": {"kernel": jnp.ones((3, 5, 4)).at[1, 0, 0].set(jnp.nan)}}
+    tx = kfe.clip_by_kl(optax.identity(), 1e9, layers=layers)
+    new, state = tx.update(bad, tx.init(params), params)
+    assert not np.any(new["stack"]["kernel"][1]) and np.all(new["stack"]["kernel"][0] == 1)
+    assert np.any(new["wide"]["kernel"])
+    assert (int(kfe.info(state).rejected), float(kfe.info(state).kl_factor)) == (1, 0)
+
+
+def test_float16_stays_float16(problem):
+    params, layers, updates = problem
+    small = jax.tree.map(lambda u: (u * 0 + 1e-3).astype(jnp.float16), updates)
+    for tx in (kfe.normalize_layers(layers), kfe.clip_by_kl(optax.identity(), 1e-8, layers=layers)):
+        new, _ = tx.update(small, tx.init(params), params)
+        assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(jnp.float16)}
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+
+
+def test_misuse(problem):
+    params, layers, updates = problem
+    with pytest.raises(ValueError, match="size must be 'rms', 'fan_in' or 'operator', not 'norm'"):
+        kfe.normalize_layers(layers, "norm")
+    for make in (
+        lambda given: kfe.normalize_layers(given),
+        lambda given: kfe.graft(optax.identity(), optax.identity(), given),
+        lambda given: kfe.clip_by_kl(optax.identity(), 1.0, layers=given),
+    ):
+        with pytest.raises(TypeError, match="layers must be what kfe.find_layers"):
+            make(params)
+    tx = kfe.normalize_layers(layers)
+    with pytest.raises(ValueError, match="find_layers did not see"):
+        tx.update({**updates, "more": jnp.ones(2)}, tx.init(params))
