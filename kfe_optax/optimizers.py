@@ -9,6 +9,7 @@ import jax
 import optax
 
 from kfe_optax.layers import Layers
+from kfe_optax.spectral import spectral_kfac
 from kfe_optax.transforms.clip import clip_by_kl
 from kfe_optax.transforms.ekfac import scale_by_ekfac
 from kfe_optax.transforms.kfac import scale_by_kfac
@@ -20,6 +21,7 @@ from kfe_optax.transforms.named import (
     scale_by_lanczos,
     scale_by_tkfac,
 )
+from kfe_optax.transforms.spectral import scale_by_spectral_kfac
 from kfe_optax.transforms.tekfac import scale_by_tekfac
 from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal
 from kfe_optax.transforms.two_level import scale_by_two_level_kfac
@@ -147,4 +149,5 @@ METHODS: Mapping[str, Method] = {
     "kfac_corrected": Method(kfac_corrected, scale_by_kfac_corrected),
     "kfac_tridiagonal": Method(kfac_tridiagonal, scale_by_block_tridiagonal),
     "two_level_kfac": Method(two_level_kfac, scale_by_two_level_kfac),
+    "spectral_kfac": Method(spectral_kfac, scale_by_spectral_kfac),
 }

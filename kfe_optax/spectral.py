@@ -34,8 +34,8 @@ def spectral_kfac(
     exponents: tuple[float, float] = (0.5, 0.5),
     exponents_back: tuple[float, float] | None = None,
     coefficients: polar.Coefficients | None = None,
-    factor_update_period: int = 20,
-    root_update_period: int = 40,
+    factor_update_period: int = 25,
+    inverse_update_period: int = 50,
     initial_refreshes: int = 1,
     max_dim: int = 8192,
     distribute: Distribute = "none",
@@ -57,7 +57,7 @@ def spectral_kfac(
       rest: the transformation of the parameters outside the layers, before the learning rate. By default
         `optax.scale_by_adam(b2=0.99)` times 0.1.
       rest_kinds: the kinds of layers that go there too.
-      factors, decay, exponents, exponents_back, coefficients, factor_update_period, root_update_period, initial_refreshes,
+      factors, decay, exponents, exponents_back, coefficients, factor_update_period, inverse_update_period, initial_refreshes,
         max_dim, distribute: see `kfe.scale_by_spectral_kfac`.
 
     Returns:
@@ -98,7 +98,7 @@ def spectral_kfac(
         momentum_of=momentum_of,
         coefficients=coefficients,
         factor_update_period=factor_update_period,
-        root_update_period=root_update_period,
+        inverse_update_period=inverse_update_period,
         initial_refreshes=initial_refreshes,
         max_dim=max_dim,
         distribute=distribute,

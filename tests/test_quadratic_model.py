@@ -18,6 +18,7 @@ from kfe_optax.transforms.quadratic_model import solve
 
 from . import dense, problems
 from .dense import assert_close
+from .methods import quick
 
 L2, DAMPING = 0.03, 0.2
 
@@ -211,7 +212,7 @@ def _fine_level_anew(layers, damping, inverse_update_period, **options):
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in ("kfac", "ekfac") else pytest.param(n, marks=pytest.mark.nightly) for n in kfe.METHODS],
+    quick("kfac", "ekfac", of=[n for n in kfe.METHODS if n != "spectral_kfac"]),  # its damping is relative
 )
 def test_search_with_a_real_preconditioner(name, x64):
     """On a step on which nothing is due, the search forms new inverses from the factors as they are, with the chosen damping.

@@ -88,7 +88,7 @@ def test_dense_oracle(exponents, back, nesterov, momentum_of, x64):
         "momentum_of": momentum_of,
     }
     tx = kfe.spectral_kfac(
-        0.1, layers, 0.3, size="rms", momentum=0.7, decay=0.6, factor_update_period=2, root_update_period=3,
+        0.1, layers, 0.3, size="rms", momentum=0.7, decay=0.6, factor_update_period=2, inverse_update_period=3,
         coefficients=ACCURATE, **options,
     )  # fmt: skip
     trajectory, _ = problems.run(problem, layers, tx, 5)
@@ -234,7 +234,11 @@ MISUSE = {
     "momentum_of": ({"momentum_of": "update"}, ValueError, "momentum_of must be 'gradient' or 'whitened'"),
     "coefficients": ({"coefficients": (1.0, 2.0)}, ValueError, r"one triple \(a, b, c\) for each"),
     "damping": ({"damping": 0.0}, ValueError, "damping must be positive"),
-    "period": ({"root_update_period": 0}, ValueError, "root_update_period must be a positive whole number"),
+    "period": (
+        {"inverse_update_period": 0},
+        ValueError,
+        "inverse_update_period must be a positive whole number",
+    ),
     "kind": ({"rest_kinds": ("dens",)}, ValueError, "no kind of layer 'dens'; the kinds are dense"),
 }
 

@@ -74,6 +74,28 @@ def kfac_adaptive(**options: Any) -> ConfigDict:
     return ConfigDict({"fisher": "sampled", "initial_damping": 1.0, "damping_floor": 1e-8} | options)
 
 
+def spectral_kfac(
+    learning_rate: float | ConfigDict, damping: float | ConfigDict = 1.0, **options: Any
+) -> ConfigDict:
+    """The settings of spectral K-FAC, whose damping is relative; ``options`` go to ``kfe_optax.spectral_kfac``,
+    except ``fisher``.
+    """
+    method = {
+        "learning_rate": as_schedule(learning_rate),
+        "damping": as_schedule(damping),
+        "fisher": "sampled",
+        "size": "fan_in",
+        "momentum": 0.9,
+        "nesterov": True,
+        "weight_decay": 0.0,
+        "decay": 0.95,
+        "factor_update_period": 25,
+        "inverse_update_period": 50,
+        "initial_refreshes": 1,
+    }
+    return ConfigDict(method | options)
+
+
 def ekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
     """EKFAC's settings; ``options`` go to ``kfe_optax.ekfac``, except ``fisher``."""
     method = {"basis_update_period": 50, "scale": "running", "scale_decay": 0.95}
@@ -145,6 +167,9 @@ def with_relatives(config: ConfigDict) -> ConfigDict:
     """
     if "kfac_adaptive" not in config:
         config.kfac_adaptive = kfac_adaptive()
+    if "spectral_kfac" not in config:
+        # One rate for all networks.
+        config.spectral_kfac = spectral_kfac(schedule(0.1, "linear", warmup=20))
     for name, relative in _RELATIVES.items():
         if name in config or relative not in config:
             continue

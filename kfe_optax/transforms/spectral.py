@@ -55,8 +55,8 @@ def scale_by_spectral_kfac(
     nesterov: bool = True,
     momentum_of: MomentumOf = "gradient",
     coefficients: polar.Coefficients | None = None,
-    factor_update_period: int = 20,
-    root_update_period: int = 40,
+    factor_update_period: int = 25,
+    inverse_update_period: int = 50,
     initial_refreshes: int = 1,
     max_dim: int = 8192,
     distribute: Distribute = "none",
@@ -83,7 +83,7 @@ def scale_by_spectral_kfac(
       momentum_of: "gradient", or "whitened": M averages Â^−p V Ĝ^−q, as in FISMO (Xu et al. 2026).
       coefficients: (a, b, c) of each Newton–Schulz iteration; `kfe.polar.minimax_coefficients()` by default, `kfe.polar.MUON`.
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
-      root_update_period: steps between refreshes of the powers of the factors.
+      inverse_update_period: steps between refreshes of the powers of the factors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
       max_dim: a side larger than this is treated as diagonal.
       distribute: how devices that take the same step share its linear algebra, see `kfe.scale_by_kronecker`.
@@ -119,7 +119,9 @@ def scale_by_spectral_kfac(
     checks.decay("decay", decay)
     checks.decay("momentum", momentum)
     checks.refreshes(
-        initial_refreshes, factor_update_period=factor_update_period, root_update_period=root_update_period
+        initial_refreshes,
+        factor_update_period=factor_update_period,
+        inverse_update_period=inverse_update_period,
     )
     factors = factors_lib.kfac(decay) if factors is None else factors
     if not callable(getattr(factors, "terms", None)):
@@ -144,7 +146,7 @@ def scale_by_spectral_kfac(
         whitened=momentum_of == "whitened",
         coefficients=polar.checked(coefficients),
         factor_update_period=factor_update_period,
-        root_update_period=root_update_period,
+        inverse_update_period=inverse_update_period,
         initial_refreshes=initial_refreshes,
         max_dim=max_dim,
     )
@@ -170,7 +172,7 @@ class _Spectral(NamedTuple):
     whitened: bool
     coefficients: polar.Coefficients
     factor_update_period: Any
-    root_update_period: Any
+    inverse_update_period: Any
     initial_refreshes: int
     max_dim: int
 
@@ -194,7 +196,7 @@ class _Spectral(NamedTuple):
         factors = update_factors(
             self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
         )
-        due = layerwise.due(step.count, self.root_update_period, self.initial_refreshes)
+        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
 
         def refresh() -> Any:
             terms = self.factors.terms(factors, self.layers)
