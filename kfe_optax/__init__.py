@@ -51,6 +51,7 @@ from kfe_optax.transforms.named import scale_by_kfac_corrected as scale_by_kfac_
 from kfe_optax.transforms.named import scale_by_kpsvd as scale_by_kpsvd
 from kfe_optax.transforms.named import scale_by_lanczos as scale_by_lanczos
 from kfe_optax.transforms.named import scale_by_tkfac as scale_by_tkfac
+from kfe_optax.transforms.normalize import clip_layers as clip_layers
 from kfe_optax.transforms.normalize import graft as graft
 from kfe_optax.transforms.normalize import normalize_layers as normalize_layers
 from kfe_optax.transforms.quadratic_model import scale_by_quadratic_model as scale_by_quadratic_model

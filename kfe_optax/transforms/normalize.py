@@ -1,4 +1,4 @@
-"""`normalize_layers` and `graft`: the length of each layer's step, given by a rule or by another optimizer."""
+"""`normalize_layers`, `clip_layers` and `graft`: the length of each layer's step, by a rule, a bound or another optimizer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax import checks, explicit
+from kfe_optax import checks, counts, explicit
 from kfe_optax.layers import Layers
-from kfe_optax.transforms import matrices
+from kfe_optax.transforms import layerwise, matrices
+from kfe_optax.transforms.layerwise import ScalarOrSchedule
 from kfe_optax.transforms.matrices import root_mean_square
 
-Size = Literal["rms", "fan_in", "operator"]
+Size = Literal["rms", "fan_in", "operator", "spectral"]
 
 
 def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransformation:
@@ -24,7 +25,8 @@ def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransf
     entries. "rms": c = 1, the learning rate is the size of a weight's step. "fan_in": c = 1/√d_in, it is that size relative to
     the weights' usual standard deviation at the start, so that one rate fits narrow and wide layers. "operator": c =
     √min(d_in, d_out) / d_in, for which √(d_in/d_out) times the root mean square of the singular values is 1: inputs of root
-    mean square 1 change outputs by about the learning rate (Yang et al. 2023; Bernstein & Newhouse 2024).
+    mean square 1 change outputs by about the learning rate (Yang et al. 2023; Bernstein & Newhouse 2024). "spectral": the same
+    of the largest singular value, by three power iterations, for updates in which few directions lead, as in those of K-FAC.
 
     Args:
       layers: what `kfe.find_layers` returned, or those of them that are to be normalized (`layers.without(...)`). Parameters
@@ -50,14 +52,16 @@ def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransf
       [1.0, 1.0]
     """
     matrices.check_layers(layers)
-    if size not in ("rms", "fan_in", "operator"):
-        raise ValueError(f"size must be 'rms', 'fan_in' or 'operator', not {size!r}.")
+    if size not in ("rms", "fan_in", "operator", "spectral"):
+        raise ValueError(f"size must be 'rms', 'fan_in', 'operator' or 'spectral', not {size!r}.")
 
     def init(params):
         del params
         return optax.EmptyState()
 
     def factor(delta):
+        if size == "spectral":
+            return _inverse(_change(delta))
         d_in, d_out = delta.shape[-2:]
         target = {"rms": 1.0, "fan_in": 1 / math.sqrt(d_in), "operator": math.sqrt(min(d_in, d_out)) / d_in}
         return target[size] * _inverse(root_mean_square(delta))
@@ -67,6 +71,63 @@ def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransf
         return matrices.rescaled(layers, factor, updates), state
 
     return optax.GradientTransformation(init, update)
+
+
+def clip_layers(layers: Layers, max_change: ScalarOrSchedule) -> optax.GradientTransformation:
+    """Bounds every layer's step: √(d_in/d_out) ‖Δ_l‖₂ ≤ `max_change`, for each matrix by itself, stacked ones apart.
+
+    That is how much outputs can change, in units of inputs of root mean square 1. Where batches are small and curvature noisy,
+    or one layer has little of it, a step in K-FAC's metric may be many times as long as its layer's weights, and a ReLU that it
+    turns off is off for good; a KL clip, which looks at the sum over layers and at directions that the batch has seen, does not
+    see it. Where steps are short it changes nothing. To stand behind the learning rate.
+
+    Args:
+      layers: what `kfe.find_layers` returned; parameters outside them are left as they are.
+      max_change: the bound, a scalar or a schedule of the step.
+
+    Returns:
+      An Optax transformation; its state is the count of steps.
+
+    Raises:
+      TypeError: no layers.
+      ValueError: a bound that is not positive; in `update`, a tree that is not that of the layers.
+
+    Example:
+      >>> import jax.numpy as jnp, kfe_optax as kfe
+      >>> def loss_fn(params, x):
+      ...     return kfe.losses.l2_loss(kfe.tag_dense(x, x @ params["kernel"], params)).mean()
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(2))
+      >>> tx = kfe.clip_layers(layers, 0.5)
+      >>> updates, _ = tx.update({"kernel": jnp.diag(jnp.array([4.0, 2.0]))}, tx.init(params))
+      >>> [round(float(number), 3) for number in jnp.diag(updates["kernel"])]
+      [0.5, 0.25]
+    """
+    matrices.check_layers(layers)
+    checks.bound(max_change=max_change)
+
+    def init(params):
+        del params
+        return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
+
+    def update(updates, state, params=None):
+        del params
+        bound = layerwise.value(max_change, state.count, "max_change")
+
+        def factor(delta):
+            change = _change(delta)
+            return jnp.where(change > bound, bound.astype(delta.dtype) * _inverse(change), 1)
+
+        return matrices.rescaled(layers, factor, updates), optax.ScaleByScheduleState(
+            counts.following(state.count)
+        )
+
+    return optax.GradientTransformation(init, update)
+
+
+def _change(delta: jax.Array) -> jax.Array:
+    """√(d_in/d_out) ‖Δ‖₂ of each matrix."""
+    return math.sqrt(delta.shape[-2] / delta.shape[-1]) * matrices.spectral_norm(delta)
 
 
 class GraftState(NamedTuple):
