@@ -77,11 +77,15 @@ def factored(
 def appendix_c(
     values_in: jax.Array, values_out: jax.Array, damping: jax.Array, ratio: jax.Array
 ) -> jax.Array:
-    """λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, (..., d_in, d_out): what factored damping adds to s_A s_Gᵀ (George et al. 2018, C)."""
+    """λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, (..., d_in, d_out): what factored damping adds to s_A s_Gᵀ (George et al. 2018, C).
+
+    At least 4 ε of the largest s_A s_G.
+    """
+    floor = least(values_in.max(-1) * values_out.max(-1))[..., None, None]
     root = jnp.sqrt(damping).astype(values_in.dtype)
     inputs = values_in * (root / ratio)[..., None]
     outputs = values_out * (root * ratio)[..., None]
-    return damping.astype(values_in.dtype) + inputs[..., :, None] + outputs[..., None, :]
+    return jnp.maximum(damping.astype(values_in.dtype) + inputs[..., :, None] + outputs[..., None, :], floor)
 
 
 def trace_tuned(
@@ -96,7 +100,8 @@ def trace_tuned(
     A convolution l has Θ_l + λ_l, λ_l = max{tr Θ_l, ϑ} / (d_in d_out), its mean eigenvalue: with feature groups that of all its
     blocks, tr Θ_l the sum of their traces and d_in d_out the number of their elements. Stacked layers are layers of their own.
     All else (dense layers, embeddings, norms, convolutions that share nothing) is fully connected and has β(Θ + λ) with β the
-    largest λ_l, or Θ + λ in a network without convolutions. The paper leaves λ inside β open.
+    largest λ_l, or Θ + λ in a network without convolutions. The paper leaves λ inside β open. λ_l and λ are at least 4 ε of the
+    largest element of their Θ.
 
     Args:
       scales: {layer: Θ (*stack, d_in, d_out)}, stacked layers first, then blocks.
@@ -106,6 +111,7 @@ def trace_tuned(
       relative: whether λ is `damping` times the mean of Θ.
     """
     tuned = {}
+    lowest = {name: least(scale.max((-2, -1), keepdims=True)) for name, scale in scales.items()}
     for name, scale in scales.items():
         if layers[name].kind.convolution:
             own = tuple(range(len(layers[name].stacked), scale.ndim))
@@ -115,9 +121,10 @@ def trace_tuned(
     denominators = {}
     for name, scale in scales.items():
         if name in tuned:
-            denominators[name] = scale + tuned[name]
+            denominators[name] = scale + jnp.maximum(tuned[name], lowest[name])
         else:
             own = damping.astype(scale.dtype)
-            plain = scale + (own * scale.mean((-2, -1), keepdims=True) if relative else own)
+            own = own * scale.mean((-2, -1), keepdims=True) if relative else own
+            plain = scale + jnp.maximum(own, lowest[name])
             denominators[name] = plain if factor is None else factor.astype(scale.dtype) * plain
     return denominators

@@ -193,13 +193,27 @@ def _check_batch(layers: tuple[Layer, ...]) -> None:
 
 
 def _depends(jaxpr: Any, count: int) -> bool:
-    """Whether the loss is computed from one of the first `count` arguments."""
-    needed = {id(v) for v in jaxpr.jaxpr.outvars}
-    for equation in reversed(jaxpr.jaxpr.eqns):
-        frozen = equation.primitive.name == "stop_gradient"
-        if not frozen and any(id(v) in needed for v in equation.outvars):
-            needed |= {id(v) for v in equation.invars}
-    return any(id(v) in needed for v in jaxpr.jaxpr.invars[:count])
+    """Whether the loss is computed from one of the first `count` arguments, other than behind a stop_gradient."""
+    return any(_needed(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))[:count])
+
+
+def _needed(jaxpr: Any, wanted: list[bool]) -> list[bool]:
+    """Which inputs the wanted outputs are computed from; of a loop or a branch that is wanted, all."""
+    needed = {id(v) for v, flag in zip(jaxpr.outvars, wanted, strict=True) if flag}
+    for equation in reversed(jaxpr.eqns):
+        flags = [id(v) in needed for v in equation.outvars]
+        if equation.primitive.name == "stop_gradient" or not any(flags):
+            continue
+        # A jit, a remat or a function with a derivative of its own: its inner jaxpr has the same inputs and outputs.
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        inner = [j for j in inner if hasattr(j, "eqns") and len(j.outvars) == len(flags)]
+        plain = equation.primitive.name not in ("scan", "while", "cond")
+        if plain and len(inner) == 1 and len(inner[0].invars) == len(equation.invars):
+            read = _needed(inner[0], flags)
+        else:
+            read = [True] * len(equation.invars)
+        needed |= {id(v) for v, flag in zip(equation.invars, read, strict=True) if flag}
+    return [id(v) in needed for v in jaxpr.invars]
 
 
 def _runs(trace: Callable[[set[Path]], Any], kept: set[Path]) -> bool:

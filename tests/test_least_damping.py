@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +28,8 @@ METHODS = {
     "sqrt": lambda strength: kfe.scale_by_kronecker(LAYERS, strength, damping_type="sqrt"),
     "linear": lambda strength: kfe.scale_by_kronecker(LAYERS, strength, damping_type="linear"),
     "ekfac": lambda strength: kfe.scale_by_ekfac(LAYERS, strength),
+    "appendix_c": lambda strength: kfe.scale_by_ekfac(LAYERS, strength, damping_type="appendix_c"),
+    "tekfac": lambda strength: kfe.scale_by_tekfac(LAYERS, strength),
 }
 
 
@@ -57,3 +61,15 @@ def test_the_least_damping(x64):
         inputs, outputs = damping.factored(a, g, jnp.float64(strength), 0)
         assert float(inputs[0, 0] - 1) == pytest.approx(16 * np.finfo(float).eps)
         assert float(outputs[0, 0] - 2) == pytest.approx(8 * np.finfo(float).eps)
+
+
+def test_the_least_damping_of_elements():
+    """What appendix C adds and TEKFAC's λ, of dense layers and of convolutions, are at least 4 ε of the largest element."""
+    zero, values = jnp.zeros(()), (jnp.array([0.0, 3.0]), jnp.array([0.0, 2.0]))
+    floor = 24 * jnp.finfo(jnp.float32).eps
+    assert (damping.appendix_c(*values, zero, jnp.ones(())) == floor).all()
+    scale = jnp.array([[0.0, 0.0], [0.0, 6.0]])
+    for convolution, smallest in ((False, floor), (True, 6 / 4)):
+        layer = types.SimpleNamespace(kind=types.SimpleNamespace(convolution=convolution), stacked=())
+        found = damping.trace_tuned({"layer": scale}, {"layer": layer}, zero, 0.0)["layer"]
+        assert found.min() == smallest

@@ -74,6 +74,16 @@ RETURNS = {
         False,
         "and not behind jax.lax.stop_gradient alone",
     ),
+    "stopped in a jit": (
+        lambda v: jax.jit(lambda u: jax.jit(jax.lax.stop_gradient)(u).mean())(v),
+        False,
+        "and not behind jax.lax.stop_gradient alone",
+    ),
+    "stopped in a remat": (
+        lambda v: jax.checkpoint(lambda u: jax.lax.stop_gradient(u).mean())(v),
+        False,
+        "and not behind jax.lax.stop_gradient alone",
+    ),
     "number": (lambda v: 1.0, False, "does not depend on the parameters"),
 }
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,22 @@ def test_a_signal_while_a_program_starts_is_one_sentence(tmp_path, number):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert (found.returncode, found.stderr) == (130, "kfe-optax: interrupted.\n")
+
+
+def test_ctrl_c_while_the_package_is_imported(tmp_path):
+    """The console script's module listens before it imports the package, whose own import JAX makes long."""
+    package = tmp_path / "kfe_optax"
+    package.mkdir()
+    (package / "__init__.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, function = scripts["kfe-optax"].split(":")
+    shutil.copy(ROOT / f"{module}.py", tmp_path)
+    # The fake package stands in front of the real one, as the script's own folder does.
+    command = [sys.executable, "-c", f"import sys; from {module} import {function}; sys.exit({function}())"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout.readline() == "importing\n"
+        started.send_signal(signal.SIGINT)
+        assert started.wait(30) == interruption_lib.INTERRUPTED
+        assert started.stderr.read() == "kfe-optax: interrupted.\n"
