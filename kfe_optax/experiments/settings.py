@@ -225,7 +225,7 @@ def _curvature_settings(
         "factor_update_period": 10,
         "initial_refreshes": 1,
     }
-    own = common | method
+    own: dict[str, Any] = common | method
     for field in ("max_kl", "max_change"):
         if isinstance(own[field], ConfigDict):
             own[field] = as_schedule(own[field])
