@@ -24,6 +24,7 @@ def kfac_adaptive(
     l2: float = 0.0,
     preconditioner: Callable[..., optax.GradientTransformation] | None = None,
     momentum: bool = True,
+    max_change: ScalarOrSchedule | None = 0.3,
     damping_period: int = 5,
     damping_factor: float = 19 / 20,
     damping_floor: float = 1e-8,
@@ -51,10 +52,12 @@ def kfac_adaptive(
       preconditioner: `kfe.scale_by_kfac` (the default) or another `kfe.scale_by_...` of layers and damping; of
         `scale_by_two_level_kfac` the fine level's damping is adapted, and the coarse one's is its own.
       momentum: whether the last update takes part.
+      max_change: a bound on every layer's part of the update, see `scale_by_quadratic_model`. A small batch's model foretells
+        that batch's own loss, noise and all, so that λ falls without end and nothing else bounds the step. None for no bound:
+        with batches of hundreds the first steps may be longer without one.
       damping_period: T₁, steps between measurements of the loss at the new parameters.
       damping_factor: ω₁ of one step.
-      damping_floor: the least λ. A batch's own loss follows the model the better the smaller λ is, noise and all: with
-        small batches raise it.
+      damping_floor: the least λ. A batch's own loss follows the model the better the smaller λ is, noise and all.
       damping_ceiling: the largest λ.
       damping_in_model: whether the reduction ratio's model has λ in it.
       search_period: T₂, steps between searches for the preconditioner's damping γ²; None: it is λ + η. Best a multiple of the
@@ -111,6 +114,7 @@ def kfac_adaptive(
         initial_damping,
         l2=l2,
         momentum=momentum,
+        max_change=max_change,
         search_period=search_period,
         search_floor=search_floor,
         search_ceiling=search_ceiling,

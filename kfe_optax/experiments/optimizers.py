@@ -133,6 +133,9 @@ def _constructed(
     }
     if method.curvature and distribute != "none":
         options["distribute"] = distribute
+    for field in _BOUNDS:
+        if field in settings:
+            options[field] = _bound(field, settings[field], run_steps)
     if method.self_tuning:
         if "search_period" in options:
             # 0 is no search, None to the library, which a flag of the command line cannot say.
@@ -140,9 +143,6 @@ def _constructed(
         return method.make(layers, **options)
     learning_rate = options.pop("learning_rate")
     if method.curvature:
-        for field in _BOUNDS:
-            if field in settings:
-                options[field] = _bound(field, settings[field], run_steps)
         return method.make(learning_rate, layers, **options)
     return optax.with_extra_args_support(method.make(learning_rate, **options))
 
@@ -193,7 +193,7 @@ def of_library(error: Exception) -> bool:
 
 def _check_learning_rate(name: str, method: Method, settings: ConfigDict) -> None:
     if method.self_tuning:
-        for field in ("learning_rate", *_BOUNDS):
+        for field in ("learning_rate", "max_kl"):
             if field in settings:
                 raise ExperimentError(
                     f"config.{name}.{field} is set, and '{name}' finds the length of its steps itself; leave it out."

@@ -69,9 +69,10 @@ def kfac_tridiagonal(
 
 def kfac_adaptive(**options: Any) -> ConfigDict:
     """The settings of K-FAC that needs no learning rate; ``options`` go to ``kfe_optax.kfac_adaptive``,
-    except ``fisher``. A ``search_period`` of 0 is no search.
+    except ``fisher``. A ``search_period`` of 0 is no search, a ``max_change`` of 0 no bound.
     """
-    return ConfigDict({"fisher": "sampled", "initial_damping": 1.0, "damping_floor": 1e-8} | options)
+    method = {"fisher": "sampled", "initial_damping": 1.0, "damping_floor": 1e-8, "max_change": 0.0}
+    return ConfigDict(method | options)
 
 
 def spectral_kfac(

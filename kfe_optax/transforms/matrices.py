@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -88,6 +89,11 @@ def spectral_norm(matrix: jax.Array) -> jax.Array:
         vector = _unit(shrunk.mT @ (shrunk @ vector))
     image = shrunk @ vector
     return largest[..., 0, 0] * jnp.sqrt(jnp.sum(image * image, (-2, -1)))
+
+
+def change(delta: jax.Array) -> jax.Array:
+    """√(d_in/d_out) ‖Δ‖₂ of each matrix: what it changes in outputs, in units of inputs of root mean square 1."""
+    return math.sqrt(delta.shape[-2] / delta.shape[-1]) * spectral_norm(delta)
 
 
 def _unit(vector: jax.Array) -> jax.Array:

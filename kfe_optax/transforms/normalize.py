@@ -61,7 +61,7 @@ def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransf
 
     def factor(delta):
         if size == "spectral":
-            return _inverse(_change(delta))
+            return _inverse(matrices.change(delta))
         d_in, d_out = delta.shape[-2:]
         target = {"rms": 1.0, "fan_in": 1 / math.sqrt(d_in), "operator": math.sqrt(min(d_in, d_out)) / d_in}
         return target[size] * _inverse(root_mean_square(delta))
@@ -115,7 +115,7 @@ def clip_layers(layers: Layers, max_change: ScalarOrSchedule) -> optax.GradientT
         bound = layerwise.value(max_change, state.count, "max_change")
 
         def factor(delta):
-            change = _change(delta)
+            change = matrices.change(delta)
             return jnp.where(change > bound, bound.astype(delta.dtype) * _inverse(change), 1)
 
         return matrices.rescaled(layers, factor, updates), optax.ScaleByScheduleState(
@@ -123,11 +123,6 @@ def clip_layers(layers: Layers, max_change: ScalarOrSchedule) -> optax.GradientT
         )
 
     return optax.GradientTransformation(init, update)
-
-
-def _change(delta: jax.Array) -> jax.Array:
-    """√(d_in/d_out) ‖Δ‖₂ of each matrix."""
-    return math.sqrt(delta.shape[-2] / delta.shape[-1]) * matrices.spectral_norm(delta)
 
 
 class GraftState(NamedTuple):

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax import checks, counts, explicit, static_values
+from kfe_optax.layer import leaves_by_path
+from kfe_optax.layers import Layers
 from kfe_optax.taps import Taps, symmetric
-from kfe_optax.transforms import damping_search, layerwise
+from kfe_optax.transforms import damping_search, layerwise, matrices
+from kfe_optax.transforms import given as given_lib
 from kfe_optax.transforms.layerwise import ScalarOrSchedule
 
 
@@ -47,6 +50,7 @@ def scale_by_quadratic_model(
     *,
     l2: float = 0.0,
     momentum: bool = True,
+    max_change: ScalarOrSchedule | None = None,
     search_period: int | None = None,
     search_floor: float = 1e-8,
     search_ceiling: float = 1e8,
@@ -67,6 +71,8 @@ def scale_by_quadratic_model(
       damping: λ > 0, a scalar or a schedule; `adaptive_damping` around it replaces it.
       l2: η ≥ 0, the strength of an ℓ2 penalty that is added here to the loss and its gradient (and not by the loss function).
       momentum: whether δ₀ takes part.
+      max_change: a bound c on √(d_in/d_out) ‖δ_l‖₂ of every layer's matrix, as of `kfe.clip_layers`: the whole of δ is
+        shortened until it holds, to νδ with M(νδ) − M(0) = (2ν − ν²) (M(δ) − M(0)); None for no bound.
       search_period: steps T₂ between searches for the preconditioner's own damping γ²: of γ·ω₂, γ and γ/ω₂ the one whose
         update has the lowest M(δ), ω₂ = (19/20)^(T₂/2), starting at γ² = λ + η. All three have the inverses of the present
         factors: the preconditioner forms them three times at such a step, and once more where it would not have refreshed
@@ -101,6 +107,8 @@ def scale_by_quadratic_model(
         checks.period("search_period", search_period)
     checks.positive(damping=damping)
     checks.not_negative(l2=l2)
+    if max_change is not None:
+        checks.bound(max_change=max_change)
     checks.interval("search_floor", search_floor, "search_ceiling", search_ceiling)
     preconditioner = optax.with_extra_args_support(inner)
     own_damping, own_l2 = damping, l2
@@ -163,8 +171,14 @@ def scale_by_quadratic_model(
         good = good if back is None else good & ~back
         coefficients = jnp.where(good, best.coefficients, 0)
         direction = jax.tree.map(lambda d: jnp.where(good, d, 0), best.direction)
+        shorter = jnp.ones((), best.change.dtype)
+        if max_change is not None:
+            bound = layerwise.value(max_change, state.count, "max_change")
+            shorter = _shortened(taps.layers, _sum(coefficients, [direction, *vectors]), bound)
+            coefficients = coefficients * shorter
         delta = _sum(*_taking_back(back, coefficients, [direction, *vectors], state))
-        change, squared_norm = (jnp.where(good, v, 0) for v in (best.change, best.squared_norm))
+        change = jnp.where(good, best.change * (2 - shorter) * shorter, 0)
+        squared_norm = jnp.where(good, best.squared_norm * shorter**2, 0)
         eta = jnp.asarray(0 if l2 is None else l2)
         numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm, eta)
         new_state = QuadraticModelState(
@@ -180,6 +194,17 @@ def scale_by_quadratic_model(
         ), new_state
 
     return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+
+
+def _shortened(layers: Layers, delta: Any, bound: jax.Array) -> jax.Array:
+    """ν: the largest number, at most 1, with which no layer's matrix is beyond the bound."""
+    leaves = leaves_by_path(delta)
+    changes = [
+        matrices.change(layer.gather({role: leaves[path] for role, path in layer.paths})).max()
+        for layer in given_lib.present_layers(layers, leaves)
+    ]
+    largest = jnp.stack(changes).max()
+    return jnp.where(largest > bound, bound / jnp.where(largest > 0, largest, 1), 1).astype(largest.dtype)
 
 
 def _taking_back(
