@@ -108,6 +108,10 @@ def kfac_adaptive(
     options = {**options.pop("options", {}), **options}
     _check(options, preconditioner, momentum)
     _check_initial(initial_damping, damping_floor, damping_ceiling)
+    checks.number(damping_factor=damping_factor)
+    checks.period("damping_period", damping_period)
+    if averaging is not None:
+        checks.number_or_schedule(averaging=averaging)
     tx = (preconditioner or scale_by_kfac)(layers, initial_damping, rest=rest or optax.identity(), **options)
     tx = scale_by_quadratic_model(
         tx,
@@ -157,6 +161,7 @@ def _check_initial(damping: Any, floor: Any, ceiling: Any) -> None:
     if callable(damping):
         raise TypeError("initial_damping is a number: where λ starts, before it follows the reduction ratio.")
     checks.positive(initial_damping=damping)
+    checks.number(damping_floor=floor, damping_ceiling=ceiling)
     known = all(isinstance(number, float | int) for number in (damping, floor, ceiling))
     if known and not floor <= damping <= ceiling:
         raise ValueError(

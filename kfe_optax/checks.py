@@ -40,6 +40,21 @@ def is_whole(number: Any) -> bool:
     return math.isfinite(number) and number == int(number)
 
 
+def number(**given: Any) -> None:
+    """Raises for what is no number, such as a string out of a config, where there can be no schedule either."""
+    for name, value in given.items():
+        if isinstance(value, np.ndarray | jax.Array):
+            one_number(name, value)
+        elif not isinstance(value, numbers.Real | np.generic):
+            raise TypeError(f"{name} must be a number, not {value!r}.")
+
+
+def number_or_schedule(**given: Any) -> None:
+    """Raises for what is neither a number nor a schedule."""
+    for name, value in given.items():
+        _is_number(name, value)
+
+
 def positive(**given: Any) -> None:
     """Raises for a number, such as a damping, that is not positive and finite."""
     for name, number in given.items():

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from kfe_optax import checks
 from kfe_optax.layers import Layers
 from kfe_optax.spectral import spectral_kfac
 from kfe_optax.transforms.clip import clip_by_kl
@@ -95,6 +96,8 @@ def _alias(name: str, title: str, scale_by: ScaleBy, documented: str | None = No
     ) -> optax.GradientTransformationExtraArgs:
         # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
         options = {**options.pop("options", {}), **options}
+        checks.number(momentum=momentum)
+        checks.number_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
         if rest is None:
             rest = optax.chain(optax.scale_by_adam(), optax.scale((1 - momentum) / 100))
         preconditioner = scale_by(layers, damping, rest=rest, **options)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -229,3 +232,47 @@ def test_chains_in_reversed_order(step):
     kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[["dense_0", "dense_1"]])
     # The order of the chains themselves is free.
     kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[["dense_1"], ["dense_0"]])
+
+
+MAKERS = {name: method.optimizer for name, method in kfe.METHODS.items()}
+MAKERS |= {f"scale_by_{name}": method.scale_by for name, method in kfe.METHODS.items()}
+MAKERS |= {f"factors.{name}": make for name, make in kfe.factors.FACTORS.items()}
+MAKERS |= {
+    name: getattr(kfe, name)
+    for name in (
+        "scale_by_kronecker",
+        "kfac_adaptive",
+        "adaptive_damping",
+        "scale_by_quadratic_model",
+        "average_iterates",
+        "clip_by_kl",
+        "in_kfe",
+    )
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_no_number(name, step):
+    """Whatever takes a number refuses a string (out of a config), a list and a dictionary by the option's name."""
+    layers, inner = step[1], optax.scale(-0.1)
+    needed = {
+        "layers": layers,
+        "inner": inner,
+        "factors": kfe.factors.kfac(),
+        "max_kl": 0.1,
+        "preconditioner": inner,
+    }
+    needed |= {"learning_rate": 0.1, "damping": 0.1, "initial_damping": 0.1}
+    parameters = inspect.signature(MAKERS[name]).parameters
+    given = {key: needed[key] for key, p in parameters.items() if p.default is p.empty and key in needed}
+    numeric = [
+        key
+        for key, p in parameters.items()
+        if re.search(r"\b(float|int|ScalarOrSchedule)\b", str(p.annotation))
+    ]
+    assert numeric or name == "factors.kfac"
+    for option in numeric:
+        for value in ("slow", [0.1], {"a": 1}):
+            with pytest.raises((TypeError, ValueError), match=f"^{option} "):
+                # What fixes the shapes of the state is looked at where that is made.
+                MAKERS[name](**(given | {option: value})).init(step[0].params)

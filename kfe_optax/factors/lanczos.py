@@ -60,6 +60,7 @@ def lanczos(
       2
     """
     checks.decay("decay", decay)
+    checks.number(max_restarts=max_restarts)
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, 2)
 
@@ -77,6 +78,7 @@ def check_subspace(subspace: int, wanted: int) -> None:
         raise ValueError(
             "subspace fixes shapes and cannot be an array: give optax.inject_hyperparams static_args=('subspace',)."
         )
+    checks.number(subspace=subspace)
     if subspace < wanted + 2:
         raise ValueError(
             f"A subspace of {subspace} leaves no room beside the {wanted} wanted triples; make it at least {wanted + 2}."

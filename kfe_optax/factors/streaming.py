@@ -45,9 +45,11 @@ def streaming(
       >>> kfe.factors.streaming(rank=1).rank
       1
     """
+    checks.number(rank=rank)
     if rank < 1:
         raise ValueError(f"rank is a number of Kronecker terms and cannot be {rank!r}; give 1 or 2.")
     checks.decay("decay", decay)
+    checks.number(max_restarts=max_restarts)
     terms.check_iteration(tolerance, 1 + max_restarts)
     check_subspace(subspace, rank)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import counts, kronecker
+from kfe_optax import checks, counts, kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.operators import Operator, times
@@ -138,6 +138,8 @@ def _or(old: jax.Array, other: jax.Array, stacked: int) -> jax.Array:
 
 def check_iteration(tolerance: ScalarOrSchedule, max_iterations: int) -> None:
     """Raises ValueError for a tolerance or a limit that no iteration can have."""
+    checks.number_or_schedule(tolerance=tolerance)
+    checks.number(max_iterations=max_iterations)
     if isinstance(tolerance, float | int) and not tolerance >= 0:
         raise ValueError(
             f"tolerance is a relative residual and cannot be {tolerance!r}; give a number such as 1e-4."

@@ -102,6 +102,7 @@ def adaptive_damping(
       0.95
     """
     checks.period("period", period)
+    checks.number(factor=factor)
     if not isinstance(factor, jax.Array) and not 0 < factor < 1:
         raise ValueError(
             f"factor must lie between 0 and 1, so that λ falls where the model is good; it is {factor!r}."

@@ -57,6 +57,7 @@ def average_iterates(decay: ScalarOrSchedule = 0.99) -> optax.GradientTransforma
       (2.0, 1.5)
     """
 
+    checks.number_or_schedule(decay=decay)
     if isinstance(decay, float | int) and not 0 <= decay < 1:
         raise ValueError(f"decay must lie in [0, 1), not {decay!r}.")
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import kronecker
+from kfe_optax import checks, kronecker
 from kfe_optax.devices import Devices
 from kfe_optax.factors.base import Term
 from kfe_optax.kronecker import Eigenbasis
@@ -34,6 +34,8 @@ def check(refresh: Any, tolerance: Any) -> None:
     """Raises ValueError for an unknown refresh or a tolerance that is none."""
     if refresh not in ("eigh", "qr"):
         raise ValueError(f"refresh must be 'eigh' or 'qr', not {refresh!r}.")
+    if tolerance is not None:
+        checks.number(refresh_tolerance=tolerance)
     if tolerance is not None and not isinstance(tolerance, jax.Array) and not 0 <= tolerance < 1:
         raise ValueError(
             f"refresh_tolerance is a fraction of a factor's norm, in [0, 1), or None for no check; it is {tolerance!r}."

@@ -127,6 +127,7 @@ def scale_by_ekfac(
     """
     checks.positive(damping=damping)
     checks.decay("decay", decay)
+    checks.number(trace_floor=trace_floor, null_threshold=null_threshold)
     checks.decay("scale_decay", decay if scale_decay is None else scale_decay)
     if factors is None:
         factors = factors_lib.kfac(decay)

@@ -148,6 +148,7 @@ def _form(factors: Factors, damping_type: Any, relative: bool, denominators: Any
     ):
         if chosen not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
+    checks.number(floor=floor)
     if not isinstance(floor, jax.Array) and not 0 < floor <= 1:
         raise ValueError(f"floor must lie in (0, 1], where it keeps the inverse positive; it is {floor!r}.")
     if relative and damping_type not in ("factored", "exact"):
