@@ -164,7 +164,8 @@ def with_relatives(config: ConfigDict) -> ConfigDict:
     """Gives every method that ``config`` leaves out the settings of its nearest relative in it.
 
     A relative of K-FAC takes all of K-FAC's settings that it has, TEKFAC what it shares with EKFAC, and Adam in
-    an eigenbasis Adam's learning rate. They are a start for ``sweep``, not a tuned setting.
+    an eigenbasis Adam's learning rate and the number of its weight decay, which is decoupled there and an L2 penalty
+    in Adam: another strength. They are a start for ``sweep``, not a tuned setting.
     """
     if "kfac_adaptive" not in config:
         config.kfac_adaptive = kfac_adaptive()
