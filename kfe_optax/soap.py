@@ -70,7 +70,8 @@ def soap(
       >>> updates["kernel"].shape
       (3, 2)
     """
-    checks.not_negative(weight_decay=weight_decay)
+    checks.number_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
+    checks.number(b1=b1, b2=b2, eps=eps)
     return optax.chain(
         in_kfe(
             optax.scale_by_adam(b1, b2, eps),

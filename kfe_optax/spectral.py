@@ -7,7 +7,7 @@ from typing import Any
 
 import optax
 
-from kfe_optax import polar
+from kfe_optax import checks, polar
 from kfe_optax.devices import Distribute
 from kfe_optax.factors.base import Factors
 from kfe_optax.layers import Layers
@@ -86,6 +86,7 @@ def spectral_kfac(
       >>> losses[-1] < losses[0] / 2
       True
     """
+    checks.number_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
     preconditioner = scale_by_spectral_kfac(
         layers,
         damping,
