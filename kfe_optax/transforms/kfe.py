@@ -13,7 +13,7 @@ from kfe_optax import checks, counts, kronecker
 from kfe_optax import factors as factors_lib
 from kfe_optax.devices import Devices, Distribute
 from kfe_optax.factors.base import Factors
-from kfe_optax.kronecker import Eigenbasis
+from kfe_optax.kronecker import Pair
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
 from kfe_optax.transforms import basis as basis_lib
@@ -23,7 +23,6 @@ from kfe_optax.transforms.kronecker import update_factors
 from kfe_optax.transforms.layerwise import Matrices, Step
 from kfe_optax.transforms.rest import sound
 
-Pair = tuple[Eigenbasis, Eigenbasis]
 Carry = Literal["first", "second", "columns", "keep"] | Callable[[jax.Array, Pair, Pair], jax.Array]
 
 _MOVES: Mapping[str, Callable[..., jax.Array]] = {
