@@ -322,11 +322,14 @@ EXPLICIT = {
     "ekfac": lambda layers, mesh: kfe.scale_by_ekfac(layers, 0.1, scale="batch"),
     "kpsvd": lambda layers, mesh: kfe.scale_by_kpsvd(layers, 0.1),
     "two-level": lambda layers, mesh: kfe.scale_by_two_level_kfac(layers, 0.1),
+    "bounded": lambda layers, mesh: optax.chain(
+        kfe.spectral_kfac(0.01, layers), kfe.clip_layers(layers, 1e-3)
+    ),
 }
 
 
 @pytest.mark.parametrize("in_context", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", methods.quick("kfac divided", slow=["kfac"], of=EXPLICIT))
+@pytest.mark.parametrize("name", methods.quick("kfac divided", "bounded", slow=["kfac"], of=EXPLICIT))
 def test_explicit_axes(name, in_context, fresh_problem):
     """A mesh whose axes are of type Explicit, where every array's type says how it is divided."""
     base, loss_fn = problem()

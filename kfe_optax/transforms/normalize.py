@@ -70,7 +70,7 @@ def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransf
         del params
         return matrices.rescaled(layers, factor, updates), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, explicit.on_any_mesh(update))
 
 
 def clip_layers(layers: Layers, max_change: ScalarOrSchedule) -> optax.GradientTransformation:
@@ -122,7 +122,7 @@ def clip_layers(layers: Layers, max_change: ScalarOrSchedule) -> optax.GradientT
             counts.following(state.count)
         )
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, explicit.on_any_mesh(update))
 
 
 class GraftState(NamedTuple):
