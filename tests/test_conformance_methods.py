@@ -347,6 +347,7 @@ def test_aliases_with_hyperparameters_in_the_state(trainer):
         problem.layers,
         damping=DAMPING,
         max_kl=None,
+        max_change=None,
         momentum=0.0,
         rest=optax.scale_by_adam(),
         **trainer.case.options,
