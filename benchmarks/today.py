@@ -1,6 +1,6 @@
 """Optimizers on the networks that people train today: each with five learning rates on one grid and nothing else tuned.
 
-Run the parts that you want, in any order, as often as you like; what is in the results file is not run again:
+Run the parts that you want, in any order, as often as you like; what is in the results file (`today.jsonl`) is not run again:
 
     python benchmarks/today.py run --tasks characters mlp --optimizers adam muon spectral_kfac
     python benchmarks/today.py table
@@ -34,6 +34,7 @@ from kfe_optax.experiments.config_files import load_config
 from kfe_optax.experiments.data import load
 from kfe_optax.experiments.task import make_task
 
+RESULTS = Path(__file__).with_suffix(".jsonl")
 RATES = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 INTERVALS = 20
 WARM_UP = 0.1
@@ -280,9 +281,7 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", default="", help="a folder with the data files")
-    parser.add_argument(
-        "--results", type=Path, default=Path("runs/today.jsonl"), help="a file, which is added to"
-    )
+    parser.add_argument("--results", type=Path, default=RESULTS, help="a file, which is added to")
     options = parser.parse_args()
     if options.command == "run":
         run(options)
