@@ -49,7 +49,7 @@ def spectral_kfac(
     Args:
       learning_rate: η, a scalar or a schedule: with size="fan_in" the root mean square of a step's entries relative to 1/√d_in.
       layers: what `kfe.find_layers` returned.
-      damping: ε, relative to each layer's mean curvature. 1 is for all networks; smaller values trust the curvature more.
+      damping: ε, relative to each layer's mean curvature. 1 is where to start; smaller values trust the curvature more.
       size: what the length of a step is measured by, see `kfe.normalize_layers`.
       momentum, nesterov, momentum_of: see `kfe.scale_by_spectral_kfac`.
       weight_decay: decoupled weight decay.
