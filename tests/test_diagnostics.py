@@ -193,3 +193,12 @@ def test_layers_that_cannot_be_checked():
     none = kfe.check_layers(loss_fn, layers.without("*"), params, tokens, labels)
     assert not none.ok
     assert str(none) == "No layers: nothing is checked."
+
+    def penalized(params, tokens, labels):
+        return loss_fn(params, tokens, labels) + 0.1 * jnp.sum(params["head"]["kernel"] ** 2)
+
+    one, two = (kfe.check_layers(penalized, layers, params, tokens[:n], labels[:n]) for n in (1, 2))
+    head = {check.name: check for check in one}["head"]
+    assert head.errors == [] and "one example does not tell a penalty from a mistake" in head.note
+    assert {check.name: check for check in one}["Embed_0"].errors
+    assert two.ok and "without the gradient of a penalty" in {check.name: check for check in two}["head"].note

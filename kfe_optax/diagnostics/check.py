@@ -99,7 +99,8 @@ def check_layers(
       loss_fn: as given to `find_layers`.
       layers: what `find_layers` returned.
       params: the parameters, or the `nnx.Module`.
-      *args: a small batch of different examples; the first axis of its arrays is the batch.
+      *args: a small batch of different examples; the first axis of its arrays is the batch. On a batch of one, a layer that does
+        not agree is not checked: that may be a penalty's doing.
       has_aux: as in `jax.value_and_grad`.
       tolerance: the largest error that is still called ok; 1e-8 in float64, 1e-3 in float32, 16 units of rounding below.
       **kwargs: as given to `loss_fn`.
@@ -185,6 +186,9 @@ class _Against:
             if change <= self.tolerance:
                 # No other batch changes it: a penalty's gradient.
                 error, penalty, note = change, gradient - total, "without the gradient of a penalty"
+        if error > self.tolerance and self.examples == 1:
+            note = "one example does not tell a penalty from a mistake: check it on two or more"
+            return LayerCheck(name, None, None, note)
         if not examples.any() and error <= self.tolerance:
             return LayerCheck(
                 name, None, None, "no example has a gradient here: check it at other parameters"
