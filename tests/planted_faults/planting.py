@@ -13,14 +13,15 @@ from . import forked
 from .coverage_map import FileMap
 from .faults import ROOT, Fault
 
-# A test file that sees a fault mostly does so in its first tests: the quickest, as many as fit in this.
-SECONDS_A_FILE = 8.0
+# Times are parts of what all tests together took when they were mapped, so that neither a slow machine nor a busy one chooses
+# other tests. A test file that sees a fault mostly does so in its first tests: the quickest, as many as fit in this.
+PART_A_FILE = 1 / 200
 # What executes a line of the core takes the whole suite: the narrowest files tell.
 FILES = 5
 # A fault that none of those sees is shown to more, for so long.
-SECONDS_UNSEEN = 150.0
+PART_UNSEEN = 1 / 10
 # After this a run hangs (a fault may make a loop endless), which is not overlooked either.
-SECONDS = 600.0
+PART_HANGING = 1 / 2
 
 
 def choose(fault: Fault, maps: dict[str, FileMap]) -> tuple[list[str], list[str]]:
@@ -30,21 +31,28 @@ def choose(fault: Fault, maps: dict[str, FileMap]) -> tuple[list[str], list[str]
     another one may see. So the later ones are all tests of the files in which one executes the line.
     """
     lines = fault.lines((ROOT / fault.file).read_text())
+    whole = _whole(maps)
     reached = {file: found for file, found in maps.items() if found.executing(fault, lines)}
     first: list[str] = []
     for found in list(reached.values())[:FILES]:
-        first += (
-            _within(found, found.executing(fault, lines), SECONDS_A_FILE) or found.executing(fault, lines)[:1]
-        )
+        executing = found.executing(fault, lines)
+        first += _within(found, executing, PART_A_FILE * whole) or executing[:1]
     later: list[str] = []
     spent = 0.0
     for found in reached.values():
         executing = [test for test in found.executing(fault, lines) if test not in first]
         others = sorted(found.tests - {*first, *executing}, key=found.cost)
-        chosen = _within(found, [*executing, *others], min(3 * SECONDS_A_FILE, SECONDS_UNSEEN - spent))
+        chosen = _within(
+            found, [*executing, *others], min(3 * PART_A_FILE * whole, PART_UNSEEN * whole - spent)
+        )
         later += chosen
         spent += sum(map(found.cost, chosen))
     return first, later
+
+
+def _whole(maps: dict[str, FileMap]) -> float:
+    """Seconds of all tests."""
+    return sum(found.cost(test) for found in maps.values() for test in found.tests)
 
 
 def _within(found: FileMap, tests: list[str], seconds: float) -> list[str]:
@@ -67,7 +75,8 @@ def run(
         folder = pathlib.Path(name)
         base = forked.copy_project(folder / "base")
         wanted = [fault for fault in faults if not (results / f"{fault.identity}.json").exists()]
-        jobs = (_job(fault, base, folder / fault.identity, choose(fault, maps)) for fault in wanted)
+        limit = PART_HANGING * _whole(maps)
+        jobs = (_job(fault, base, folder / fault.identity, choose(fault, maps), limit) for fault in wanted)
         for done, (job, in_time) in enumerate(forked.run(jobs, processes), 1):
             fault, chosen, start = job.key
             progress = json.loads((job.folder / "progress.json").read_text())
@@ -95,7 +104,7 @@ def run(
 
 
 def _job(
-    fault: Fault, base: pathlib.Path, folder: pathlib.Path, chosen: tuple[list[str], list[str]]
+    fault: Fault, base: pathlib.Path, folder: pathlib.Path, chosen: tuple[list[str], list[str]], limit: float
 ) -> forked.Job:
     project = folder / "project"
     shutil.copytree(base, project)
@@ -112,4 +121,4 @@ def _job(
         (folder / "ended").touch()
 
     (folder / "progress.json").write_text('{"seen": {}, "now": null}')
-    return forked.Job((fault, chosen, time.monotonic()), folder, work, SECONDS)
+    return forked.Job((fault, chosen, time.monotonic()), folder, work, limit)
