@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import optax
 
 from kfe_optax import checks, polar
@@ -34,6 +35,7 @@ def spectral_kfac(
     exponents: tuple[float, float] = (0.5, 0.5),
     exponents_back: tuple[float, float] | None = None,
     coefficients: polar.Coefficients | None = None,
+    iteration_dtype: jax.typing.DTypeLike | None = None,
     factor_update_period: int = 25,
     inverse_update_period: int = 50,
     initial_refreshes: int = 1,
@@ -57,8 +59,8 @@ def spectral_kfac(
       rest: the transformation of the parameters outside the layers, before the learning rate. By default
         `optax.scale_by_adam(b2=0.99)` times 0.1.
       rest_kinds: the kinds of layers that go there too.
-      factors, decay, exponents, exponents_back, coefficients, factor_update_period, inverse_update_period, initial_refreshes,
-        max_dim, distribute: see `kfe.scale_by_spectral_kfac`.
+      factors, decay, exponents, exponents_back, coefficients, iteration_dtype, factor_update_period, inverse_update_period,
+        initial_refreshes, max_dim, distribute: see `kfe.scale_by_spectral_kfac`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -98,6 +100,7 @@ def spectral_kfac(
         nesterov=nesterov,
         momentum_of=momentum_of,
         coefficients=coefficients,
+        iteration_dtype=iteration_dtype,
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
         initial_refreshes=initial_refreshes,

@@ -28,6 +28,7 @@ SHAPES = {
 }
 WHOLE, DIAGONAL = 8192, 3  # max_dim: every side a matrix; sides of 4 diagonal
 TIGHT = {"tolerance": 1e-13, "max_iterations": 20000}
+FISMO_DAMPING = 0.1
 SUBSPACE = {"tolerance": 1e-13, "subspace": 6, "max_restarts": 500}
 
 
@@ -43,7 +44,15 @@ def estimators(decay):
         "kfac_corrected": kfe.factors.kfac_corrected(decay, **TIGHT),
         "streaming": kfe.factors.streaming(2, decay, **SUBSPACE),
         "gradient": kfe.factors.gradient(decay),
+        "fismo": kfe.factors.fismo(decay, FISMO_DAMPING),
     }
+
+
+def fismo_side(old, v, other, decay, damping, diagonal):
+    """The published update of one side from V and the other side, whose inverse whitens it."""
+    new = v @ np.linalg.solve(other, v.T) / v.shape[1] + damping * np.trace(old) / len(old) * np.eye(len(old))
+    new = decay * old + (1 - decay) * (np.diag(np.diag(new)) if diagonal else new)
+    return len(new) * new / np.trace(new)
 
 
 def names(max_dim):
@@ -166,6 +175,7 @@ class Reference:
         self.average = df.TkfacAverage(decay) if "tkfac" in estimator else df.TermsAverage(decay)
         self.sides = Average(decay), Average(decay)
         self.fishers = []
+        self.whitened = None
 
     def add(self, f, kfac, tkfac, mean):
         """f (d, d), kfac (A, G), tkfac {pairing: (σ, Φ, Ψ)}, mean the mean gradient."""
@@ -176,6 +186,11 @@ class Reference:
         if "tkfac" in self.estimator:
             sigma, phi, psi = tkfac["example" if self.estimator == "tkfac_example" else "position"]
             return df.tkfac_terms(*self.average.add(sigma, *both((phi, psi))))
+        if self.estimator == "fismo":
+            p, q = self.whitened or (np.eye(d_in), np.eye(d_out))
+            p = fismo_side(p, mean, q, self.decay, FISMO_DAMPING, diagonal[0])
+            self.whitened = p, fismo_side(q, mean.T, p, self.decay, FISMO_DAMPING, diagonal[1])
+            return [self.whitened]
         if self.estimator == "gradient":
             for side, new in zip(self.sides, both((mean @ mean.T, mean.T @ mean)), strict=True):
                 side.add(new)

@@ -34,7 +34,24 @@ def test_null_directions_stay_null(shape):
     """Zero, and a matrix of rank one, of which u vᵀ alone is found."""
     found = polar.msign(jnp.stack([jnp.zeros(shape), jnp.ones(shape)]), polar.minimax_coefficients(9))
     assert not np.any(found[0])
-    assert_close(found[1], np.ones(shape) / np.sqrt(shape[0] * shape[1]), 1e-5)
+    # What is a rounding error of float32 at first grows as a singular value of that size does.
+    growth = np.prod([a for a, _, _ in polar.minimax_coefficients(9)[:5]])
+    expected = np.ones(shape) / np.sqrt(shape[0] * shape[1])
+    assert_close(found[1], expected, growth * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256)])
+def test_half_precision(shape):
+    """Rounding carries no singular value out of the polynomials' intervals, where they have no bound."""
+    matrix = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    both = jnp.stack([matrix, np.outer(matrix[:, 0], matrix[0])])
+    found = polar.msign(both, polar.minimax_coefficients(7), jnp.bfloat16)
+    assert found.dtype == jnp.float32
+    assert_close(np.linalg.svd(found[0])[1], np.ones(shape[0]), 0.02)
+    # Each iteration moves directions by some roundings, 2⁻⁹ each.
+    u, _, v = np.linalg.svd(matrix, full_matrices=False)
+    assert_close(found[0], u @ v, 0.05)
+    assert np.isfinite(found[1]).all() and np.linalg.svd(found[1])[1].max() < 1.02
 
 
 def quintic(coefficients, s):
@@ -72,3 +89,6 @@ def test_misuse():
             polar.minimax_coefficients(**wrong)
     with pytest.raises(ValueError, match="one triple"):
         polar.checked(())
+    for wrong in ("bf", 3, jnp.int32):
+        with pytest.raises(ValueError, match="iteration_dtype must be a floating-point dtype"):
+            polar.checked_dtype(wrong)

@@ -8,6 +8,7 @@ from kfe_optax.factors.base import Factors as Factors
 from kfe_optax.factors.base import Term as Term
 from kfe_optax.factors.base import estimate as estimate
 from kfe_optax.factors.deflation import deflation as deflation
+from kfe_optax.factors.fismo import fismo as fismo
 from kfe_optax.factors.gradient import gradient as gradient
 from kfe_optax.factors.kfac import kfac as kfac
 from kfe_optax.factors.kfac_corrected import kfac_corrected as kfac_corrected
@@ -19,5 +20,5 @@ from kfe_optax.factors.tkfac import tkfac as tkfac
 # What the conformance and oracle suites run over.
 FACTORS: Mapping[str, Callable[..., Factors]] = {
     make.__name__: make
-    for make in (kfac, tkfac, kpsvd, deflation, lanczos, kfac_corrected, streaming, gradient)
+    for make in (kfac, tkfac, kpsvd, deflation, lanczos, kfac_corrected, streaming, gradient, fismo)
 }

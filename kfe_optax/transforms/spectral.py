@@ -55,6 +55,7 @@ def scale_by_spectral_kfac(
     nesterov: bool = True,
     momentum_of: MomentumOf = "gradient",
     coefficients: polar.Coefficients | None = None,
+    iteration_dtype: jax.typing.DTypeLike | None = None,
     factor_update_period: int = 25,
     inverse_update_period: int = 50,
     initial_refreshes: int = 1,
@@ -82,6 +83,7 @@ def scale_by_spectral_kfac(
       nesterov: whether β M + (1 − β) V takes the place of M.
       momentum_of: "gradient", or "whitened": M averages Â^−p V Ĝ^−q, as in FISMO (Xu et al. 2026).
       coefficients: (a, b, c) of each Newton–Schulz iteration; `kfe.polar.minimax_coefficients()` by default, `kfe.polar.MUON`.
+      iteration_dtype: what these iterations are computed in, such as `jnp.bfloat16` on accelerators; float32 by default.
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       inverse_update_period: steps between refreshes of the powers of the factors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
@@ -145,6 +147,7 @@ def scale_by_spectral_kfac(
         nesterov=nesterov,
         whitened=momentum_of == "whitened",
         coefficients=polar.checked(coefficients),
+        iteration_dtype=polar.checked_dtype(iteration_dtype),
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
         initial_refreshes=initial_refreshes,
@@ -171,6 +174,7 @@ class _Spectral(NamedTuple):
     nesterov: bool
     whitened: bool
     coefficients: polar.Coefficients
+    iteration_dtype: Any
     factor_update_period: Any
     inverse_update_period: Any
     initial_refreshes: int
@@ -233,5 +237,5 @@ class _Spectral(NamedTuple):
         chosen = beta * mean + (1 - beta) * v if self.nesterov else mean
         if not self.whitened:
             chosen = self.powers.apply(0, chosen, root, stacked)
-        sign = polar.msign(chosen, self.coefficients)
+        sign = polar.msign(chosen, self.coefficients, self.iteration_dtype)
         return self.powers.apply(-1, sign, root, stacked), mean
