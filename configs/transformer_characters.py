@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
             "dropout": 0.0,
             "tied": False,
             "scan": False,
+            "experts": 1,
         }
     )
     config.loss = "softmax_cross_entropy"

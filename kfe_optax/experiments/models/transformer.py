@@ -11,8 +11,42 @@ from flax import linen as nn
 _POSITIONS = nn.initializers.normal(0.02)
 
 
+class Wide(nn.Module):
+    """Two dense layers with a GELU between them."""
+
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(x.shape[-1], name="dense_2")(jax.nn.gelu(nn.Dense(self.hidden, name="dense_1")(x)))
+
+
+class Experts(nn.Module):
+    """A mixture of such pairs, a stack of them: each position's two best experts by a router, weighted by its softmax.
+
+    Every expert computes every position, which at these sizes costs less than sorting them.
+    """
+
+    experts: int
+    hidden: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scores = nn.Dense(self.experts, use_bias=False, name="router")(x)
+        second = jax.lax.top_k(scores, 2)[0][..., 1:]
+        weights = jax.nn.softmax(jnp.where(scores >= second, scores, -jnp.inf))
+        stack = nn.vmap(
+            Wide,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=self.experts,
+        )
+        return jnp.einsum("e...d,...e->...d", stack(self.hidden, name="stack")(x), weights)
+
+
 class Block(nn.Module):
-    """Attention and two dense layers, each on a layer norm's output and added to its input.
+    """Attention and two dense layers (or a mixture of experts), each on a layer norm's output and added to its input.
 
     It returns a pair, as the body of a loop does.
     """
@@ -22,6 +56,7 @@ class Block(nn.Module):
     causal: bool
     dropout: float
     train: bool
+    experts: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
@@ -31,8 +66,9 @@ class Block(nn.Module):
             self.heads, dropout_rate=self.dropout, deterministic=not self.train, name="attention"
         )
         x = x + self._dropped(attention(nn.LayerNorm(name="norm_1")(x), mask=mask))
-        wide = jax.nn.gelu(nn.Dense(self.hidden, name="dense_1")(nn.LayerNorm(name="norm_2")(x)))
-        return x + self._dropped(nn.Dense(x.shape[-1], name="dense_2")(wide)), None
+        wide = Experts(self.experts, self.hidden) if self.experts > 1 else Wide(self.hidden)
+        nn.share_scope(self, wide)
+        return x + self._dropped(wide(nn.LayerNorm(name="norm_2")(x))), None
 
     def _dropped(self, x: jax.Array) -> jax.Array:
         return nn.Dropout(self.dropout, deterministic=not self.train)(x)
@@ -73,7 +109,8 @@ class VisionTransformer(nn.Module):
 class CharacterTransformer(nn.Module):
     """Characters (n, length) to the logits of each next one, (n, length, vocabulary).
 
-    ``tied`` takes the embedding's table for the last layer as well. ``scan`` makes a loop of the
+    ``experts`` above one puts a mixture of so many in the place of each block's dense layers. ``tied`` takes the
+    embedding's table for the last layer as well. ``scan`` makes a loop of the
     blocks, whose parameters are then stacked and whose activations are computed again in the
     backward pass: a program and a memory that hardly grow with ``depth``.
 
@@ -92,6 +129,7 @@ class CharacterTransformer(nn.Module):
     dropout: float = 0.0
     tied: bool = False
     scan: bool = False
+    experts: int = 1
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
@@ -100,7 +138,13 @@ class CharacterTransformer(nn.Module):
         x = embed(tokens) + positions[: tokens.shape[1]]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         block = functools.partial(
-            Block, heads=self.heads, hidden=self.hidden, causal=True, dropout=self.dropout, train=train
+            Block,
+            heads=self.heads,
+            hidden=self.hidden,
+            causal=True,
+            dropout=self.dropout,
+            train=train,
+            experts=self.experts,
         )
         if self.scan:
             loop = nn.scan(

@@ -1,0 +1,1 @@
+"""Optimizers on the networks that people train today: `python -m benchmarks.today --help`."""
