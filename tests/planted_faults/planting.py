@@ -28,7 +28,7 @@ def choose(fault: Fault, maps: dict[str, FileMap]) -> tuple[list[str], list[str]
     """The tests to begin with, and those for a fault that they do not see.
 
     What tests of a file share, a compiled step for instance, executes its lines in the first test that asks for it; what is wrong
-    another one may see. So the later ones are all tests of the files in which one executes the line.
+    another one may see. So among the later ones are all tests of the files in which one executes the line.
     """
     lines = fault.lines((ROOT / fault.file).read_text())
     whole = _whole(maps)
@@ -37,11 +37,22 @@ def choose(fault: Fault, maps: dict[str, FileMap]) -> tuple[list[str], list[str]
     for found in list(reached.values())[:FILES]:
         executing = found.executing(fault, lines)
         first += _within(found, executing, PART_A_FILE * whole) or executing[:1]
-    later: list[str] = []
-    spent = 0.0
+    # Of a line that everything executes, the quickest tests wherever they stand; then all tests of the narrowest files.
+    everywhere = sorted(
+        (found.cost(test), test)
+        for found in reached.values()
+        for test in found.executing(fault, lines)
+        if test not in first
+    )
+    later, spent = [], 0.0
+    for cost, test in everywhere:
+        if spent + cost > PART_UNSEEN * whole / 2:
+            break
+        later.append(test)
+        spent += cost
     for found in reached.values():
-        executing = [test for test in found.executing(fault, lines) if test not in first]
-        others = sorted(found.tests - {*first, *executing}, key=found.cost)
+        executing = [test for test in found.executing(fault, lines) if test not in {*first, *later}]
+        others = sorted(found.tests - {*first, *later, *executing}, key=found.cost)
         chosen = _within(
             found, [*executing, *others], min(3 * PART_A_FILE * whole, PART_UNSEEN * whole - spent)
         )
