@@ -65,8 +65,10 @@ def make_step(problem: Problem, name: str, max_dim: int) -> tuple[Callable[..., 
     layers = kfe.find_layers(problem.loss_fn, problem.params, *problem.args, has_aux=True)
     makers = {
         "K-FAC": lambda: kfe.kfac(0.1, layers, max_dim=max_dim),
-        "EKFAC, running scale": lambda: kfe.ekfac(0.1, layers, max_dim=max_dim),
-        "EKFAC, batch scale": lambda: kfe.ekfac(0.1, layers, scale="batch", max_dim=max_dim),
+        "EKFAC, running scale": lambda: kfe.ekfac(0.1, layers, scale="running", max_dim=max_dim),
+        "EKFAC, batch scale": lambda: kfe.ekfac(
+            0.1, layers, scale="batch", scale_update_period=1, max_dim=max_dim
+        ),
         "TEKFAC": lambda: kfe.tekfac(0.1, layers, max_dim=max_dim),
     }
     transform = makers[name]()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kfe_optax as kfe
+from benchmarks import physics
+from benchmarks.today.tasks import OPTIMIZERS
 from examples import helium, poisson
 
 from .dense import assert_close
@@ -59,3 +62,13 @@ def test_helium(x64):
     deviations = deviations - deviations.mean()
     expected = jax.tree.map(lambda j: jnp.tensordot(deviations, j, 1) / 16, jacobian)
     assert_close(jax.grad(helium.loss_fn)(params, walkers, jnp.clip(energies, -3.5, -2.5)), expected, 1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "spectral_kfac"])
+@pytest.mark.parametrize(("problem", "bound"), [("poisson", 0.25), ("helium", 0.02)])
+def test_default_settings_converge(name, problem, bound):
+    """At the recommended rate; where the scale of EKFAC is that of squared mean gradients it ends at an error of 2."""
+    recipe = OPTIMIZERS[name]
+    found, _ = physics.train(physics.PROBLEMS[problem]._replace(steps=150), recipe, recipe.unit, 0)
+    assert np.abs(found[-1]) < bound < found[0]
