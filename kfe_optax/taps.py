@@ -1,8 +1,8 @@
 """Taps: every layer's curvature statistics of one step, in a lazy form.
 
-They carry the pull (the residuals of the step's `jax.vjp`); whoever reads a statistic runs the pull again with the loss's mode
-swapped, inside its own `lax.cond`, so that a step that refreshes nothing costs a plain gradient. With microbatches they carry
-what the step was given instead, and the forward pass runs again too.
+They carry what the step was given; whoever reads a statistic runs the forward pass and the pull (its `jax.vjp`) again, with the
+loss's mode swapped, inside its own `lax.cond`, so that a step that refreshes nothing costs a plain gradient. With
+`recompute=False` they carry the pull's residuals instead, and the forward pass does not run again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import core
 
 from kfe_optax import explicit, microbatches, outputs, varying
 from kfe_optax.forward import Forward, Swaps
@@ -58,7 +59,7 @@ class Plan:
     """What is static about taps: how to run the pull, and for which layers."""
 
     forward: Forward
-    swaps: Swaps | None  # None: the forward pass runs again, microbatch by microbatch
+    swaps: Swaps | None  # None: the forward pass runs again, in microbatches or not
     fisher: Fisher
     num_samples: int
     stacked: tuple[bool, ...]
@@ -88,8 +89,8 @@ class Plan:
 class Taps:
     """The layers' statistics of one step, lazily; `taps[name]` is a layer's tap.
 
-    A pytree of arrays (the residuals of the step's backward pass), so that it passes through `jit`, `scan`, `pmap` and every
-    Optax wrapper as an extra argument. It lives as long as the step.
+    A pytree of arrays (what the step was given, or the residuals of its backward pass), so that it passes through `jit`, `scan`,
+    `pmap` and every Optax wrapper as an extra argument. It lives as long as the step.
     """
 
     def __init__(
@@ -102,6 +103,8 @@ class Taps:
         self._loss = loss
         self._scale = scale  # of the loss that was differentiated, None for 1
         self._plan = plan
+        self._kept: Passage | None = None
+        self.loss_fn: Any = None  # which must live as long as the taps do: what is compiled holds it weakly
 
     def tree_flatten(self):
         return (self._residuals, self._given, self._seed, self._weights, self._loss, self._scale), self._plan
@@ -130,19 +133,29 @@ class Taps:
         return f"Taps({', '.join(self.layers)}; fisher={self._plan.fisher!r})"
 
     def _passage(self) -> Passage:
-        """The step's one forward pass."""
+        """The step's one forward pass, which runs again where its residuals were not kept."""
         plan = self._plan
-        if plan.swaps is None:
+        if plan.microbatches > 1:
             raise ValueError(
                 f"These taps run in {plan.microbatches} microbatches, and no single example's statistics are kept: leave "
                 "microbatches at 1 for rows, example gradients and diagnostics."
             )
-        return Passage(*self._residuals, plan.swaps, 0)
+        if plan.swaps is not None:
+            return Passage(*self._residuals, plan.swaps, 0)
+        given = self._given
+        assert given is not None
+        if self._kept is not None:
+            return self._kept
+        passage = self._again((given.arrays, given.row_mask, 0))
+        # Outside of jit one pass serves all that is read.
+        if not any(isinstance(leaf, core.Tracer) for leaf in (*passage.leaves, passage.cotangent)):
+            self._kept = passage
+        return passage
 
     def mean_over_microbatches(self, function: Callable[[Passage], T]) -> T:
         """The mean of `function` over the forward passes: the one that was, or one of each microbatch that runs again."""
         plan = self._plan
-        if plan.swaps is not None:
+        if plan.microbatches == 1:
             return function(self._passage())
         sums = microbatches.total(lambda part: function(self._again(part)), self._parts())
         return jax.tree.map(lambda v: v / plan.microbatches, sums)
@@ -160,7 +173,9 @@ class Taps:
     def _again(self, part: Any) -> Passage:
         assert self._given is not None
         arrays, row_mask, index = part
-        passed = self._plan.forward(self._given.parameters, self._arrays(arrays), row_mask, self._scale)
+        if self._plan.microbatches > 1:
+            arrays = self._arrays(arrays)
+        passed = self._plan.forward(self._given.parameters, arrays, row_mask, self._scale)
         return Passage(passed.leaves, passed.cotangent, passed.swaps, index)
 
     def draw(self, index: Any, passage: Passage | None = None) -> dict[str, Statistics]:
@@ -206,7 +221,7 @@ class Taps:
         """
         given, plan = self._checked(), self._plan
         there = self._like_parameters(parameters, given.parameters)
-        if plan.swaps is not None:
+        if plan.microbatches == 1:
             loss = plan.forward.loss(there, given.arrays)
         else:
             parts = self._parts()
@@ -232,7 +247,7 @@ class Taps:
         vector = self._like_parameters(vector, nothing)
         root = plan.microbatches**-0.5 if self._scale is None else (plan.microbatches * self._scale) ** -0.5
         scaled = jax.tree.map(lambda v: v * jnp.asarray(root, v.dtype), vector)
-        if plan.swaps is not None:
+        if plan.microbatches == 1:
             return _tangent(self._passage(), scaled)
         return jax.lax.map(lambda part: _tangent(self._again(part), scaled), self._parts())
 
@@ -268,7 +283,7 @@ class Taps:
 
     def pulled(self) -> Pulled:
         """The taps with the pull run, when a single draw makes the estimate, so that several reductions share it."""
-        single = self._plan.draws == 1 and self._plan.swaps is not None
+        single = self._plan.draws == 1 and self._plan.microbatches == 1
         return Pulled(self, self.draw(0) if single else None)
 
     @property

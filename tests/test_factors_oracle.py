@@ -23,6 +23,25 @@ from .methods import quick
 DECAY = 0.6
 
 
+@pytest.mark.parametrize(("size", "failures"), [(1.0, 0), (1e6, 1), (np.nan, 1)])
+def test_fismo_keeps_bad_gradients_out(size, failures):
+    """A huge one counts as one 100 times as large as the factor, one that is not a number not at all; both are counted."""
+    problem = problems.make("plain")
+    layers, factors = problem.layers(), kfe.factors.fismo(DECAY)
+    before = factors.init(list(layers.values()), 8192)
+    generator = np.random.default_rng(0)
+    gradients = {
+        name: jnp.asarray(size * generator.normal(size=v.shape), jnp.float32) for name, v in layers.items()
+    }
+    after = factors.update(before, Source(layers, None, gradients), jnp.zeros((), jnp.int32))
+    assert int(after.failures) == failures * len(layers)
+    for name, side in after.input.items():
+        assert np.isfinite(side).all()
+        assert_close(np.trace(side), float(side.shape[-1]), 1e-5)
+        moved = np.abs(side - before.input[name]).max()
+        assert moved == 0 if np.isnan(size) else moved > 0.01
+
+
 def test_all_of_the_registry_is_here():
     assert set(kfe.factors.FACTORS) <= set(fr.estimators(DECAY))
 

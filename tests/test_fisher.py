@@ -9,6 +9,7 @@ import pytest
 
 import kfe_optax as kfe
 
+from . import problems
 from .dense import assert_close, gauss_newton, relative_error
 from .methods import quick
 
@@ -296,3 +297,24 @@ def test_running_scale_weight(x64):
         "weighted": N * b["weights"].sum() / (b["weights"] ** 2).sum(),
     }.items():
         assert_close(exact_taps(name, b)[1].gradient_weight, jnp.asarray(expected, jnp.float64), 1e-12)
+
+
+@pytest.mark.parametrize("fisher", ["sampled", "exact", "empirical"])
+def test_what_is_computed_again_is_the_same(fisher, x64):
+    """With the residuals kept, or the forward pass run again, outside of jit and inside; then no activation waits for it."""
+    problem = problems.make("linen")
+    layers, factors = problem.layers(), kfe.factors.kfac()
+    mask = jnp.arange(problems.EXAMPLES) > 0
+
+    def run(recompute):
+        differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher=fisher, recompute=recompute)
+        return differentiate(problem.params, *problem.args, key=jax.random.key(3), row_mask=mask)
+
+    again, kept = run(None), run(False)
+    assert_close(again[:2], kept[:2], 1e-12)
+    expected = kfe.factors.estimate(factors, kept[2])
+    assert_close(kfe.factors.estimate(factors, again[2]), expected, 1e-12)
+    assert_close(jax.jit(lambda taps: kfe.factors.estimate(factors, taps))(again[2]), expected, 1e-12)
+    hidden = (problems.EXAMPLES, problem.weights[0].shape[1])
+    shapes = [{leaf.shape for leaf in jax.tree.leaves(taps)} for *_, taps in (again, kept)]
+    assert hidden not in shapes[0] and hidden in shapes[1]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfe_optax import checks, counts, kronecker
+from kfe_optax import damping as damping_lib
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import FactorsState, zeros
@@ -44,31 +45,33 @@ class Fismo(NamedTuple):
             v = source.gradients[name].astype(layer.factor_dtype)
             rho = decay.astype(v.dtype)
             with jax.default_matmul_precision("highest"):
-                new_p = self._side(p, v, q, rho, stacked)
-                new_q = self._side(q, v.mT, new_p, rho, stacked)
+                new_p, excessive = self._side(p, v, q, rho, stacked)
+                new_q, too = self._side(q, v.mT, new_p, rho, stacked)
             finite = jnp.isfinite(new_p).all() & jnp.isfinite(new_q).all()
             inputs[name] = jnp.where(finite, new_p, p)
             outputs[name] = jnp.where(finite, new_q, q)
-            failures = counts.added(failures, ~finite)
+            failures = counts.added(failures, ~finite | excessive | too)
         return FactorsState(counts.added(state.updates, 1), inputs, outputs, failures)
 
     def _side(
         self, old: jax.Array, v: jax.Array, other: jax.Array, rho: jax.Array, stacked: int
-    ) -> jax.Array:
-        """ρ P + (1 − ρ) (V Q⁻¹ Vᵀ / n + μ I) with its trace made d."""
+    ) -> tuple[jax.Array, jax.Array]:
+        """ρ P + (1 − ρ) (V Q⁻¹ Vᵀ / n + μ I) with its trace made d, and whether V had to be bounded (see `base.weights`)."""
+        least = damping_lib.least(kronecker.trace(other, stacked))[..., None]
         if kronecker.is_diagonal(other, stacked):
-            inverse = 1 / other
+            inverse = 1 / (other + least)
         else:
-            flat = other.reshape(-1, *other.shape[-2:])
-            inverse = kronecker.inverse(flat)[0].reshape(other.shape)
+            damped = other + least[..., None] * kronecker.identity_like(other, stacked)
+            inverse = kronecker.inverse(damped.reshape(-1, *other.shape[-2:]))[0].reshape(other.shape)
         whitened = kronecker.right(v, inverse, stacked)
         diagonal = kronecker.is_diagonal(old, stacked)
         new = jnp.sum(whitened * v, -1) if diagonal else whitened @ v.mT
         new = new / v.shape[-1] + self.damping * kronecker.identity_like(old, stacked)
-        mixed = rho * old + (1 - rho) * new
+        own = base.weights(rho, base.proportion(old, new))
+        mixed = own.past.astype(old.dtype) * old + own.new.astype(old.dtype) * new
         mixed = mixed if diagonal else (mixed + mixed.mT) / 2
         factor = mixed.shape[-1] / kronecker.trace(mixed, stacked)
-        return mixed * factor.reshape(factor.shape + (1,) * (mixed.ndim - factor.ndim))
+        return mixed * factor.reshape(factor.shape + (1,) * (mixed.ndim - factor.ndim)), own.excessive
 
     def terms(self, state: FactorsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
         del layers
@@ -87,7 +90,7 @@ def fismo(decay: ScalarOrSchedule = 0.95, damping: float = 1e-3) -> Fismo:
 
     Args:
       decay: γ in [0, 1], a scalar or a schedule of the step. New values weigh 1 − γ from the first step on, whatever the
-        gradient's size: a tiny one leaves the identities as they are.
+        gradient's size: a tiny one leaves the identities as they are, one that is 10 times as large as the factors is bounded.
       damping: μ > 0.
 
     Returns:
