@@ -62,7 +62,8 @@ def value_grad_and_taps(
         names of keywords. All behind the parameters by default; scalars are never split.
       recompute: whether a step that reads statistics runs the forward pass once more. Then the others keep no residuals for it,
         and cost what a plain gradient costs: a Transformer's, with attention to be kept, some 20 % less. False is cheaper where
-        statistics are read on every step or two; it is the default with `quadratic_model`, True without.
+        statistics are read on every step or two; it is the default with `quadratic_model`, True without. What the loss prints, a
+        pass that runs again prints again.
 
     Returns:
       `f(params, *args, key=None, row_mask=None, **kwargs) -> (loss, grads, taps)`, `((loss, aux), grads, taps)` with `has_aux`.

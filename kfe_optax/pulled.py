@@ -28,7 +28,7 @@ class Pulled:
     def both(self, inputs: Callable[[Any], S], outputs: Callable[[Any], T]) -> tuple[S, T]:
         """`inputs(statistics by layer)`, which depends on the inputs ā alone, beside `reduce(outputs)`, in one reduction."""
 
-        def summed(passage: Passage) -> tuple[S, T]:
+        def summed(passage: Passage | None) -> tuple[S, T]:
             if self._taps._plan.draws == 1:
                 statistics = self._draw(0, passage)
                 return inputs(statistics), outputs(statistics)
@@ -42,7 +42,7 @@ class Pulled:
         `function` maps the statistics of one draw to a pytree of arrays that are quadratic in g.
         """
 
-        def summed(passage: Passage) -> T:
+        def summed(passage: Passage | None) -> T:
             if self._taps._plan.draws == 1:
                 return function(self._draw(0, passage))
             return self._over_draws(function, passage)
@@ -51,10 +51,11 @@ class Pulled:
 
     def _over_devices(self, summed: Callable[[Any], T]) -> T:
         plan = self._taps._plan
-        total = self._taps.mean_over_microbatches(summed)
+        # What has been drawn needs no further forward pass.
+        total = self._taps.mean_over_microbatches(summed) if self._statistics is None else summed(None)
         return total if plan.axis_name is None else jax.lax.pmean(total, plan.axis_name)
 
-    def _draw(self, index: Any, passage: Passage) -> dict[str, Statistics]:
+    def _draw(self, index: Any, passage: Passage | None) -> dict[str, Statistics]:
         return self._taps.draw(index, passage) if self._statistics is None else self._statistics
 
     def rows(self, name: str) -> tuple[jax.Array, jax.Array] | None:
@@ -73,7 +74,7 @@ class Pulled:
         a, g = self._statistics[name].rows()
         return (a[..., 0, :], g[..., 0, :]) if a.shape[-2] == 1 else None
 
-    def _over_draws(self, function: Callable[[dict[str, Statistics]], T], passage: Passage) -> T:
+    def _over_draws(self, function: Callable[[dict[str, Statistics]], T], passage: Passage | None) -> T:
         plan = self._taps._plan
         total = microbatches.total(
             lambda index: function(self._taps.draw(index, passage)), jnp.arange(plan.draws)

@@ -304,17 +304,23 @@ def test_what_is_computed_again_is_the_same(fisher, x64):
     """With the residuals kept, or the forward pass run again, outside of jit and inside; then no activation waits for it."""
     problem = problems.make("linen")
     layers, factors = problem.layers(), kfe.factors.kfac()
-    mask = jnp.arange(problems.EXAMPLES) > 0
+    mask, passes = jnp.arange(problems.EXAMPLES) > 0, []
+
+    def loss_fn(*given):
+        passes.append(1)
+        return problem.loss_fn(*given)
 
     def run(recompute):
-        differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers, fisher=fisher, recompute=recompute)
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher=fisher, recompute=recompute)
         return differentiate(problem.params, *problem.args, key=jax.random.key(3), row_mask=mask)
 
     again, kept = run(None), run(False)
     assert_close(again[:2], kept[:2], 1e-12)
     expected = kfe.factors.estimate(factors, kept[2])
     assert_close(kfe.factors.estimate(factors, again[2]), expected, 1e-12)
+    passes.clear()
     assert_close(jax.jit(lambda taps: kfe.factors.estimate(factors, taps))(again[2]), expected, 1e-12)
+    assert len(passes) == 1
     hidden = (problems.EXAMPLES, problem.weights[0].shape[1])
     shapes = [{leaf.shape for leaf in jax.tree.leaves(taps)} for *_, taps in (again, kept)]
     assert hidden not in shapes[0] and hidden in shapes[1]
