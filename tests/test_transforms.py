@@ -80,6 +80,21 @@ def test_parameters_outside_the_layers(x64):
         assert_close(updates["layers_1"], expected.update(own, expected.init(own))[0], 1e-12)
 
 
+def test_taps_of_more_layers_than_the_optimizer_has(x64):
+    """What is left out goes through the rest, whether the taps know it or not."""
+    problem = problems.make("linen")
+    layers = problem.layers()
+    inside = layers.without("dense_0")
+    tx = kfe.scale_by_kfac(inside, 0.1, rest=optax.identity())
+    found = []
+    for known in (layers, inside):
+        differentiate = kfe.value_grad_and_taps(problem.loss_fn, known)
+        _, grads, taps = differentiate(problem.params, *problem.args, key=jax.random.key(0))
+        found.append(tx.update(grads, tx.init(problem.params), problem.params, taps=taps)[0])
+        assert_close(found[-1]["dense_0"], grads["dense_0"], 1e-12)
+    assert_close(*found, 1e-12)
+
+
 def test_l2_inside_the_loss_and_plain():
     """A sum of squares over the parameters does not see the riders, nor does a loss that reads kfe.plain(params)."""
     problem = problems.make("linen")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from typing import Any
 
 import jax
@@ -97,7 +98,7 @@ def reasons(layers: Layers, most: int = 5) -> str:
 
 
 def check_taps(layers: Layers, taps: Any) -> None:
-    """Raises unless the taps are those of these layers."""
+    """Raises unless the taps are those of these layers, or of more: a method may leave some to the rest."""
     if taps is None:
         raise ValueError(
             "This transformation needs the taps of the step: call tx.update(grads, opt_state, params, taps=taps) with what "
@@ -106,9 +107,10 @@ def check_taps(layers: Layers, taps: Any) -> None:
         )
     if not isinstance(taps, Taps):
         raise TypeError(f"taps must be what kfe.value_grad_and_taps returns, not a {type(taps).__name__}.")
-    difference = same_layers(layers, taps.layers)
+    more = [glob.escape(name) for name in taps.layers if name not in layers]
+    difference = same_layers(layers, taps.layers.without(*more))
     if difference:
         raise ValueError(
             f"The taps are not those of the layers that the optimizer was built for: {difference}. Give value_grad_and_taps and "
-            "the optimizer the same layers."
+            "the optimizer the same layers, or the optimizer layers.without(...) of them."
         )

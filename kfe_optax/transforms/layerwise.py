@@ -162,7 +162,6 @@ def layerwise(
     method: Method,
     rest: optax.GradientTransformation | None,
     distribute: Distribute = "none",
-    found: Layers | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The Optax transformation of a method.
 
@@ -171,7 +170,6 @@ def layerwise(
       method: the method.
       rest: the transformation of the parameters outside them.
       distribute: how devices share its linear algebra.
-      found: the layers of the taps, where the method leaves some of them out.
 
     Raises:
       TypeError, ValueError: see `kfe_optax.transforms.given`; each says what to do.
@@ -201,7 +199,7 @@ def layerwise(
     def update(updates, state, params=None, *, taps=None, damping=None, retry=None, **extra):
         checks.state(state, LayerwiseState)
         if method.needs_taps:
-            given_lib.check_taps(layers if found is None else found, taps)
+            given_lib.check_taps(layers, taps)
         leaves = leaves_by_path(updates)
         present = given_lib.present_layers(layers, leaves)
         matrices = matrices_of(present, leaves)

@@ -153,7 +153,7 @@ def scale_by_spectral_kfac(
         initial_refreshes=initial_refreshes,
         max_dim=max_dim,
     )
-    return layerwise.layerwise(inside, method, rest, distribute, found=layers)
+    return layerwise.layerwise(inside, method, rest, distribute)
 
 
 def _pair(name: str, exponents: Any) -> tuple[float, float]:
