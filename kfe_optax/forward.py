@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import adapters, checks, explicit, masks, outputs, tags, varying
+from kfe_optax import adapters, checks, equations, explicit, marks, masks, outputs, tags, traced, varying
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
-
-# The name of a part of a layer's rider in its slot, which the layers of one module share.
-_RIDER = re.compile(r"rider(\d+)_(\w+)")
+from kfe_optax.rebuild import Place, Rebuild, Riders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +60,16 @@ class Forward:
 
     def loss(self, parameters: Any, arrays: Any) -> jax.Array:
         """The loss at these parameters, without taps; mutable state moves on in a copy."""
-        return self._run(self.rebuild(parameters, self.static(arrays), {}))[0]
+        call = self.rebuild(parameters, self.static(arrays))
+        return checks.loss(self._loss_fn()(call.params, *call.args, **call.kwargs), self.has_aux)[0]
 
-    def _run(self, call: adapters.Call) -> tuple[jax.Array, Any]:
+    def _loss_fn(self) -> Any:
         loss_fn = self.reference()
         if loss_fn is None:
             raise ReferenceError(
                 "The loss function of these taps is gone: keep a reference to it as long as to the taps."
             )
-        found = loss_fn(call.params, *call.args, **call.kwargs)
-        return checks.loss(found, self.has_aux)
+        return loss_fn
 
     def __call__(self, parameters: Any, arrays: Any, row_mask: Any, loss_scale: Any) -> Pass:
         """The pass: the residuals know gradients and statistics."""
@@ -90,18 +87,21 @@ class Forward:
             "outputs": [control.rider for control in controls.values()],
         }
 
+        loss_fn, given = self._loss_fn(), (parameters, arrays, row_mask)
+        trace = traced.trace(loss_fn, self.rebuild, self.static, self.has_aux, *given, varied=axes)
+
         def run(parameters, riders):
             live = {
                 serial: controls[serial]._replace(rider=rider)
                 for serial, rider in zip(controls, riders["outputs"], strict=True)
             }
-            call = self.rebuild(parameters, self.static(arrays), self._boxes(riders["layers"]))
-            collection = _Collection(self.layers, registered, live, place, axes)
-            with tags.listening(collection), adapters.intercepting(), masks.row_mask(row_mask):
-                loss, aux = self._run(call)
+            tagger = _Tagger(self.layers, registered, live, place, row_mask)
+            given = [*jax.tree.leaves(parameters), *arrays]
+            found = tagger.rebuild(trace.program, given, dict(enumerate(riders["layers"])))
+            loss, aux, state = jax.tree.unflatten(trace.structure, found)
             if any(output.spec.loss is not None for output in registered.values()):
                 _check_range(loss, place)
-            return loss, (aux, call.state())
+            return loss, (aux, state)
 
         loss, pull, (aux, state) = jax.vjp(run, parameters, varying.over(place.axes, riders), has_aux=True)
         leaves, structure = jax.tree.flatten(pull)
@@ -133,16 +133,9 @@ class Forward:
                 rider[name] = explicit.divided(value, mesh, axis, names)
         return rider
 
-    def _boxes(self, riders: list[dict[str, jax.Array]]) -> dict[Any, dict[str, Any]]:
-        boxes: dict[Any, dict[str, Any]] = {}
-        for layer, rider in zip(self.layers.values(), riders, strict=True):
-            slot = boxes.setdefault(layer.paths[0][1][:-1], {})
-            slot.update({f"rider{layer.order}_{part}": value for part, value in rider.items()})
-        return boxes
 
-
-class _Collection:
-    """Puts the tags on (see `tags.Listener`)."""
+class _Tagger:
+    """Puts the tags on (see `rebuild.Tagger`)."""
 
     def __init__(
         self,
@@ -150,51 +143,70 @@ class _Collection:
         registered: dict[int, outputs.Output],
         controls: dict[int, Any],
         place: outputs.Place,
-        axes: varying.Axes,
+        row_mask: Any,
     ):
         self._layers = list(layers.values())
         self._registered = registered
         self._controls = controls
         self._place = place
-        self._axes = axes
-        self._serial = 0
+        self._row_mask = row_mask
+        places = {use[0]: Place(i, *use[1:]) for i, layer in enumerate(self._layers) for use in layer.places}
+        places |= {at: Place(serial) for serial, output in registered.items() for at in output.places}
+        self.rebuild = Rebuild(places, self)
 
-    def tag(self, kind, roles, x, y, parameters, box, label):
-        del parameters
-        rider, order = {}, None
-        for name, value in box.items():
-            own = _RIDER.fullmatch(name)
-            if own and self._layers[int(own[1])].paths[0][1][-1] == roles[0][1]:
-                rider[own[2]], order = value, int(own[1])
-        if order is None:
-            return y
-        layer = self._layers[order]
+    def __call__(self, place: Place, equation: Any, operands: list[Any], riders: Riders) -> Any:
+        if equation.primitive is marks.loss_mark:
+            return self._loss(place.number, equation.params, operands)
+        layer, rider = self._layers[place.number], riders[place.number]
+        if equation.primitive is not marks.layer_mark:
+            return self._used(layer, place, equation, operands, rider)
+        params = equation.params
+        roles = len(params["roles"])
+        names = list(rider)
+
+        def tagged(y, x, *rest):
+            mask = rest[0] if params["masked"] else None
+            own = dict(zip(names, rest[-len(names) :], strict=True))
+            return self._tagged(layer, params["shapes"][4], x, y, mask, own)
+
+        y, x, *rest = operands
+        own = list(rider.values())
+        vmaps = tuple(
+            (size, (*mapped[:2], *mapped[2 + roles :], *(mapped[2],) * len(own)))
+            for size, mapped in params["vmaps"]
+        )
+        return marks.under_vmaps(tagged, vmaps, y, x, *rest[roles:], *own)
+
+    def _used(self, layer: Layer, place: Place, equation: Any, operands: list[Any], rider: Any) -> Any:
+        """The result of an equation that is itself the use."""
+        y = equations.result(equation, operands)
+        x = jax.lax.stop_gradient(operands[place.x])
+        return self._tagged(layer, place.label, x, y, self._row_mask, rider)
+
+    def _tagged(self, layer: Layer, label: str, x: Any, y: Any, mask: Any, rider: Any) -> Any:
         kind = layer.kind  # with its approximation
         free = kind.free(x.shape, y.shape)
         live = None
         if not kind.per_example:
-            live = masks.live(layer, free)
+            live = masks.live(layer, mask, free)
         # The leading axis is the batch's, also when it is flattened with others.
         examples = layer.examples if layer.per_example else free[0]
         use = tags.Use(kind, layer.kernel_shape, layer.bias, label, examples, layer.row_bytes)
         add = tags.row_tag if layer.has_rows else tags.additive_tag
         return add(use, x, y, live, rider)
 
-    def unsupported(self, reason, box):
-        del reason, box
+    def _loss(self, serial: int, params: Any, operands: list[Any]) -> Any:
+        output, control = self._registered[serial], self._controls[serial]
 
-    def output(self, spec, z, args):
-        serial, self._serial = self._serial, self._serial + 1
-        output = self._registered.get(serial)
-        if output is None:
-            return z if spec.loss is None else spec.loss(z, *args)
-        control = self._controls[serial]
-        # What is the same on all devices (an average over them, say) is drawn from on each of them.
-        z, args = varying.over(self._axes, (z, args))
-        if spec.loss is None:
-            return outputs.tagged_output(output, self._place, z, args[0], control)
-        losses = outputs.tagged_loss(output, self._place, z, args, control)
-        _check_range(losses, self._place)
+        def tagged(z, *leaves):
+            args = jax.tree.unflatten(params["structure"], leaves)
+            if output.spec.loss is None:
+                return outputs.tagged_output(output, self._place, z, args[0], control)
+            return outputs.tagged_loss(output, self._place, z, args, control)
+
+        losses = marks.under_vmaps(tagged, params["vmaps"], *operands)
+        if output.spec.loss is not None:
+            _check_range(losses, self._place)
         return losses
 
 

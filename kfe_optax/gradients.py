@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax import accumulation, adapters, checks, discovery, masks, static_values, varying
+from kfe_optax import accumulation, adapters, checks, discovery, static_values, varying
 from kfe_optax import microbatches as microbatches_lib
 from kfe_optax.adapters import nnx as nnx_adapter
 from kfe_optax.forward import Forward
@@ -162,8 +162,9 @@ def _compile(
         parts, whole = microbatches_lib.separate(stacked, arrays)
         first = jax.tree.map(lambda v: v[0], (parts, row_mask)) if k > 1 else (parts, row_mask)
         sample = microbatches_lib.merge(stacked, first[0], whole)
-        with masks.row_mask(first[1]):
-            found = discovery.discover(loss_reference(), has_aux, parameters, sample, rebuild, static, {})
+        found = discovery.discover(
+            loss_reference(), has_aux, parameters, sample, rebuild, static, {}, first[1]
+        )
         found = _check(layers, found, fisher)
         if quadratic_model:
             _check_tangents(found)

@@ -1,4 +1,4 @@
-"""From the tags that were met to layers: uses grouped by parameter, or the reason why they form no layer."""
+"""From the uses that were met to layers: uses grouped by parameter, or the reason why they form no layer."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from kfe_optax import jaxprs, marks
 from kfe_optax.flow import SAME, End, Flow, Source
-from kfe_optax.layer import Layer, Path, path_name
+from kfe_optax.layer import WITHOUT_BIAS, Layer, Path, path_name
 from kfe_optax.origins import Origins
 
 
 def layers_of(
     walk: jaxprs.Walk, shapes: dict[Path, Any], batches: set[int]
 ) -> tuple[tuple[Layer, ...], dict[Path, str]]:
-    """Groups the uses by parameter into layers; the reason for every parameter that a tag or module saw in vain.
+    """Groups the uses by parameter into layers; the reason for every parameter that a use or module saw in vain.
 
     `batches` are the sizes that the batch may have by the registered losses.
     """
@@ -25,44 +25,67 @@ def layers_of(
     reasons: dict[Path, str] = {}
     by_path: dict[Path, list[jaxprs.Use]] = {}
     places: dict[Path, set[int]] = collections.defaultdict(set)
-    for i, use in enumerate(uses):
-        if use.trail is None:
-            continue
-        if use.info["mark"] is marks.unsupported_mark:
-            reasons.setdefault(use.trail.path, use.info["reason"])
-        elif use.info["mark"] is marks.layer_mark:
-            by_path.setdefault(use.trail.path, []).append(use)
-            places[use.trail.path].add(i)
-    # A loss inside the loop sees other examples in each iteration.
+    marked = _marked(walk)
+    reached = walk.behind(walk.live)
+    unsupported: dict[Path, str] = {}
+    met: collections.Counter = collections.Counter()
     registered = outputs_of(walk)
+    dead = "no registered loss depends on it" if registered else "the loss's derivative does not reach it"
+    for i, use in enumerate(uses):
+        paths = [trail.path for trail in (use.trail, *use.parameters) if trail is not None]
+        if use.info["mark"] is marks.unsupported_mark:
+            unsupported.update(dict.fromkeys(paths, use.info["reason"]))
+        elif use.info["mark"] is marks.layer_mark and i not in marked:
+            trail = use.trail
+            met.update(paths[:1])
+            # What the loss's derivative does not reach counts for nothing, and neither does a parameter that is stopped.
+            if trail is None:
+                reasons.update(dict.fromkeys(paths, "the kernel beside it is not among the parameters"))
+            elif trail.stopped:
+                reasons.update(dict.fromkeys(paths, "frozen by stop_gradient"))
+            elif i not in reached:
+                reasons.update(dict.fromkeys(paths, dead))
+            else:
+                by_path.setdefault(trail.path, []).append(_alone(use, i, walk))
+                places[trail.path].add(i)
+    # A loss inside the loop sees other examples in each iteration.
     looped = any(uses[i].loops for i in registered)
     # The first axis of an output is the batch, flattened with others or not, and so may be those of vmaps around it.
     sources = {
         label.source: label.size
         for i in registered
         for label in uses[i].batch
-        if label.axis <= sum(is_mapped for _, (is_mapped,) in uses[i].info["vmaps"])
+        if label.axis <= sum(mapped[0] for _, mapped in uses[i].info["vmaps"])
     }
     predicting = frozenset().union(*(walk.behind(uses[i].live) for i in registered))
     parents = collections.Counter(path[:-1] for path in by_path)
-    layers, names = [], {}
+    layers, names, claimed = [], {}, set()
     for path, group in by_path.items():
         single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
+        widest = max(group, key=lambda use: len(use.parameters))
+        group = [_with_roles(use, widest) for use in group]
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
-        if walk.products[path] > len(group):
+        if walk.products[path] > met[path]:
             trouble = trouble or "also used outside its layer, where no tag sees it"
+        if group[0].info["kind"].per_example and walk.scalings[path] > met[path]:
+            trouble = trouble or "also used outside its layer, in a derivative inside the loss or by hand"
         shown = 1 if batches == {1} else _shown(group, sources)
         if group[0].info["kind"].per_example:
             trouble = trouble or _unknown_examples(group, single, batches, shown)
-        paths = tuple((role, (*path[:-1], name)) for role, name in group[0].info["roles"])
+        paths = tuple(
+            (role, trail.path)
+            for role, trail in zip(widest.info["roles"], widest.parameters, strict=True)
+            if trail is not None
+        )
         dtypes = {np.dtype(shapes[path].dtype).name, *(t for use in group for t in use.info["shapes"][2:4])}
         if any(dtype.startswith("complex") for dtype in dtypes):
             trouble = trouble or "its numbers are complex, and factors are those of real ones"
         if registered and not places[path] & predicting:
             trouble = trouble or "no registered loss depends on it"
-        absent = [p for _, p in paths if p not in shapes]
-        if absent:
-            trouble = f"{path_name(absent[0])} is not among the parameters"
+        taken = [p for _, p in paths if p in claimed]
+        if taken:
+            trouble = trouble or f"{path_name(taken[0])} belongs to another layer"
+        claimed.update(p for _, p in paths)
         if trouble:
             reasons.update({p: trouble for _, p in paths})
         else:
@@ -77,12 +100,45 @@ def layers_of(
                 layer = _settled(layer, shown, max(sources.values(), default=max(batches)))
             layers.append(layer)
     flows = _flows(walk, names)
-    return tuple(dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers), reasons
+    return tuple(
+        dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers
+    ), unsupported | reasons
+
+
+def _marked(walk: jaxprs.Walk) -> frozenset[int]:
+    """The uses by a rule at which a mark stands: of the same kernel, with nothing but other equations between."""
+    found = set()
+    for use in walk.uses:
+        if use.info["mark"] is not marks.layer_mark or "rule" in use.info or use.trail is None:
+            continue
+        for i, _ in use.live:
+            before = walk.uses[i]
+            if "rule" in before.info and before.trail is not None and before.trail.path == use.trail.path:
+                found.add(i)
+    return frozenset(found)
+
+
+def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk) -> jaxprs.Use:
+    """A use by a rule without the bias that was found, where its output is also read without that bias."""
+    if "rule" not in use.info or len(use.parameters) == 1 or walk.readers[index] == 1:
+        return use
+    return dataclasses.replace(use, info=use.info | {"roles": ("kernel",)}, parameters=use.parameters[:1])
+
+
+def _with_roles(use: jaxprs.Use, widest: jaxprs.Use) -> jaxprs.Use:
+    """A use of the layer in which `widest` has a bias: one without it has 0 in the place of the homogeneous 1."""
+    if "rule" not in use.info or len(use.parameters) == len(widest.parameters):
+        return use
+    info = dict(use.info)
+    info["roles"], info["shapes"] = widest.info["roles"], (*info["shapes"][:4], WITHOUT_BIAS)
+    if dataclasses.replace(widest.info["kind"], bias=info["kind"].bias) == info["kind"]:
+        info["kind"] = widest.info["kind"]
+    return dataclasses.replace(use, info=info, parameters=widest.parameters)
 
 
 def outputs_of(walk: jaxprs.Walk) -> frozenset[int]:
     """The uses that are registered losses on which the loss's derivative depends."""
-    return frozenset(i for i in walk.behind(walk.live) if walk.uses[i].info["mark"] is marks.output_mark)
+    return frozenset(i for i in walk.behind(walk.live) if walk.uses[i].info["mark"] is marks.OUTPUT)
 
 
 def _flows(walk: jaxprs.Walk, names: dict[Path, str]) -> dict[str, Flow]:
@@ -115,7 +171,7 @@ def _flows(walk: jaxprs.Walk, names: dict[Path, str]) -> dict[str, Flow]:
 def _inner_rank(use: jaxprs.Use) -> int:
     trail = use.trail
     assert trail is not None
-    return len(trail.dims) - sum(mapped[1] for _, mapped in use.info["vmaps"])
+    return len(trail.dims) - sum(mapped[2] for _, mapped in use.info["vmaps"])
 
 
 def _trouble(use: jaxprs.Use) -> str | None:
@@ -123,24 +179,23 @@ def _trouble(use: jaxprs.Use) -> str | None:
     assert trail is not None
     if trail.lost:
         return f"changed before the layer uses it ({trail.lost})"
-    if trail.stopped:
-        return "frozen by stop_gradient"
     stack = _stack(use)
-    for i, ((_, name), own) in enumerate(zip(use.info["roles"], use.parameters, strict=True)):
+    if use.info.get("scoped"):
+        return "in a row_mask inside the loss, which only a marked layer sees: mark it with kfe.tag_dense"
+    for i, (role, own) in enumerate(zip(use.info["roles"], use.parameters, strict=True)):
         # The bias, too: preconditioning would move what the gradient leaves alone.
-        which = "" if name == trail.path[-1] else f"its {name} is "
-        if own is None or own.lost or own.path != (*trail.path[:-1], name):
-            how = own.lost if own is not None and own.lost else "replaced"
-            return f"{which}changed before the layer uses it ({how})"
+        which = f"its {role} is " if i else ""
+        if own is None or own.lost:
+            return f"{which}changed before the layer uses it ({'replaced' if own is None else own.lost})"
         if own.stopped:
             return f"{which}frozen by stop_gradient"
-        mapped = sum(flags[i + 3] for _, flags in use.info["vmaps"])
+        mapped = sum(flags[i + 2] for _, flags in use.info["vmaps"])
         axes = (*(axis for axis, _ in own.stack), *own.dims[:mapped])
         rank = len(own.dims) + len(own.stack)
         if axes != tuple(min(axis, rank - 1) for axis, _ in stack):
             return "stacked along other axes than the layer's other parameters"
     inner = trail.dims[len(trail.dims) - _inner_rank(use) :]
-    if inner != tuple(sorted(inner)):
+    if "rule" not in use.info and inner != tuple(sorted(inner)):
         return "transposed before the layer uses it"
     return None
 
@@ -151,7 +206,7 @@ def _shown(group: list[jaxprs.Use], sources: dict[Any, int]) -> int | None:
     for use in group:
         kind, (x, *_) = use.info["kind"], use.info["shapes"]
         # A vmap over stacked layers that maps the input as well stands in front.
-        axis = kind.batch_axis(x) + sum(mapped[2] for _, mapped in use.info["vmaps"])
+        axis = kind.batch_axis(x) + sum(mapped[1] for _, mapped in use.info["vmaps"])
         found.append({label.size for label in use.batch if label.axis == axis and label.source in sources})
     return max(set.intersection(*found), default=None) or None
 
@@ -185,8 +240,14 @@ def _unknown_examples(
 
 
 def _disagreement(group: list[jaxprs.Use]) -> str | None:
-    if len({(use.info["kind"], use.info["roles"], _stack(use)) for use in group}) > 1:
+    if len({(use.info["kind"], _stack(use)) for use in group}) > 1:
+        rules = [use.info["rule"] for use in group if "rule" in use.info]
+        if rules:
+            return f"also used outside its layer, in another way ({rules[-1]})"
         return "used by layers of different kinds"
+    found = [dict(zip(use.info["roles"], use.parameters, strict=True)) for use in group]
+    if len({tuple((role, trail and trail.path) for role, trail in own.items()) for own in found}) > 1:
+        return "used with different parameters beside it"
     return None
 
 
@@ -194,7 +255,7 @@ def _stack(use: jaxprs.Use) -> tuple[tuple[int, int], ...]:
     """((axis of the kernel, size), ...) of the stacked axes, outermost first."""
     trail = use.trail
     assert trail is not None
-    mapped = [size for size, is_mapped in reversed(use.info["vmaps"]) if is_mapped[1]]
+    mapped = [size for size, is_mapped in reversed(use.info["vmaps"]) if is_mapped[2]]
     return (*trail.stack, *zip(trail.dims, mapped, strict=False))
 
 
@@ -220,6 +281,7 @@ def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: A
         order=order,
         dtype=np.dtype(kernel.dtype).name,
         uses=uses,
+        places=tuple(_place(use) for use in group),
         examples=int(np.prod([size for size, _ in spread], initial=1)) if spread else free[0][0],
         positions=int(np.prod(free[0][1:], initial=1)),
         per_example=len({f[0] for f in free}) == 1,
@@ -230,6 +292,11 @@ def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: A
     )
 
 
+def _place(use: jaxprs.Use) -> tuple[int, tuple[bool, ...], int, str]:
+    assert use.trail is not None
+    return use.place, use.trail.route, use.info.get("x", -1), use.info["shapes"][4]
+
+
 def _spread(use: jaxprs.Use) -> list[Any]:
     """The vmaps that map the layer's data but not its parameters: around one example, they broadcast the parameters."""
-    return [m for m in use.info["vmaps"] if not m[1][1]]
+    return [m for m in use.info["vmaps"] if not m[1][2]]

@@ -1,8 +1,8 @@
-"""Following probes through a jaxpr: from a variable beside a parameter to the tags that read it.
+"""Following parameters through a jaxpr, to the marks and the equations that use them.
 
-A probe enters the traced loss with the parameter's own shape. On its way to a tag it may be sliced by scans (stacked layers),
-have an axis batched by vmap, be cast, or be broadcast over a loop (shared parameters). A *trail* records this; an operation
-that is not on the list ends the trail, with its name as the reason.
+On its way a parameter may be sliced by scans (stacked layers), have an axis batched by vmap, be cast, transposed, or be broadcast
+over a loop (shared parameters). A *trail* records this; an operation that is not on the list ends the trail, with its name as
+the reason.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
-from kfe_optax import batch_axes, origins
+from kfe_optax import batch_axes, equations, marks, origins, rules
 from kfe_optax.batch_axes import UNKNOWN, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
-from kfe_optax.marks import elements_mark, layer_mark, output_mark, unsupported_mark
+from kfe_optax.marks import layer_mark, loss_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
 from kfe_optax.walks import Live, Trail, Use, Walk
 
@@ -47,16 +47,20 @@ class _Fact(NamedTuple):
     live: Live = frozenset()
     batch: Labels = UNKNOWN
     number: Any = None  # what a constant is
+    linear: rules.Output | None = None  # the use that no mark stands at whose output it is
 
 
 _DATA = _Fact(None, DATA, origins.DATA)
 
 
 def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> Walk:
-    """Walks a closed jaxpr for the trails of its inputs; those without one are data, and so are arrays that it closes over."""
+    """Walks a closed jaxpr, whose first output is the loss, for the trails of its inputs.
+
+    Those without one are data, and so are arrays that it closes over.
+    """
     walk = Walk()
     facts = [_DATA if trail is None else _Fact(trail, PARAMETERS) for trail in trails]
-    results = _walk(jaxpr.jaxpr, facts, walk, loops=0)
+    results = _walk(jaxpr.jaxpr, facts, walk, loops=0)[:1]
     walk.loss, walk.live = _union(results), _lives(results)
     return walk
 
@@ -85,18 +89,21 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             return met(_DATA, variable) if np.ndim(number) else _Fact(None, NOTHING, number=number)
         return known.get(variable, _Fact(None, NOTHING))
 
-    scope = walk.scope
+    scope, ahead = walk.scope, walk.place
     for equation in jaxpr.eqns:
         inputs = [read(v) for v in equation.invars]
         trails = [fact.trail for fact in inputs]
         source = max((fact.level for fact in inputs), default=NOTHING)
         name = equation.primitive.name
-        if equation.primitive in (layer_mark, output_mark, elements_mark, unsupported_mark):
+        walk.place, ahead = ahead, ahead + equations.places(equation)
+        if equation.primitive in (layer_mark, loss_mark, unsupported_mark):
             behind = _mark_reached(equation, inputs, walk, loops)
             known.update(dict.fromkeys(equation.outvars, behind))
             continue
         if name in _PRODUCTS and source == DATA:
-            walk.products.update(trail.path for trail in trails if trail is not None and not trail.lost)
+            walk.products.update(_live_paths(trails))
+        if name == "mul" and source == DATA:
+            walk.scalings.update(_live_paths(trails))
         walk.scope = (*scope, id(equation))
         outputs = _inner(equation, name, inputs, walk, loops)
         walk.scope = scope
@@ -108,32 +115,116 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             outputs = [fact._replace(batch=batch) for batch in batches]
             if name in _CARRIED and len(inputs) == len(outputs) == 1:
                 outputs[0] = outputs[0]._replace(number=inputs[0].number)
+            outputs = _used(equation, name, inputs, outputs, walk, loops)
         for variable, fact in zip(equation.outvars, outputs, strict=False):
             known[variable] = own(fact, variable)
+    walk.place = ahead
     return [read(v) for v in jaxpr.outvars]
+
+
+def _live_paths(trails: Sequence[Trail | None]) -> list[Any]:
+    return [trail.path for trail in trails if trail is not None and not (trail.lost or trail.stopped)]
+
+
+def _used(
+    equation: Any, name: str, inputs: list[_Fact], outputs: list[_Fact], walk: Walk, loops: int
+) -> list[_Fact]:
+    """The facts of an equation's outputs where it uses a parameter by a rule, or adds a bias to such a use."""
+    linear = [fact.linear for fact in inputs]
+    present = [output for output in linear if output is not None]
+    if len(inputs) == 1 and present:
+        moved = rules.moved(present[0], equation, name) if name in (*_CARRIED, "transpose") else None
+        if moved:
+            return [outputs[0]._replace(linear=moved)]
+    walk.readers.update(output.use for output in present)
+    if name in ("add", "add_any") and len(present) == 1:
+        place = 0 if linear[0] is not None else 1
+        bias = inputs[1 - place].trail
+        if bias is not None and not bias.lost and bias.dims:
+            use = rules.with_bias(walk.uses[present[0].use], present[0], bias)
+            if use is not None:
+                walk.uses[present[0].use] = use
+                return [outputs[0]._replace(trail=None)]
+    found = rules.used(equation, [fact.trail for fact in inputs])
+    if found is None or inputs[found.x].level == PARAMETERS or inputs[found.x].trail is not None:
+        if outputs and outputs[0].level == DATA:
+            for path in _live_paths([fact.trail for fact in inputs]):
+                if path not in walk.others:
+                    walk.others[path] = equations.written(equation)
+        return outputs
+    x, index, out = inputs[found.x], len(walk.uses), outputs[0]
+    fixed = x.level != DATA
+    batch, labels = x.batch, out.batch
+    if fixed:
+        # What is made for all examples shows where they are in what it feeds.
+        source = (walk.scope, id(equation.outvars[0]))
+        axis = found.kind.batch_axis(equation.invars[found.x].aval.shape)
+        batch |= batch_axes.at(axis, equation.invars[found.x].aval, source)
+        labels |= batch_axes.at(0, equation.outvars[0].aval, source)
+    info = {
+        "mark": layer_mark,
+        "rule": equations.written(equation),
+        "x": found.x,
+        "kind": found.kind,
+        "roles": ("kernel",),
+        "shapes": found.shapes,
+        "masked": False,
+        "scoped": equations.in_scope(equation, marks.ROW_MASK),
+        "vmaps": (),
+    }
+    use = Use(
+        found.trail, (found.trail,), info, walk.place, loops, x.level == NOTHING, fixed, x.origins, x.origins
+    )
+    # The kernel's values have a derivative of their own, which no use is reached by.
+    walk.uses.append(dataclasses.replace(use, live=x.live, batch=batch))
+    fact = _Fact(None, out.level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), labels)
+    return [fact._replace(linear=found.output(index))]
 
 
 def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int) -> _Fact:
     """Records the use, and the fact of the mark's output."""
     info = {"mark": equation.primitive, **equation.params}
-    if equation.primitive is not layer_mark:
-        trail = inputs[0].trail if equation.primitive is unsupported_mark else None
-        walk.uses.append(Use(trail, (), info, loops, live=inputs[0].live, batch=inputs[0].batch))
-        return inputs[0]._replace(trail=None, live=frozenset({(len(walk.uses) - 1, 1)}))
-    x = inputs[2]
-    parameters = tuple(fact.trail for fact in inputs[3:])
-    index, level, fixed = len(walk.uses), inputs[0].level, x.level != DATA
-    batch, out = x.batch, inputs[0].batch
+    first = inputs[0]
+    if equation.primitive is unsupported_mark:
+        walk.uses.append(Use(first.trail, (), info, walk.place, loops))
+        return first
+    if equation.primitive is loss_mark:
+        return _loss_reached(equation, inputs, info, walk, loops)
+    x = inputs[1]
+    parameters = tuple(fact.trail for fact in inputs[2 : 2 + len(info["roles"])])
+    index, level, fixed = len(walk.uses), first.level, x.level != DATA
+    batch, out = x.batch, first.batch
     if fixed:
         # What is made for all examples shows where they are in what it feeds.
         source = (walk.scope, id(equation.outvars[0]))
-        ahead = [sum(mapped[place] for _, mapped in info["vmaps"]) for place in (2, 0)]
+        ahead = [sum(mapped[place] for _, mapped in info["vmaps"]) for place in (1, 0)]
         free = info["kind"].batch_axis(info["shapes"][0])
-        batch |= batch_axes.at(ahead[0] + free, equation.invars[2].aval, source)
+        batch |= batch_axes.at(ahead[0] + free, equation.invars[1].aval, source)
         out |= batch_axes.at(ahead[1], equation.outvars[0].aval, source)
-    use = Use(inputs[1].trail, parameters, info, loops, x.level == NOTHING, fixed, x.origins, x.origins)
-    walk.uses.append(dataclasses.replace(use, live=inputs[0].live, batch=batch))
+    place = walk.place
+    use = Use(parameters[0], parameters, info, place, loops, x.level == NOTHING, fixed, x.origins, x.origins)
+    walk.uses.append(dataclasses.replace(use, live=first.live, batch=batch))
     return _Fact(None, level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), out)
+
+
+def _loss_reached(
+    equation: Any, inputs: Sequence[_Fact], info: dict[str, Any], walk: Walk, loops: int
+) -> _Fact:
+    """A registered loss: its outputs z are a use, and its elements, whose derivative reaches z and what else it is given."""
+    z, index = inputs[0], len(walk.uses)
+    walk.uses.append(
+        Use(None, (), info | {"mark": marks.OUTPUT}, walk.place, loops, live=z.live, batch=z.batch)
+    )
+    if not info["elements"]:
+        return z._replace(trail=None, linear=None, live=frozenset({(index, 1)}))
+    live = frozenset({(index, 1)}) | {(use, 0) for use, _ in _lives(inputs[1:])}
+    rank = len(equation.outvars[0].aval.shape)
+    batch = frozenset(label for label in z.batch if label.axis < rank)
+    level = max(fact.level for fact in inputs)
+    walk.uses.append(
+        Use(None, (), info | {"mark": marks.ELEMENTS}, walk.place, loops, live=live, batch=batch)
+    )
+    return _Fact(None, level, _union(inputs), frozenset({(index + 1, 1)}), batch)
 
 
 def _union(facts: Sequence[_Fact]) -> Origins:
@@ -180,7 +271,32 @@ def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | N
         return trail
     if name == "transpose":
         return dataclasses.replace(trail, dims=tuple(trail.dims[i] for i in equation.params["permutation"]))
+    if name == "broadcast_in_dim":
+        return _broadcasted(equation, trail)
+    if name == "reshape" and (dims := _with_unit_axes(equation, trail)) is not None:
+        return dataclasses.replace(trail, dims=dims)
     return dataclasses.replace(trail, lost=name)
+
+
+def _broadcasted(equation: Any, trail: Trail) -> Trail:
+    """The trail behind a broadcast, whose new axes are no parameter's."""
+    axes, before = equation.params["broadcast_dimensions"], equation.invars[0].aval.shape
+    after = equation.outvars[0].aval.shape
+    if any(after[axis] != size for axis, size in zip(axes, before, strict=True)):
+        return dataclasses.replace(trail, lost="broadcast_in_dim")
+    dims = [-1] * len(after)
+    for axis, own in zip(axes, trail.dims, strict=True):
+        dims[axis] = own
+    return dataclasses.replace(trail, dims=tuple(dims))
+
+
+def _with_unit_axes(equation: Any, trail: Trail) -> tuple[int, ...] | None:
+    """The axes behind a reshape that adds axes of size 1; None for any other."""
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    if [size for size in after if size != 1] != list(before):
+        return None
+    rest = iter(trail.dims)
+    return tuple(-1 if size == 1 else next(rest) for size in after)
 
 
 def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact] | None:
@@ -200,26 +316,24 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
             batch = batch_axes.joined([fact.batch for fact in same])
             joined.append(_Fact(trail, source, chosen, _lives(same), batch))
         return joined
-    for value in params.values():
-        inner_jaxpr = getattr(value, "jaxpr", value)
-        if hasattr(inner_jaxpr, "eqns") and len(inner_jaxpr.invars) == len(inputs):
-            if name == "shard_map":
-                # Inside is a device's share of the examples.
-                inputs = [fact._replace(batch=UNKNOWN) for fact in inputs]
-            results = _walk(inner_jaxpr, inputs, walk, loops)
-            if name == "shard_map":
-                results = [fact._replace(batch=UNKNOWN) for fact in results]
-            if name.startswith("custom_"):
-                # A derivative of its own may reach what the function itself does not (a straight-through estimator).
-                reached = frozenset((use, 0) for use, _ in _lives(inputs))
-                results = [fact._replace(live=fact.live | reached) for fact in results]
-            return results
+    for program in equations.inner(equation):
+        if name == "shard_map":
+            # Inside is a device's share of the examples.
+            inputs = [fact._replace(batch=UNKNOWN) for fact in inputs]
+        results = _walk(program, inputs, walk, loops)
+        if name == "shard_map":
+            results = [fact._replace(batch=UNKNOWN) for fact in results]
+        if name.startswith("custom_"):
+            # A derivative of its own may reach what the function itself does not (a straight-through estimator).
+            reached = frozenset((use, 0) for use, _ in _lives(inputs))
+            results = [fact._replace(live=fact.live | reached) for fact in results]
+        return results
     return None
 
 
 def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
     body, length = equation.params["jaxpr"].jaxpr, equation.params["length"]
-    constants, carries = _scan_carry(equation, body)
+    constants, carries = equations.scan_carry(equation)
     inner = []
     for i, fact in enumerate(inputs):
         # What a carry becomes may depend on all that goes in.
@@ -267,7 +381,8 @@ def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk
     What a later iteration's carry comes from is known when a walk leaves it as it was. Each use is recorded once.
     """
     constants, carries = carried
-    start, products = len(walk.uses), walk.products.copy()
+    start, place = len(walk.uses), walk.place
+    products, scalings = walk.products.copy(), walk.scalings.copy()
     results = _walk(body, facts, walk, loops + 1)
     if not carries:
         return results
@@ -284,7 +399,9 @@ def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk
             break
         around = new
         del walk.uses[start:]
-        walk.products = products.copy()
+        for use in [use for use in walk.readers if use >= start]:
+            del walk.readers[use]
+        walk.products, walk.scalings, walk.place = products.copy(), scalings.copy(), place
         inside = [*facts[:constants], *around, *facts[constants + carries :]]
         results = _walk(body, inside, walk, loops + 1)
     walk.uses[start:] = [_joined(a, b, loops + 1) for a, b in zip(first, walk.uses[start:], strict=True)]
@@ -308,27 +425,16 @@ def _later(found: Origins, start: int, when: str) -> Origins:
     )
 
 
-def _scan_carry(equation: Any, body: Any) -> tuple[int, int]:
-    """(number of constants, number of carries) of a scan.
-
-    Releases of JAX name these differently; the shapes say it in all of them: what is scanned over, in or out, has an axis
-    more outside the body than inside.
-    """
-    whole = sum(o.aval.shape == i.aval.shape for o, i in zip(equation.invars, body.invars, strict=True))
-    carries = sum(o.aval.shape == i.aval.shape for o, i in zip(equation.outvars, body.outvars, strict=True))
-    return whole - carries, carries
-
-
 def _into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length: int) -> Trail | None:
     if trail is None:
         return None
     constants, carries = carried
     if index < constants:
-        return _broadcast(trail)
+        return dataclasses.replace(trail, broadcast=True, route=(*trail.route, False))
     if index < constants + carries:
         return dataclasses.replace(trail, lost="the carry of a scan")
-    axis = trail.dims[0]
-    return dataclasses.replace(trail, dims=trail.dims[1:], stack=(*trail.stack, (axis, length)))
+    axis, route = trail.dims[0], (*trail.route, True)
+    return dataclasses.replace(trail, dims=trail.dims[1:], stack=(*trail.stack, (axis, length)), route=route)
 
 
 def _broadcast(trail: Trail | None) -> Trail | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,9 @@ from kfe_optax.kinds.embedding import ATTEND
 
 LARGEST_SUM = 8192
 """Of a larger side of a layer that is used more than once, the sums hold the diagonal of its factor alone."""
+
+WITHOUT_BIAS = "without bias"
+"""The label of a use of a layer with a bias that does not add it."""
 
 Path = tuple[str | int, ...]
 Use = tuple[tuple[int, ...], tuple[int, ...], str, str, str]
@@ -60,6 +62,7 @@ class Layer:
       sharing: how the factors treat shared positions, "expand" or "reduce" (see `Layers.configure`).
       uses: ((input shape, output shape, input dtype, output dtype, label), ...) of the calls that were traced; not part of the
         layer's identity, since another batch size is the same layer.
+      places: (place, route, x, label) of these calls in the program (see `rebuild.Place`).
       examples, positions: n and t of its rows.
       per_example: whether its statistics know single examples.
       in_loop: whether it runs inside a loop that uses the same parameters in each iteration.
@@ -82,6 +85,7 @@ class Layer:
     order: int
     dtype: str
     uses: tuple[Use, ...] = dataclasses.field(compare=False, repr=False)
+    places: tuple[tuple[int, tuple[bool, ...], int, str], ...] = dataclasses.field(compare=False, repr=False)
     examples: int = dataclasses.field(compare=False, repr=False)
     positions: int = dataclasses.field(compare=False, repr=False)
     per_example: bool = dataclasses.field(compare=False, repr=False)
@@ -183,13 +187,6 @@ class Layer:
         stacked = self._positions(leaf.ndim)
         return jnp.moveaxis(leaf, range(len(stacked)), stacked) if stacked else leaf
 
-    def stacked_shape(self, inner: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of a leaf with inner shape `inner` when the stacked axes are put where the kernel has them."""
-        ndim = len(inner) + len(self.stacked)
-        sizes = dict(zip(self._positions(ndim), self.stacked, strict=True))
-        rest = iter(inner)
-        return tuple(sizes[i] if i in sizes else next(rest) for i in range(ndim))
-
     def to_matrix(self, tree: Any) -> jax.Array:
         """The layer's W̄ (*stack, d_in, d_out) out of a parameter-shaped tree; the bias is the last row.
 
@@ -249,8 +246,7 @@ class Layer:
             dtypes = {"input": self.uses[0][2], "output": self.uses[0][3]}
         return {
             name: jax.ShapeDtypeStruct(
-                self.stacked_shape(_with_rank(shape, len(self.kernel_shape))),
-                jnp.dtype(dtypes.get(name, np.dtype(self.factor_dtype).name)),
+                (*self.stacked, *shape), jnp.dtype(dtypes.get(name, np.dtype(self.factor_dtype).name))
             )
             for name, shape in self._rider_parts().items()
         }
@@ -259,9 +255,7 @@ class Layer:
         """Which axis of a part of the rider runs over the examples, the first of what they are flattened with; None: none."""
         if not self.has_rows and part != "examples":
             return None
-        rank = len(self.rider_shapes()[part].shape) - len(self.stacked)
-        marked = self.stacked_shape((-1, *(0,) * (rank - 1)))
-        return marked.index(-1)
+        return len(self.stacked)
 
     def _rider_parts(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the rider's parts as the kind has them, of one layer."""
@@ -297,14 +291,6 @@ class Layer:
             }
         return shapes
 
-    def _natural(self, rider: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """The rider's parts, stacked axes first, in the shapes that the kind gave them."""
-        shapes = self._rider_parts()
-        return {
-            name: self.stack_first(value).reshape(*self.stacked, *shapes[name])
-            for name, value in rider.items()
-        }
-
     def parts(self, rider: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         """A row rider's cotangent with its leading axis split, (*stacked, n, e, ...); live positions (*stacked, n, t)."""
         lead, n = len(self.stacked), self.examples
@@ -312,20 +298,8 @@ class Layer:
             name: value
             if name == "live"
             else value.reshape(*self.stacked, n, value.shape[lead] // n, *value.shape[lead + 1 :])
-            for name, value in self._natural(rider).items()
+            for name, value in rider.items()
         }
-
-    def sums(self, rider: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """An additive rider's cotangent, stacked axes first."""
-        return self._natural(rider)
-
-
-def _with_rank(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    # A rider has the rank of its kernel, so that an axis that Flax stacks at −1 falls on the same place in both.
-    if len(shape) <= rank:
-        return (*shape, *(1,) * (rank - len(shape)))
-    extra = len(shape) - rank
-    return (math.prod(shape[: extra + 1]), *shape[extra + 1 :])
 
 
 def leaves_by_path(tree: Any) -> dict[Path, Any]:

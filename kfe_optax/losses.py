@@ -235,7 +235,6 @@ def register_output(z: jax.Array, distribution: Distribution, weights: jax.Array
       ...     z = kfe.register_output(x @ params["kernel"], kfe.Gaussian())
       ...     return jnp.mean(jnp.sum(jnp.where(abs(z - y) < 1, (z - y) ** 2 / 2, abs(z - y) - 0.5), -1))
     """
-    active = tags.listener()
     z = jnp.asarray(z)
     if weights is not None:
         weights = jnp.asarray(weights, jnp.result_type(weights, jnp.float32))
@@ -245,12 +244,10 @@ def register_output(z: jax.Array, distribution: Distribution, weights: jax.Array
                 f"register_output's weights have shape {weights.shape}, which is no prefix of the events' shape {events}; "
                 "give one weight an example, or one an event."
             )
-    if active is None:
+    if tags.listener() is None:
         return z
-    return active.output(_output_spec(distribution), z, (weights,))
+    return tags.mark_loss(_output_spec(distribution), z, (weights,))
 
 
 def _register(spec: Spec, z: jax.Array, args: tuple) -> jax.Array:
-    active = tags.listener()
-    assert active is not None
-    return active.output(spec, z, args)
+    return tags.mark_loss(spec, z, args)

@@ -1,50 +1,107 @@
-"""Primitives that stand in a traced loss where a layer, a registered loss or an unsupported module was met."""
+"""Primitives that stand in a traced loss where a layer, a registered loss or an unsupported module was met.
+
+They return what a plain program would have in their place, so that whatever is not replaced runs and is differentiated as usual.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
+
+OUTPUT, ELEMENTS = "output", "elements"
+"""The two uses at a registered loss: its outputs z, and its elements, whose weights are counted."""
+
+ROW_MASK = "kfe_row_mask"
+"""The named scope of the equations in a `row_mask` inside the loss."""
+
+Vmaps = tuple[tuple[int, tuple[bool, ...]], ...]
+"""The vmaps around a mark, innermost first: their sizes, and which of its operands they map (along the first axis)."""
 
 
-class InnerDerivativeError(ValueError):
-    """The loss function differentiates a tagged layer or a registered loss itself."""
+def under_vmaps(function: Callable[..., Any], vmaps: Vmaps, *operands: Any) -> Any:
+    """`function` of one mark's operands, inside the vmaps that were around it; mapped axes stand in front, outermost first."""
+    for size, mapped in vmaps:
+        axes = tuple(0 if is_mapped else None for is_mapped in mapped)
+        function = jax.vmap(function, in_axes=axes, axis_size=size)
+    return function(*operands)
 
 
-def _raise_forward_mode(*_, **__):
-    raise InnerDerivativeError(
-        "A tagged layer or a registered loss is differentiated inside the loss function itself (jvp, grad, hessian or a "
-        "gradient penalty). Curvature tags work for one reverse-mode differentiation of the whole loss: move the inner "
-        "derivative to an untagged copy of the model (jax.lax.stop_gradient does not help), or leave those layers out."
-    )
+def _batched(operands: Sequence[Any], dims: Sequence[Any]) -> tuple[list[Any], int, tuple[bool, ...]]:
+    """The operands with the mapped axis in front, its size, and which have it."""
+    size = next(v.shape[d] for v, d in zip(operands, dims, strict=True) if d is not None)
+    moved = [v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(operands, dims, strict=True)]
+    return moved, size, tuple(d is not None for d in dims)
 
 
 def _mark(name: str) -> Any:
-    """A primitive that returns its first operand and records the vmaps around it in its parameter `vmaps`."""
+    """A primitive that returns its first operand."""
     primitive = Primitive(name)
+    primitive.def_impl(lambda value, *rest, **params: value)
     primitive.def_abstract_eval(lambda value, *rest, **params: value)
-    ad.primitive_jvps[primitive] = _raise_forward_mode
+    mlir.register_lowering(primitive, lambda ctx, value, *rest, **params: [value])
+
+    def jvp(primals, tangents, **params):
+        # What a derivative inside the loss adds is plain equations.
+        return primitive.bind(*primals, **params), tangents[0]
 
     def batch(operands, dims, *, vmaps, **params):
-        size = next(v.shape[d] for v, d in zip(operands, dims, strict=True) if d is not None)
-        first = jnp.moveaxis(operands[0], dims[0], 0) if dims[0] is not None else operands[0]
+        (first, *rest), size, mapped = _batched(operands, dims)
         if dims[0] is None:
             first = jnp.broadcast_to(first, (size, *first.shape))
-        rest = [
-            v if d is None else jnp.moveaxis(v, d, 0) for v, d in zip(operands[1:], dims[1:], strict=True)
-        ]
-        mapped = tuple(d is not None for d in dims)
         return primitive.bind(first, *rest, vmaps=(*vmaps, (size, mapped)), **params), 0
 
+    ad.primitive_jvps[primitive] = jvp
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-layer_mark = _mark("kfe_layer")  # operands: y, probe, x, the layer's parameters
-output_mark = _mark("kfe_output")  # operands: the registered output z
-elements_mark = _mark(
-    "kfe_elements"
-)  # operands: the elements of a registered loss, whose weights are counted
-unsupported_mark = _mark("kfe_unsupported")  # operands: probe
+layer_mark = _mark("kfe_layer")  # operands: y, x, the layer's parameters as it used them, a row mask or none
+unsupported_mark = _mark("kfe_unsupported")  # operands: a parameter
+
+loss_mark = Primitive(
+    "kfe_loss"
+)  # operands: the registered output z, the arrays among the loss's other arguments
+loss_mark.def_impl(lambda *operands, program, **params: jaxpr_as_fun(program)(*operands)[0])
+loss_mark.def_abstract_eval(lambda *operands, program, **params: program.out_avals[0])
+
+
+def bind_loss(function: Callable[..., Any], vmaps: Vmaps, operands: Sequence[Any], **params: Any) -> Any:
+    """The mark of a registered loss, `function(z, *arrays)` inside `vmaps`, with its plain program."""
+    inside = functools.partial(under_vmaps, function, vmaps)
+    program = jax.make_jaxpr(inside)(*operands)
+    return loss_mark.bind(*operands, function=function, vmaps=vmaps, program=program, **params)
+
+
+def _loss_jvp(primals, tangents, *, program, **params):
+    # What a derivative inside the loss adds is plain equations.
+    moving = [i for i, tangent in enumerate(tangents) if type(tangent) is not ad.Zero]
+
+    def plain(*given):
+        operands = list(primals)
+        for i, operand in zip(moving, given, strict=True):
+            operands[i] = operand
+        return jaxpr_as_fun(program)(*operands)[0]
+
+    _, tangent = jax.jvp(plain, tuple(primals[i] for i in moving), tuple(tangents[i] for i in moving))
+    return loss_mark.bind(*primals, program=program, **params), tangent
+
+
+def _loss_batch(operands, dims, *, function, vmaps, program, **params):
+    del program
+    moved, size, mapped = _batched(operands, dims)
+    return bind_loss(function, (*vmaps, (size, mapped)), moved, **params), 0
+
+
+def _loss_lowering(ctx, *operands, program, **params):
+    return mlir.lower_fun(jaxpr_as_fun(program), multiple_results=True)(ctx, *operands)
+
+
+ad.primitive_jvps[loss_mark] = _loss_jvp
+batching.primitive_batchers[loss_mark] = _loss_batch
+mlir.register_lowering(loss_mark, _loss_lowering)

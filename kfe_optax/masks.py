@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Generator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import tags, traces
+from kfe_optax import marks, tags, traces
 from kfe_optax.layer import Layer
-
-_row_mask: contextvars.ContextVar[Any] = contextvars.ContextVar("kfe_row_mask", default=None)
 
 
 @contextlib.contextmanager
@@ -40,27 +37,20 @@ def row_mask(mask: Any) -> Generator[None]:
       >>> layers["kernel"].positions
       5
     """
-    token = _row_mask.set(mask)
-    try:
-        # A function of the model that was traced under another mask must be traced again; where nobody listens, it must not.
-        with contextlib.nullcontext() if tags.listener() is None else traces.fresh():
-            yield
-    finally:
-        _row_mask.reset(token)
+    if tags.listener() is None:
+        yield
+        return
+    # A function of the model that was traced under another mask must be traced again.
+    with tags.masked_rows(mask), traces.fresh(), jax.named_scope(marks.ROW_MASK):
+        yield
 
 
-def active() -> bool:
-    """Whether a row mask is in force."""
-    return _row_mask.get() is not None
-
-
-def live(layer: Layer, free: tuple[int, ...]) -> jax.Array | None:
+def live(layer: Layer, mask: Any, free: tuple[int, ...]) -> jax.Array | None:
     """The row mask for a use of a layer with positions of shape `free`, 1 or 0; None without a mask.
 
     Raises:
       ValueError: the mask's shape is no prefix of `free`.
     """
-    mask = _row_mask.get()
     if mask is None:
         return None
     mask = jnp.asarray(mask) != 0

@@ -65,6 +65,7 @@ class Output:
       looped: True inside a loop.
       subtracted: True where the loss subtracts it, whatever the data.
       positive: True where none of its weights is negative, whatever the data: nothing is to be counted.
+      places: where it stands in the program (see `equations.places`).
     """
 
     serial: int
@@ -75,6 +76,7 @@ class Output:
     looped: bool
     subtracted: bool = False
     positive: bool = False
+    places: tuple[int, ...] = ()
 
     @property
     def batched(self) -> bool:

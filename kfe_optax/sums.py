@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from kfe_optax import chunks
 from kfe_optax.kinds.base import gram, masked
 from kfe_optax.kinds.embedding import ATTEND
+from kfe_optax.layer import WITHOUT_BIAS
 
 
 def of_use(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None, spec: Any) -> dict[str, jax.Array]:
@@ -51,12 +52,17 @@ def _of_rows(use: Any, x: jax.Array, g: jax.Array, live: jax.Array) -> dict[str,
     chunk = chunks.size(n, use.row_bytes)
 
     def a(parts):
-        return masked(use.kind.input_rows(parts, use.kernel, use.bias), parts.get("live"))
+        rows = use.kind.input_rows(parts, use.kernel, use.bias)
+        if use.label == WITHOUT_BIAS:
+            rows = rows.at[..., -1].set(0)
+        return masked(rows, parts.get("live"))
 
     def b(parts):
         return masked(use.kind.output_rows(parts, use.kernel), parts.get("live"))
 
     def moments(parts):
+        if use.label == WITHOUT_BIAS:
+            return gram(a(parts), False)
         return use.kind.input_moments(parts, parts.get("live"), use.kernel, use.bias, False)
 
     def counts():

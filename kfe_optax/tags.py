@@ -1,13 +1,10 @@
-"""Tags: custom_vjp identities whose riders' cotangents are a layer's statistics.
+"""Tags: custom_vjp identities whose riders' cotangents are a layer's statistics, and what marks a layer in a loss.
 
 A *tag* returns a layer's output y unchanged. Its *rider* is a pytree of zeros that the forward pass never reads; the tag's
 backward rule defines the rider's cotangent to be what curvature needs: the layer's input x and g = ∂L/∂y row by row (a *row
 rider*), or sums over all uses of the layer (an *additive rider*: Σ x xᵀ, Σ g gᵀ, the number of rows, on request the
-per-example gradients). Riders sit beside the layer's parameters, so that whatever JAX or Flax does to parameters (jit, remat,
-scan over layers, vmap) it does to the riders too.
-
-This module knows no framework: an adapter (``kfe_optax.adapters``) or the user (``tag_dense``) calls `tag` with the *box*,
-the content of the rider slot that it found beside the layer's parameters.
+per-example gradients). While a loss is traced, layers leave marks (see `marks`), by an adapter (`kfe_optax.adapters`) or by
+`tag_dense`; the tags are put on where the traced loss is rebuilt (see `rebuild`). Nothing stands in the caller's parameters.
 """
 
 from __future__ import annotations
@@ -15,36 +12,33 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import warnings
 from collections.abc import Generator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kfe_optax import explicit, sums, traces, varying
+from kfe_optax import explicit, marks, sums, traces, varying
 from kfe_optax.kinds import Dense, Kind
 
-SLOT = "kfe_tag"
-"""The name under which probes and riders stand beside a layer's parameters."""
-
-Box = Mapping[str, Any]
-Roles = tuple[tuple[str, str], ...]
+Roles = tuple[str, ...]
 
 
-class Listener(Protocol):
-    """What listens to tags while a loss is traced: discovery, or the collection of taps."""
+class Listener:
+    """What listens while a loss is traced: it numbers the registered losses.
 
-    def tag(self, kind: Kind, roles: Roles, x: Any, y: Any, parameters: Any, box: Box, label: str) -> Any:
-        """Called for every tagged layer; returns y, tagged."""
+    What is the same on all devices along `axes` (an average over them, say) is drawn from on each of them.
+    """
 
-    def unsupported(self, reason: str, box: Box) -> None:
-        """Called for every module that owns parameters and has no kind, with the reason."""
-
-    def output(self, spec: Any, z: Any, args: tuple[Any, ...]) -> Any:
-        """Called for every registered loss; returns the loss, tagged (see `kfe_optax.losses`)."""
+    def __init__(self, axes: varying.Axes = frozenset()):
+        self.axes = axes
+        self.registered: list[tuple[Any, tuple[int, ...], bool]] = []  # spec, the outputs' shape, unweighted
 
 
 _listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("kfe_listener", default=None)
+_row_mask: contextvars.ContextVar[Any] = contextvars.ContextVar("kfe_row_mask", default=None)
 
 
 def listener() -> Listener | None:
@@ -54,7 +48,7 @@ def listener() -> Listener | None:
 
 @contextlib.contextmanager
 def listening(active: Listener) -> Generator[None]:
-    """Sends the tags met in this context to `active`; restored on every exit, private to the thread."""
+    """A context in which layers and losses leave marks; restored on every exit, private to the thread."""
     token = _listener.set(active)
     try:
         with traces.fresh():
@@ -63,28 +57,67 @@ def listening(active: Listener) -> Generator[None]:
         _listener.reset(token)
 
 
-def tag(
-    kind: Kind, roles: Roles, x: Any, y: Any, parameters: Any, box: Box, label: str = "", dtype: Any = None
-) -> Any:
-    """Tags `y`, the output of a layer of the given kind for the input `x`; the identity when nobody listens.
+@contextlib.contextmanager
+def masked_rows(mask: Any) -> Generator[None]:
+    """A context in which layers are marked with this row mask (see `masks`)."""
+    token = _row_mask.set(mask)
+    try:
+        yield
+    finally:
+        _row_mask.reset(token)
 
-    `roles` names the parameters that the layer consists of, as ((role, name beside the slot), ...); `parameters` are
-    they as the layer used them. `label` tells different uses of one layer apart.
+
+def mark_layer(
+    kind: Kind, roles: Roles, x: Any, y: Any, parameters: Any, label: str = "", dtype: Any = None
+) -> Any:
+    """Marks `y`, the output of a layer of the given kind for the input `x`; the identity when nobody listens.
+
+    `roles` names the roles of the parameters that the layer consists of; `parameters` are they as the layer used them. `label`
+    tells different uses of one layer apart.
     """
-    active = _listener.get()
-    if active is None or not box:
+    if _listener.get() is None:
         return y
     # An integer input (one-hot rows, tokens) has no tangent; the layer computes with it in the output's dtype anyway.
     wide = dtype or jnp.result_type(y)
     x = x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else jnp.asarray(x, wide)
-    return active.tag(kind, roles, jax.lax.stop_gradient(x), y, parameters, box, label)
+    shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, label)
+    mask = _row_mask.get()
+    masks = () if mask is None else (mask,)
+    return marks.layer_mark.bind(
+        y,
+        jax.lax.stop_gradient(x),
+        *parameters,
+        *masks,
+        kind=kind,
+        roles=roles,
+        shapes=shapes,
+        masked=mask is not None,
+        vmaps=(),
+    )
 
 
-def unsupported(reason: str, box: Box) -> None:
-    """Tells the listener why the parameters beside this slot belong to no layer."""
+def mark_unsupported(reason: str, parameters: Any) -> None:
+    """Notes why these parameters belong to no layer."""
+    if _listener.get() is not None:
+        for parameter in parameters:
+            marks.unsupported_mark.bind(parameter, reason=reason, vmaps=())
+
+
+def mark_loss(spec: Any, z: Any, args: tuple[Any, ...]) -> Any:
+    """A registered loss, marked; outside of `find_layers` and `value_grad_and_taps` this is not called."""
     active = _listener.get()
-    if active is not None and box:
-        active.unsupported(reason, box)
+    assert active is not None
+    serial = len(active.registered)
+    # `register_output` has weights of its own, 1/n where it is given none.
+    active.registered.append((spec, z.shape, spec.loss is None and args[0] is None))
+    z, args = varying.over(active.axes, (z, args))
+    leaves, structure = jax.tree.flatten(args)
+
+    def function(z, *leaves):
+        return z if spec.loss is None else spec.loss(z, *jax.tree.unflatten(structure, leaves))
+
+    elements = spec.loss is not None
+    return marks.bind_loss(function, (), (z, *leaves), structure=structure, serial=serial, elements=elements)
 
 
 def tag_dense(
@@ -100,8 +133,7 @@ def tag_dense(
     Args:
       x: the layer's input, (n, ..., d_in); the first axis is the batch, further leading axes are shared positions.
       y: the layer's output, (n, ..., d_out).
-      params: the mapping that holds the layer's parameters, as it came in with the loss's `params` (its rider travels
-        in it, through scan and vmap as the kernel does).
+      params: the mapping that holds the layer's parameters.
       kernel: the name of the (d_in, d_out) kernel in `params`.
       bias: the name of the (d_out,) bias in `params`; ignored when `params` has none, None for no bias.
 
@@ -122,9 +154,8 @@ def tag_dense(
     """
     if not isinstance(params, Mapping):
         raise TypeError(
-            f"tag_dense takes the mapping that holds the layer's parameters, not a {type(params).__name__}: keep each "
-            "layer's kernel and bias in a dict of the parameter tree and pass that dict, so that the rider beside the "
-            "kernel reaches the tag."
+            f"tag_dense takes the mapping that holds the layer's parameters, not a {type(params).__name__}: pass "
+            "{'kernel': kernel, 'bias': bias}."
         )
     if kernel not in params:
         raise ValueError(
@@ -136,29 +167,20 @@ def tag_dense(
             f"tag_dense expects y = x @ {kernel} + bias, but x has shape {jnp.shape(x)}, {kernel} {shape} and y "
             f"{jnp.shape(y)}; pass the layer's own input and output."
         )
-    roles = [("kernel", kernel)]
+    roles = {"kernel": params[kernel]}
     if bias is not None and bias in params:
-        roles.append(("bias", bias))
-    used = tuple(params[name] for _, name in roles)
-    return tag(Dense(), tuple(roles), x, y, used, params.get(SLOT, {}))
+        roles["bias"] = params[bias]
+    return mark_layer(Dense(), tuple(roles), x, y, tuple(roles.values()))
 
 
 def plain(params: Any) -> Any:
-    """The parameters without the riders, for a loss that reads the parameters itself.
-
-    Inside `find_layers` and `value_grad_and_taps` the parameter tree carries zero riders beside the layers' kernels. A
-    sum of squares does not see them; a loss that counts leaves, compares structures or divides by a leaf's norm reads
-    `kfe.plain(params)` instead. Outside it is the identity. Of an `nnx.Module` it returns the `nnx.State` of its
-    parameters.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, kfe_optax as kfe
-      >>> kfe.plain({"dense": {"kernel": jnp.ones((2, 2)), "kfe_tag": {"input": jnp.zeros((4, 2))}}})["dense"].keys()
-      dict_keys(['kernel'])
-    """
-    from kfe_optax import adapters  # adapters build on tags
-
-    return adapters.strip(params)
+    """The parameters as they are: deprecated, since nothing stands in the parameter tree any more."""
+    warnings.warn(
+        "kfe.plain is no longer needed: a loss is given its parameters as they are.",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return params
 
 
 Rider = dict[str, jax.Array]

@@ -15,12 +15,13 @@ Live = frozenset[tuple[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class Trail:
-    """What happened to a probe so far.
+    """What happened to a parameter so far.
 
     Attributes:
-      path: the key path of the parameter that the probe stands for.
-      dims: the parameter's axes that the variable still has, in its order.
+      path: its key path.
+      dims: the parameter's axes that the variable still has, in its order; −1 for one that was added.
       stack: the (axis, size) pairs that scans consumed, outermost first.
+      route: for each scan around, outermost first, whether it is one of those.
       broadcast: True inside a loop that uses the same value in each iteration.
       stopped: True behind a stop_gradient.
       lost: the operation that ended the trail.
@@ -29,6 +30,7 @@ class Trail:
     path: tuple[str | int, ...]
     dims: tuple[int, ...]
     stack: tuple[tuple[int, int], ...] = ()
+    route: tuple[bool, ...] = ()
     broadcast: bool = False
     stopped: bool = False
     lost: str | None = None
@@ -36,12 +38,13 @@ class Trail:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One tag reached.
+    """One use of a layer, or a registered loss.
 
     Attributes:
-      trail: that of its probe; None where none reaches it.
+      trail: that of its kernel (its first parameter); None where none reaches it.
       parameters: those of the parameters that the layer used.
-      info: what the mark holds.
+      info: what the mark holds: "mark", of a layer "kind", "roles", "shapes", "masked" and "vmaps".
+      place: where it stands in the program (see `equations.places`).
       loops: how many loops it is in.
       constant: whether the layer's input depends on neither data nor parameters.
       fixed: whether it depends on no data.
@@ -55,6 +58,7 @@ class Use:
     trail: Trail | None
     parameters: tuple[Trail | None, ...]
     info: dict[str, Any]
+    place: int
     loops: int
     constant: bool = False
     fixed: bool = False
@@ -71,17 +75,25 @@ class Walk:
 
     Attributes:
       uses: the marks, in order of execution.
-      products: how often each parameter is multiplied with data.
+      products: how often each parameter is contracted with data.
+      others: for parameters that meet data where no rule knows their use, the first such equation.
+      scalings: how often it is multiplied with data entry by entry.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
       scope: the calls around what is being walked.
+      place: how many places were passed.
+      readers: how many equations read the output of each use that no tag has marked, as it is or moved.
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    scalings: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    others: dict[Any, str] = dataclasses.field(default_factory=dict)
     loss: Origins = NOWHERE
     live: Live = frozenset()
     scope: tuple[int, ...] = ()
+    place: int = 0
+    readers: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     def behind(self, live: Live) -> frozenset[int]:
         """These uses and all that their derivatives reach."""

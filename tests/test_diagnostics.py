@@ -72,7 +72,7 @@ def advantages(x):
 
 
 def squares(params):
-    return sum((leaf**2).sum() for leaf in jax.tree.leaves(kfe.plain(params)))
+    return sum((leaf**2).sum() for leaf in jax.tree.leaves(params))
 
 
 # How the losses of the examples, a function of their inputs, form the loss → whether single examples can be checked.

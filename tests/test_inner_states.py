@@ -130,3 +130,15 @@ def test_an_inner_state_that_overflows_is_not_taken(inner):
         updates, state = tx.update(gradient(seed), state, PARAMS)
         assert finite((updates, state)) and updates["layer"]["kernel"].any()
     assert int(kfe.info(state).last_refresh) == 3
+
+
+def test_a_gradient_that_is_not_finite_in_a_layer_leaves_the_rest_as_it_was():
+    """The step is none for all parameters alike: Adam's moments and count of the rest stay, too."""
+    tx = preconditioner(optax.scale_by_adam())
+    _, before = run(tx, [gradient(0)])
+    grads = gradient(1)
+    grads["layer"] = {"kernel": grads["layer"]["kernel"].at[0, 0].set(jnp.nan)}
+    updates, after = tx.update(grads, before, PARAMS)
+    assert_equal(after.rest, before.rest)
+    assert_equal(updates, jax.tree.map(jnp.zeros_like, PARAMS))
+    assert int(after.nonfinite) == 1

@@ -166,28 +166,22 @@ def test_decay_of_a_preconditioner(name, step):
             kfe.METHODS[name].scale_by(layers, 0.1, scale_decay=-0.5)
 
 
-def test_loss_that_breaks_on_riders():
-    """It compares the tree with one of its own; `kfe.plain` is the way out."""
+def test_a_loss_is_given_its_parameters_as_they_are():
+    """It compares the tree with one of its own; `kfe.plain`, which once was the way to do so, is the identity."""
     problem = problems.make("linen")
 
-    def prior(params):
-        return sum(jax.tree.leaves(jax.tree.map(lambda p, q: (p * q).sum(), params, problem.params)))
+    def loss_fn(params, x, y):
+        assert jax.tree.structure(params) == jax.tree.structure(problem.params)
+        together = jax.tree.map(lambda p, q: (p * q).sum(), params, problem.params)
+        return problem.loss_fn(params, x, y) + sum(jax.tree.leaves(together))
 
-    def broken(params, x, y):
-        return problem.loss_fn(params, x, y) + prior(params)
-
-    def mended(params, x, y):
-        return problem.loss_fn(params, x, y) + prior(kfe.plain(params))
-
-    with pytest.raises(
-        ValueError, match=r"breaks when riders stand beside.*Let it read kfe\.plain\(params\)"
-    ):
-        kfe.find_layers(broken, problem.params, *problem.args)
-    assert list(kfe.find_layers(mended, problem.params, *problem.args)) == ["dense_0", "dense_1"]
+    assert list(kfe.find_layers(loss_fn, problem.params, *problem.args)) == ["dense_0", "dense_1"]
+    with pytest.warns(DeprecationWarning, match="no longer needed"):
+        assert kfe.plain(problem.params) is problem.params
 
 
 def test_own_errors_come_through():
-    """A loss that is broken by itself is not blamed on the riders."""
+    """A loss that is broken by itself says so."""
     problem = problems.make("linen")
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         kfe.find_layers(problem.loss_fn, problem.params, problem.args[0])
@@ -228,24 +222,6 @@ def test_matrix_of_another_shape(step):
         ValueError, match="'dense_0' needs dense_0/kernel, dense_0/bias, which the tree does not hold"
     ):
         layers["dense_0"].to_matrix({"dense_1": grads["dense_1"]})
-
-
-def test_derivative_inside_the_loss():
-    """A gradient penalty through tagged layers."""
-    problem = problems.make("linen", "gaussian")
-
-    def loss_fn(params, x, y):
-        slope = jax.grad(lambda x: problem.loss_fn(params, x, y))(x)
-        return problem.loss_fn(params, x, y) + (slope**2).sum()
-
-    with pytest.raises(ValueError, match="differentiated inside the loss function itself"):
-        kfe.find_layers(loss_fn, problem.params, *problem.args)
-
-    def forward(params, x, y):
-        return jax.jvp(lambda x: problem.loss_fn(params, x, y), (x,), (x,))[1]
-
-    with pytest.raises(ValueError, match="differentiated inside the loss function itself"):
-        kfe.find_layers(forward, problem.params, *problem.args)
 
 
 def test_loss_that_is_no_scalar(step):

@@ -1,4 +1,4 @@
-"""Flax Linen: a method interceptor that tags calls of supported modules, and a TrainState that passes taps on."""
+"""Flax Linen: a method interceptor that marks calls of supported modules, and a TrainState that passes taps on."""
 
 from __future__ import annotations
 
@@ -34,67 +34,65 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(kwargs[name] for name in ("inputs", "x", "query") if name in kwargs)
 
 
-def _parameter(module: nn.Module, name: str) -> Any:
-    return meta.unbox(module.get_variable("params", name))
-
-
 def _calls(module: nn.Module, base: type[nn.Module], method: str = "__call__") -> bool:
     """Whether a module's method is that of `base`."""
     return isinstance(module, base) and getattr(type(module), method) is getattr(base, method)
 
 
+def _own(module: nn.Module) -> dict[str, Any]:
+    """The parameters of the module itself, as it is given them."""
+    if module.scope is None:
+        return {}
+    own = module.variables.get("params", {})
+    arrays = {name: meta.unbox(value) for name, value in own.items()}
+    return {name: v for name, v in arrays.items() if hasattr(v, "shape") and hasattr(v, "dtype")}
+
+
 def _interceptor(next_function, args, kwargs, context):
     module, method = context.module, context.method_name
-    if method == "__call__" and _calls(module, nn.OptimizedLSTMCell) and tags.listener() is not None:
-        return _gates(module, next_function, args, kwargs)
-    owns = module.scope is not None and module.has_variable("params", tags.SLOT)
-    if not owns or method not in ("__call__", "attend"):
+    if tags.listener() is None or method not in ("__call__", "attend"):
         return next_function(*args, **kwargs)
+    if method == "__call__" and _calls(module, nn.OptimizedLSTMCell):
+        return _gates(module, next_function, args, kwargs)
     y = next_function(*args, **kwargs)
-    box = module.get_variable("params", tags.SLOT)
+    own = _own(module)
+    if not own:
+        return y
     x = _input(args, kwargs)
     if method == "attend":
-        return _embedding(module, x, y, box, ATTEND) if _calls(module, nn.Embed, "attend") else y
+        return _embedding(module, x, y, own, ATTEND) if _calls(module, nn.Embed, "attend") else y
     if _calls(module, nn.Embed):
-        return _embedding(module, x, y, box, LOOKUP)
+        return _embedding(module, x, y, own, LOOKUP)
     if any(_calls(module, base) for base in NORMS):
-        return _norm(module, args, kwargs, y, box)
+        return _norm(module, args, kwargs, y, own)
     if _calls(module, nn.Einsum):
         formula = args[1] if len(args) > 1 else kwargs.get("einsum_str")
-        kernel = _parameter(module, "kernel")
-        return _tagged(
-            module, modules.einsum(module, x, kernel.shape, formula or module.einsum_str), x, y, box
+        return _marked(
+            modules.einsum(module, x, own["kernel"].shape, formula or module.einsum_str), x, y, own
         )
     for base, make in SUPPORTED.items():
         if _calls(module, base):
-            kernel = _parameter(module, "kernel")
-            return _tagged(module, make(module, x, kernel.shape), x, y, box)
-    tags.unsupported(f"{type(module).__name__} has no curvature block", box)
+            return _marked(make(module, x, own["kernel"].shape), x, y, own)
+    tags.mark_unsupported(f"{type(module).__name__} has no curvature block", own.values())
     return y
 
 
-def _tagged(module: nn.Module, kind: Kind | str, x: Any, y: Any, box: Any) -> Any:
+def _marked(kind: Kind | str, x: Any, y: Any, own: dict[str, Any]) -> Any:
     if isinstance(kind, str):
-        tags.unsupported(kind, box)
+        tags.mark_unsupported(kind, own.values())
         return y
-    roles = [("kernel", "kernel")]
-    if module.has_variable("params", "bias"):
-        roles.append(("bias", "bias"))
-    return tags.tag(kind, tuple(roles), x, y, _used(module, roles), box)
+    roles = tuple(name for name in ("kernel", "bias") if name in own)
+    return tags.mark_layer(kind, roles, x, y, tuple(own[name] for name in roles))
 
 
-def _used(module: nn.Module, roles: Any) -> tuple[Any, ...]:
-    return tuple(_parameter(module, name) for _, name in roles)
-
-
-def _embedding(module: nn.Module, x: Any, y: Any, box: Any, use: str) -> Any:
-    table = _parameter(module, "embedding")
+def _embedding(module: nn.Module, x: Any, y: Any, own: dict[str, Any], use: str) -> Any:
+    table = own["embedding"]
     kind = modules.embedding(module, x, table.shape)
     if isinstance(kind, str):
-        tags.unsupported(kind, box)
+        tags.mark_unsupported(kind, own.values())
         return y
     # Tokens as numbers that float32 holds exactly, whatever the layer computes in.
-    return tags.tag(kind, (("kernel", "embedding"),), x, y, (table,), box, use, jnp.float32)
+    return tags.mark_layer(kind, ("kernel",), x, y, (table,), use, jnp.float32)
 
 
 def _gates(module: nn.Module, next_function: Any, args: Any, kwargs: Any) -> Any:
@@ -107,23 +105,19 @@ def _gates(module: nn.Module, next_function: Any, args: Any, kwargs: Any) -> Any
     return cell.apply({"params": module.variables["params"]}, *args, **kwargs)
 
 
-def _norm(module: nn.Module, args: Any, kwargs: Any, y: Any, box: Any) -> Any:
-    if tags.listener() is None:
-        return y
-    present = tuple(name for name in ("scale", "bias") if module.has_variable("params", name))
+def _norm(module: nn.Module, args: Any, kwargs: Any, y: Any, own: dict[str, Any]) -> Any:
+    present = tuple(name for name in ("scale", "bias") if name in own)
     # The normalized input: the same module without scale and shift. Its batch statistics are not kept.
     plain = {name: False for name in ("use_scale", "use_bias") if hasattr(module, name)}
     bare = module.clone(parent=None, name=None, **plain)
     state = {name: dict(values) for name, values in module.variables.items() if name != "params"}
     normalized, _ = bare.apply(state, *args, mutable=list(state), **kwargs)
-    x = _input(args, kwargs)
-    kind = modules.norm(module, x, present)
-    roles = tuple((name, name) for name in present)
-    return tags.tag(kind, roles, normalized, y, _used(module, roles), box)
+    kind = modules.norm(module, _input(args, kwargs), present)
+    return tags.mark_layer(kind, present, normalized, y, tuple(own[name] for name in present))
 
 
 def intercepting() -> contextlib.AbstractContextManager[Any]:
-    """A context in which supported Linen modules are tagged."""
+    """A context in which supported Linen modules mark themselves."""
     return nn.intercept_methods(_interceptor)
 
 

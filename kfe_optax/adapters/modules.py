@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import opt_einsum
 
-from kfe_optax.adapters import convolutions, linear_maps
+from kfe_optax import dense_maps
+from kfe_optax.adapters import convolutions
 from kfe_optax.kinds import Dense, Embedding, Kind, Norm
 
 # (module, input, shape of the kernel) → the kind, or why there is none.
@@ -30,7 +31,7 @@ def dense_general(module: Any, x: jax.Array, kernel: tuple[int, ...]) -> Kind | 
     axes = _axes(module.axis)
     named = getattr(module, "batch_dims", None)
     batch = _axes(named) if named is not None else tuple(getattr(module, "batch_axis", {}))
-    kind = linear_maps.general(x.ndim, axes, len(kernel) - len(axes) - len(batch), batch)
+    kind = dense_maps.general(x.ndim, axes, len(kernel) - len(axes) - len(batch), batch)
     return kind or "not a linear map of whole kernels"
 
 
@@ -40,7 +41,7 @@ def einsum(module: Any, x: jax.Array, kernel: tuple[int, ...], formula: str) -> 
     )
     inputs, weights = operands.split(",")
     return (
-        linear_maps.einsum(inputs, weights, outputs) or f"{formula!r} sums over an axis of one operand alone"
+        dense_maps.einsum(inputs, weights, outputs) or f"{formula!r} sums over an axis of one operand alone"
     )
 
 

@@ -1,4 +1,4 @@
-"""Flax NNX: riders are `nnx.Param`s of a merged copy of the model; wrapped calls tag supported modules."""
+"""Flax NNX: wrapped calls mark supported modules; objects are split into arrays and merged again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ layer."""
 
 NORMS = (nnx.BatchNorm, nnx.LayerNorm, nnx.GroupNorm, nnx.InstanceNorm, nnx.RMSNorm)
 
-_PREFIX = f"{tags.SLOT}_"
 _patch_lock = threading.Lock()
 _patch_users = 0
 _originals: dict[tuple[type[nnx.Module], str], Callable[..., Any]] = {}
@@ -40,65 +39,58 @@ def is_module(params: Any) -> bool:
     return isinstance(params, nnx.Module)
 
 
-def _box(module: nnx.Module) -> dict[str, Any]:
-    return {
-        name.removeprefix(_PREFIX): value[...]
-        for name, value in vars(module).items()
-        if name.startswith(_PREFIX)
-    }
+def _own(module: nnx.Module) -> tuple[Any, ...]:
+    """The parameters of the module itself."""
+    return tuple(value[...] for value in vars(module).values() if isinstance(value, nnx.Param))
 
 
 Function = Callable[..., Any]
-# (original, module, box, *args, **kwargs) → the tagged output.
+# (original, module, *args, **kwargs) → the marked output.
 Tagger = Callable[..., Any]
 
 
 def _wrap(original: Function, tagger: Tagger) -> Function:
     @functools.wraps(original)
     def call(self, *args, **kwargs):
-        box = _box(self) if tags.listener() is not None else None
-        if not box:
+        if tags.listener() is None or not _own(self):
             return original(self, *args, **kwargs)
-        return tagger(original, self, box, *args, **kwargs)
+        return tagger(original, self, *args, **kwargs)
 
     return call
 
 
 def _kernel_tagger(make: modules.Maker) -> Tagger:
-    def tagger(original, module, box, inputs, *args, **kwargs):
+    def tagger(original, module, inputs, *args, **kwargs):
         y = original(module, inputs, *args, **kwargs)
-        return _tagged(module, make(module, inputs, module.kernel[...].shape), inputs, y, box)
+        return _marked(module, make(module, inputs, module.kernel[...].shape), inputs, y)
 
     return tagger
 
 
-def _tagged(module: Any, kind: Kind | str, x: Any, y: Any, box: Any) -> Any:
+def _marked(module: Any, kind: Kind | str, x: Any, y: Any) -> Any:
     if isinstance(kind, str):
-        tags.unsupported(kind, box)
+        tags.mark_unsupported(kind, _own(module))
         return y
-    roles = [("kernel", "kernel")]
-    if getattr(module, "bias", None) is not None:
-        roles.append(("bias", "bias"))
-    used = tuple(getattr(module, name)[...] for _, name in roles)
-    return tags.tag(kind, tuple(roles), x, y, used, box)
+    roles = ("kernel",) if getattr(module, "bias", None) is None else ("kernel", "bias")
+    return tags.mark_layer(kind, roles, x, y, tuple(getattr(module, name)[...] for name in roles))
 
 
-def _einsum(original, module, box, inputs, einsum_str=None, **kwargs):
+def _einsum(original, module, inputs, einsum_str=None, **kwargs):
     y = original(module, inputs, einsum_str, **kwargs)
     formula = einsum_str or module.einsum_str
-    return _tagged(module, modules.einsum(module, inputs, module.kernel[...].shape, formula), inputs, y, box)
+    return _marked(module, modules.einsum(module, inputs, module.kernel[...].shape, formula), inputs, y)
 
 
 def _embedding_tagger(use: str, name: str) -> Tagger:
-    def tagger(original, module, box, *args, **kwargs):
+    def tagger(original, module, *args, **kwargs):
         y = original(module, *args, **kwargs)
         inputs = args[0] if args else kwargs[name]
         table = module.embedding[...]
         kind = modules.embedding(module, inputs, table.shape)
         if isinstance(kind, str):
-            tags.unsupported(kind, box)
+            tags.mark_unsupported(kind, (table,))
             return y
-        return tags.tag(kind, (("kernel", "embedding"),), inputs, y, (table,), box, use, jnp.float32)
+        return tags.mark_layer(kind, ("kernel",), inputs, y, (table,), use, jnp.float32)
 
     return tagger
 
@@ -122,22 +114,22 @@ def _bare(module: nnx.Module) -> nnx.Module:
     return bare
 
 
-def _norm(original, module, box, x, *args, **kwargs):
+def _norm(original, module, x, *args, **kwargs):
     y = original(module, x, *args, **kwargs)
     present = tuple(name for name in ("scale", "bias") if getattr(module, name, None) is not None)
     # One equation of the program around it: NNX looks for the origin of what it writes to batch statistics in all of them.
     normalized = jax.jit(lambda x: original(_bare(module), x, *args, **kwargs))(jax.lax.stop_gradient(x))
     kind = modules.norm(module, x, present)
-    roles = tuple((name, name) for name in present)
-    used = tuple(getattr(module, name)[...] for name in present)
-    return tags.tag(kind, roles, normalized, y, used, box)
+    return tags.mark_layer(
+        kind, present, normalized, y, tuple(getattr(module, name)[...] for name in present)
+    )
 
 
-def _lora(original, module, box, x, *args, **kwargs):
+def _lora(original, module, x, *args, **kwargs):
     """x A B + base(x), with A and B as two dense layers; the wrapped module cannot say what is between them."""
     x, a, b = module.promote_dtype((x, module.lora_a[...], module.lora_b[...]), dtype=module.dtype)
-    hidden = tags.tag(Dense(), (("kernel", "lora_a"),), x, x @ a, (module.lora_a[...],), box)
-    y = tags.tag(Dense(), (("kernel", "lora_b"),), hidden, hidden @ b, (module.lora_b[...],), box)
+    hidden = tags.mark_layer(Dense(), ("kernel",), x, x @ a, (module.lora_a[...],))
+    y = tags.mark_layer(Dense(), ("kernel",), hidden, hidden @ b, (module.lora_b[...],))
     return y if module.base_module is None else y + module.base_module(x, *args, **kwargs)
 
 
@@ -153,7 +145,7 @@ _TAGGERS: dict[tuple[type[nnx.Module], str], Tagger] = {
 
 @contextlib.contextmanager
 def intercepting() -> Generator[None]:
-    """A context in which supported NNX modules are tagged; nests, and other threads' calls pass through untouched."""
+    """A context in which supported NNX modules mark themselves; nests, and other threads' calls pass through untouched."""
     global _patch_users
     with _patch_lock:
         if _patch_users == 0:
@@ -221,15 +213,10 @@ def split(objects: list[Any], has_model: bool) -> tuple[Any, Any, Any]:
     return graph, parameters.get(0, nnx.State({})), other
 
 
-def merge(graph: Any, parameters: Any, other: Any, boxes: Any) -> list[Any]:
-    """Copies of the objects from their states, with riders in the model."""
+def merge(graph: Any, parameters: Any, other: Any) -> list[Any]:
+    """Copies of the objects from their states."""
     states = [other] if parameters is None else [nnx.State({0: parameters}), other]
-    objects = nnx.merge(graph, *states, copy=True)
-    for path, box in boxes.items():
-        module = _descend(objects[0], path)
-        for name, value in box.items():
-            setattr(module, _PREFIX + name, nnx.Param(value))
-    return objects
+    return nnx.merge(graph, *states, copy=True)
 
 
 def _descend(node: Any, path: layer_lib.Path) -> Any:
@@ -238,27 +225,10 @@ def _descend(node: Any, path: layer_lib.Path) -> Any:
     return node
 
 
-def slots(model: nnx.Module) -> dict[layer_lib.Path, tuple[str, ...]]:
-    """{module path: names of its own parameters}."""
-    found: dict[layer_lib.Path, tuple[str, ...]] = {}
-    for path in layer_lib.leaves_by_path(nnx.state(model, nnx.Param)):
-        parent, name = path[:-1], path[-1]
-        if isinstance(_descend(model, parent), nnx.Module) and isinstance(name, str):
-            found[parent] = (*found.get(parent, ()), name)
-    return found
-
-
 def class_names(model: nnx.Module) -> dict[layer_lib.Path, str]:
-    """{module path: class name}, for the reasons in the table."""
-    return {path: type(_descend(model, path)).__name__ for path in slots(model)}
-
-
-def strip(model: nnx.Module) -> Any:
-    """The state of the model's own parameters."""
-    return nnx.state(
-        model,
-        lambda path, value: isinstance(value, nnx.Param) and not str(path[-1]).startswith(_PREFIX),
-    )
+    """{module path: class name} of the modules with parameters of their own, for the reasons in the table."""
+    parents = {path[:-1] for path in layer_lib.leaves_by_path(nnx.state(model, nnx.Param))}
+    return {path: type(_descend(model, path)).__name__ for path in parents}
 
 
 def other_state(objects: list[Any], has_model: bool) -> Any:

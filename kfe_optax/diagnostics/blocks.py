@@ -149,7 +149,7 @@ def gauss_newton_block(
         own = layer.from_matrix(matrix)
         leaves, structure = jax.tree_util.tree_flatten_with_path(parameters)
         new = [own[key_path(p)].astype(v.dtype) if key_path(p) in own else v for p, v in leaves]
-        return outputs_fn(rebuild(jax.tree.unflatten(structure, new), given, {}).params)
+        return outputs_fn(rebuild(jax.tree.unflatten(structure, new), given).params)
 
     z, push = jax.linearize(outputs, layer.to_matrix(parameters).astype(layer.factor_dtype))
     if jnp.shape(jax.eval_shape(loss_fn, z)) != ():

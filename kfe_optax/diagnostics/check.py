@@ -126,7 +126,7 @@ def check_layers(
 
     def call(parameters, arrays):
         # With copies: a check must not move batch statistics or random streams.
-        return rebuild(parameters, (other, *static(arrays)), {})
+        return rebuild(parameters, (other, *static(arrays)))
 
     def pure(parameters, arrays):
         made = call(parameters, arrays)

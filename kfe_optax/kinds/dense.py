@@ -30,10 +30,10 @@ class Dense(Kind):
     """
 
     approximation: str = "joint"
-    kernel: str = "io"
-    inputs: str = "...i"
-    outputs: str = "...o"
-    bias: str = "o"
+    kernel: str = "ab"
+    inputs: str = "...a"
+    outputs: str = "...b"
+    bias: str = "b"
 
     name: ClassVar[str] = "dense"
     approximations: ClassVar[tuple[str, ...]] = ("joint", "heads")

@@ -1,0 +1,244 @@
+"""Layers that no module marks: any container, any orientation, every call of JAX's, from the loss's program alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import kfe_optax as kfe
+
+from .dense import assert_close
+
+N, D = 6, 4
+
+
+def matrix(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape) / 2, jnp.float32)
+
+
+X, LABELS = matrix(0, N, D), jnp.arange(N) % 3
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Affine:
+    weight: Any
+    shift: Any
+
+
+def affine(weight, shift, x):
+    return x @ weight + shift
+
+
+def two(seed, *shapes):
+    return [matrix(seed + i, *shape) for i, shape in enumerate(shapes)]
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.kernel = nnx.Param(matrix(3, D, 3))
+
+    def __call__(self, x):
+        return x @ self.kernel[...]
+
+
+def split_and_merged():
+    graph, state = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
+    return state, lambda state, x: nnx.merge(graph, state)(x)
+
+
+def over_layers(params, x):
+    def layer(h, p):
+        return jnp.tanh(h @ p["w"] + p["b"]), None
+
+    return jax.lax.scan(jax.checkpoint(layer), x, params["stack"])[0] @ params["last"]
+
+
+def over_time(params, x):
+    steps = jax.lax.scan(
+        lambda h, _: (jnp.tanh(h @ params["h"] + x), None), jnp.zeros((N, D)), None, length=3
+    )
+    return steps[0] @ params["o"]
+
+
+def chosen(params, x):
+    return jax.lax.cond(x[0, 0] > 5, lambda w: jnp.zeros((N, 3)), lambda w: x @ w, params["w"])
+
+
+CASES = {
+    "NamedTuple": (
+        Pair(*two(1, (D, 5), (5, 3))),
+        lambda p, x: jnp.tanh(x @ p.first) @ p.second,
+        {"first": (D, 5), "second": (5, 3)},
+    ),
+    "dataclass": (
+        Affine(*two(1, (D, 3), (3,))),
+        lambda p, x: affine(p.weight, p.shift, x),
+        {"weight": (D + 1, 3)},
+    ),
+    "keywords": (
+        {"out": {"weight": matrix(1, D, 3), "shift": matrix(2, 3)}},
+        lambda p, x: affine(x=x, **p["out"]),
+        {"out": (D + 1, 3)},
+    ),
+    "list, kernels (out, in)": (
+        two(1, (5, D), (5,), (3, 5)),
+        lambda p, x: jnp.tanh(x @ p[0].T + p[1]) @ p[2].T,
+        {"0": (D + 1, 5), "2": (5, 3)},
+    ),
+    "kernel first": ({"w": matrix(1, 3, D)}, lambda p, x: (p["w"] @ x.T).T, {"w": (D, 3)}),
+    "vmap over examples": (
+        {"w": matrix(1, 3, D), "b": matrix(2, 3)},
+        lambda p, x: jax.vmap(lambda x: p["w"] @ x + p["b"])(x),
+        {"w": (D + 1, 3)},
+    ),
+    "inside jit": ({"w": matrix(1, D, 3)}, jax.jit(lambda p, x: x @ p["w"]), {"w": (D, 3)}),
+    "einsum, axes of heads": (
+        {"w": matrix(1, D, 2, 5), "b": matrix(2, 2, 5), "o": matrix(3, 2, 5, 3)},
+        lambda p, x: jnp.einsum(
+            "nhk,hko->no", jnp.tanh(jnp.einsum("nd,dhk->nhk", x, p["w"]) + p["b"]), p["o"]
+        ),
+        {"w": (D + 1, 10), "o": (10, 3)},
+    ),
+    "blocks": (
+        {"w": matrix(1, 2, 2, 5), "o": matrix(2, 10, 3)},
+        lambda p, x: jnp.tanh(jnp.einsum("nbi,bio->nbo", x.reshape(N, 2, 2), p["w"])).reshape(N, 10) @ p["o"],
+        {"w": (2, 2, 5), "o": (10, 3)},
+    ),
+    "nnx.split and merge": (*split_and_merged(), {"kernel": (D, 3)}),
+    "a scan over layers, rematerialized": (
+        {"stack": {"w": matrix(1, 2, D, D), "b": matrix(2, 2, D)}, "last": matrix(3, D, 3)},
+        over_layers,
+        {"stack": (2, D + 1, D), "last": (D, 3)},
+    ),
+    "a loop over time": (
+        {"h": matrix(1, D, D), "o": matrix(2, D, 3)},
+        over_time,
+        {"h": (D, D), "o": (D, 3)},
+    ),
+    "a branch": ({"w": matrix(1, D, 3)}, chosen, {"w": (D, 3)}),
+    "an output that is also read without its bias": (
+        {"w": matrix(1, D, 3), "b": matrix(2, 3), "o": matrix(4, 3, 3)},
+        lambda p, x: (lambda z: jnp.tanh(z + p["b"]) @ p["o"] + z)(x @ p["w"]),
+        {"w": (D, 3), "o": (3, 3)},
+    ),
+    "a stopped second use": (
+        {"w": matrix(1, D, 3)},
+        lambda p, x: x @ p["w"] + jax.lax.stop_gradient(2 * x) @ jax.lax.stop_gradient(p["w"]),
+        {"w": (D, 3)},
+    ),
+    "an output that is stopped": (
+        {"w": matrix(1, D, 3)},
+        lambda p, x: x @ p["w"] + jax.lax.stop_gradient((2 * x) @ p["w"]),
+        {"w": (D, 3)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_and_the_law_of_rows(name):
+    """Gradients are JAX's; Σ_t ā gᵀ of the empirical rows is the gradient of each example."""
+    params, apply, shapes = CASES[name]
+
+    def loss_fn(params, x, labels):
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(apply(params, x), labels).mean()
+
+    layers = kfe.find_layers(loss_fn, params, X, LABELS)
+    assert {name: layer.shape for name, layer in layers.items()} == shapes
+    assert layers.rest == ((("b",),) if name == "an output that is also read without its bias" else ())
+    loss, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)
+    assert_close((loss, grads), jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
+    for name, layer in layers.items():
+        if layer.per_example:
+            assert_close(taps[name].example_gradients().mean(-3), layer.to_matrix(grads), 1e-6)
+
+
+def network(params, x):
+    return jnp.tanh(x @ params["in"]["w"] + params["in"]["b"]) @ params["out"]["w"] + params["out"]["b"]
+
+
+def second_derivatives(params, x):
+    """∂²u/∂x_i², by forward mode over forward mode."""
+
+    def along(e):
+        first = lambda x: jax.jvp(lambda x: network(params, x), (x,), (e,))[1]
+        return jax.jvp(first, (x,), (e,))[1]
+
+    return [along(jnp.broadcast_to(e, x.shape)) for e in jnp.eye(2, dtype=x.dtype)]
+
+
+def by_hand(params, x, added):
+    """(residual, value, {layer: rows [input; 1 or 0]}) of the same, with `added` on each product of a kernel that they read.
+
+    Each derivative is one more position of the layers, without the bias.
+    """
+    rows = {"in": [], "out": []}
+
+    def product(layer, h, one):
+        rows[layer].append(jnp.concatenate([h, jnp.full((len(h), 1), float(one))], 1))
+        shift = params[layer]["b"] if one else 0
+        return h @ params[layer]["w"] + shift + added[layer][len(rows[layer]) - 1]
+
+    total = 0.0
+    for e in jnp.eye(2, dtype=x.dtype):
+        e = jnp.broadcast_to(e, x.shape)
+        z, inner, outer = product("in", x, 1), product("in", e, 0), product("in", e, 0)
+        slope = 1 - jnp.tanh(z) ** 2
+        total += product("out", -2 * jnp.tanh(z) * slope * inner * outer, 0)
+    value = product("out", jnp.tanh(product("in", x, 1)), 1)
+    return total, value, rows
+
+
+def test_derivatives_inside_the_loss():
+    """A Laplacian in the loss is K-FAC for PINNs (Dangel et al. 2024): the factors of derivatives that are positions, and it trains."""
+    with jax.enable_x64(True):
+        shapes = {"in": {"w": (2, 5), "b": (5,)}, "out": {"w": (5, 1), "b": (1,)}}
+        params = jax.tree.map(
+            lambda shape: jnp.asarray(matrix(sum(shape), *shape), jnp.float64),
+            shapes,
+            is_leaf=lambda leaf: isinstance(leaf, tuple),
+        )
+        x = jnp.asarray(matrix(5, N, 2), jnp.float64)
+
+        def loss_fn(params, x):
+            residual = sum(second_derivatives(params, x)) + 1
+            edge = kfe.losses.squared_error(network(params, x)).mean()
+            return kfe.losses.squared_error(residual).mean() + edge
+
+        layers = kfe.find_layers(loss_fn, params, x)
+        assert {name: layer.shape for name, layer in layers.items()} == {"in": (3, 5), "out": (6, 1)}
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")
+        loss, grads, taps = differentiate(params, x)
+        assert_close((loss, grads), jax.value_and_grad(loss_fn)(params, x), 1e-10)
+
+        added = {"in": jnp.zeros((7, N, 5)), "out": jnp.zeros((3, N, 1))}
+        by_output = jax.jacobian(lambda added: jnp.stack(by_hand(params, x, added)[:2]))(added)
+        *found, rows = by_hand(params, x, added)
+        assert_close(found[0], sum(second_derivatives(params, x)), 1e-10)
+        for name in layers:
+            inputs = jnp.concatenate(rows[name])
+            # −log p of each output has the second derivative 2.
+            g = jnp.sqrt(2) * jnp.einsum("oncpnd->oncpd", by_output[name])
+            expected = inputs.T @ inputs / len(inputs), jnp.einsum("oncpd,oncpe->de", g, g) / N
+            assert_close(taps[name].covariances(), expected, 1e-10)
+
+        tx = kfe.kfac(0.5, layers, 1e-3)
+        state, losses = tx.init(params), []
+        for _ in range(10):
+            loss, grads, taps = differentiate(params, x)
+            updates, state = tx.update(grads, state, params, taps=taps)
+            params = optax.apply_updates(params, updates)
+            losses.append(float(loss))
+        assert losses[-1] < losses[0] / 2
