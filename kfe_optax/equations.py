@@ -16,7 +16,7 @@ from jax.extend.core import Literal
 
 from kfe_optax.marks import layer_mark, loss_mark
 
-_PLACES = frozenset({"dot_general"})
+_PLACES = frozenset({"dot_general", "conv_general_dilated", "gather", "mul"})
 
 
 def is_place(equation: Any) -> bool:

@@ -8,7 +8,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import adapters, checks, equations, explicit, marks, masks, outputs, tags, traced, varying
+from kfe_optax import (
+    adapters,
+    checks,
+    equations,
+    explicit,
+    marks,
+    masks,
+    outputs,
+    rules,
+    tags,
+    traced,
+    varying,
+)
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
 from kfe_optax.rebuild import Place, Rebuild, Riders
@@ -180,8 +192,9 @@ class _Tagger:
     def _used(self, layer: Layer, place: Place, equation: Any, operands: list[Any], rider: Any) -> Any:
         """The result of an equation that is itself the use."""
         y = equations.result(equation, operands)
-        x = jax.lax.stop_gradient(operands[place.x])
-        return self._tagged(layer, place.label, x, y, self._row_mask, rider)
+        x, outward, back = rules.as_layer(equation, place.x, operands)
+        x = jax.lax.stop_gradient(x)
+        return back(self._tagged(layer, place.label, x, outward(y), self._row_mask, rider))
 
     def _tagged(self, layer: Layer, label: str, x: Any, y: Any, mask: Any, rider: Any) -> Any:
         kind = layer.kind  # with its approximation

@@ -122,7 +122,14 @@ def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk) -> jaxprs.Use:
     """A use by a rule without the bias that was found, where its output is also read without that bias."""
     if "rule" not in use.info or len(use.parameters) == 1 or walk.readers[index] == 1:
         return use
-    return dataclasses.replace(use, info=use.info | {"roles": ("kernel",)}, parameters=use.parameters[:1])
+    return dataclasses.replace(use, info=_without_bias(use), parameters=use.parameters[:1])
+
+
+def _without_bias(use: jaxprs.Use) -> dict[str, Any]:
+    info = use.info | {"roles": use.info["roles"][:1]}
+    if info["kind"].per_example:
+        info["kind"] = dataclasses.replace(info["kind"], parameters=info["roles"])
+    return info
 
 
 def _with_roles(use: jaxprs.Use, widest: jaxprs.Use) -> jaxprs.Use:
@@ -190,8 +197,10 @@ def _trouble(use: jaxprs.Use) -> str | None:
         if own.stopped:
             return f"{which}frozen by stop_gradient"
         mapped = sum(flags[i + 2] for _, flags in use.info["vmaps"])
+        if own.views and "rule" not in use.info:
+            return f"{which}changed before the layer uses it (reshape)"
         axes = (*(axis for axis, _ in own.stack), *own.dims[:mapped])
-        rank = len(own.dims) + len(own.stack)
+        rank = sum(axis >= 0 for axis in own.dims) + len(own.stack)
         if axes != tuple(min(axis, rank - 1) for axis, _ in stack):
             return "stacked along other axes than the layer's other parameters"
     inner = trail.dims[len(trail.dims) - _inner_rank(use) :]
@@ -246,7 +255,10 @@ def _disagreement(group: list[jaxprs.Use]) -> str | None:
             return f"also used outside its layer, in another way ({rules[-1]})"
         return "used by layers of different kinds"
     found = [dict(zip(use.info["roles"], use.parameters, strict=True)) for use in group]
-    if len({tuple((role, trail and trail.path) for role, trail in own.items()) for own in found}) > 1:
+    seen = {
+        tuple((role, trail and (trail.path, trail.views)) for role, trail in own.items()) for own in found
+    }
+    if len(seen) > 1:
         return "used with different parameters beside it"
     return None
 
@@ -264,6 +276,13 @@ def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: A
     kind = first.info["kind"]
     stack = _stack(first)
     kernel_shape = tuple(s for i, s in enumerate(kernel.shape) if i not in {axis for axis, _ in stack})
+    views = tuple(
+        (role, own.views)
+        for role, own in zip(first.info["roles"], first.parameters, strict=True)
+        if own is not None and own.views
+    )
+    for view in dict(views).get(first.info["roles"][0], ()):
+        kernel_shape = view.shape
     spread = _spread(first)
     trail = first.trail
     assert trail is not None
@@ -289,6 +308,7 @@ def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: A
         masked=any(use.info["masked"] for use in group),
         spread=bool(spread),
         constant=all(use.constant for use in group),
+        views=views,
     )
 
 

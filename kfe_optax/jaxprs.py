@@ -19,6 +19,7 @@ from jax.extend.core import Literal
 from kfe_optax import batch_axes, equations, marks, origins, rules
 from kfe_optax.batch_axes import UNKNOWN, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
+from kfe_optax.layer import View
 from kfe_optax.marks import layer_mark, loss_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
 from kfe_optax.walks import Live, Trail, Use, Walk
@@ -110,7 +111,9 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
         if outputs is None:
             behind = origins.behind(equation, [fact.origins for fact in inputs])
             live = _derivative(name, inputs)
-            fact = _Fact(_step(equation, name, trails), source, behind, live)
+            shifted = name in ("add", "sub") and len(trails) == 2 and _shifted(inputs)
+            trail = trails[0] or trails[1] if shifted else _step(equation, name, trails)
+            fact = _Fact(trail, source, behind, live)
             batches = batch_axes.behind(equation, [fact.batch for fact in inputs])
             outputs = [fact._replace(batch=batch) for batch in batches]
             if name in _CARRIED and len(inputs) == len(outputs) == 1:
@@ -141,7 +144,8 @@ def _used(
         place = 0 if linear[0] is not None else 1
         bias = inputs[1 - place].trail
         if bias is not None and not bias.lost and bias.dims:
-            use = rules.with_bias(walk.uses[present[0].use], present[0], bias)
+            shape = equation.invars[1 - place].aval.shape
+            use = rules.with_bias(walk.uses[present[0].use], present[0], bias, shape)
             if use is not None:
                 walk.uses[present[0].use] = use
                 return [outputs[0]._replace(trail=None)]
@@ -154,19 +158,19 @@ def _used(
         return outputs
     x, index, out = inputs[found.x], len(walk.uses), outputs[0]
     fixed = x.level != DATA
-    batch, labels = x.batch, out.batch
+    batch, labels = found.labels(x.batch), out.batch
     if fixed:
         # What is made for all examples shows where they are in what it feeds.
         source = (walk.scope, id(equation.outvars[0]))
-        axis = found.kind.batch_axis(equation.invars[found.x].aval.shape)
-        batch |= batch_axes.at(axis, equation.invars[found.x].aval, source)
+        axis = found.kind.batch_axis(found.shapes[0])
+        batch |= batch_axes.at(axis, jax.ShapeDtypeStruct(found.shapes[0], jnp.float32), source)
         labels |= batch_axes.at(0, equation.outvars[0].aval, source)
     info = {
         "mark": layer_mark,
         "rule": equations.written(equation),
         "x": found.x,
         "kind": found.kind,
-        "roles": ("kernel",),
+        "roles": (found.role,),
         "shapes": found.shapes,
         "masked": False,
         "scoped": equations.in_scope(equation, marks.ROW_MASK),
@@ -273,9 +277,15 @@ def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | N
         return dataclasses.replace(trail, dims=tuple(trail.dims[i] for i in equation.params["permutation"]))
     if name == "broadcast_in_dim":
         return _broadcasted(equation, trail)
-    if name == "reshape" and (dims := _with_unit_axes(equation, trail)) is not None:
-        return dataclasses.replace(trail, dims=dims)
+    if name in ("reshape", "squeeze"):
+        return _reshaped(equation, trail)
     return dataclasses.replace(trail, lost=name)
+
+
+def _shifted(inputs: list[_Fact]) -> bool:
+    """Whether the first operand is a parameter and the second a number, or the other way round: the derivative stays."""
+    numbers = [fact.number is not None for fact in inputs]
+    return sorted(numbers) == [False, True] and inputs[numbers.index(False)].trail is not None
 
 
 def _broadcasted(equation: Any, trail: Trail) -> Trail:
@@ -290,13 +300,18 @@ def _broadcasted(equation: Any, trail: Trail) -> Trail:
     return dataclasses.replace(trail, dims=tuple(dims))
 
 
-def _with_unit_axes(equation: Any, trail: Trail) -> tuple[int, ...] | None:
-    """The axes behind a reshape that adds axes of size 1; None for any other."""
+def _reshaped(equation: Any, trail: Trail) -> Trail:
+    """The trail behind a reshape: with axes of size 1 added, or through a view of the parameter."""
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    if [size for size in after if size != 1] != list(before):
-        return None
-    rest = iter(trail.dims)
-    return tuple(-1 if size == 1 else next(rest) for size in after)
+    if [size for size in after if size != 1] == list(before):
+        rest = iter(trail.dims)
+        return dataclasses.replace(trail, dims=tuple(-1 if size == 1 else next(rest) for size in after))
+    if min(trail.dims, default=-1) < 0:
+        return dataclasses.replace(trail, lost=equation.primitive.name)
+    order = sorted(trail.dims)
+    shape = [before[trail.dims.index(axis)] for axis in order]
+    view = View(tuple(map(order.index, trail.dims)), tuple(shape), tuple(after))
+    return dataclasses.replace(trail, dims=tuple(range(len(after))), views=(*trail.views, view))
 
 
 def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact] | None:
@@ -433,6 +448,8 @@ def _into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length
         return dataclasses.replace(trail, broadcast=True, route=(*trail.route, False))
     if index < constants + carries:
         return dataclasses.replace(trail, lost="the carry of a scan")
+    if trail.views or min(trail.dims, default=-1) < 0:
+        return dataclasses.replace(trail, lost="reshape")
     axis, route = trail.dims[0], (*trail.route, True)
     return dataclasses.replace(trail, dims=trail.dims[1:], stack=(*trail.stack, (axis, length)), route=route)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,34 @@ def path_name(path: Path) -> str:
     return "/".join(map(str, path))
 
 
+class View(NamedTuple):
+    """A parameter with its axes moved and joined or split, as a layer uses it; stacked axes stand in front and stay.
+
+    Attributes:
+      axes: the order of its axes.
+      before: its shape, in their first order.
+      shape: what it is reshaped to behind that.
+    """
+
+    axes: tuple[int, ...]
+    before: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    def of(self, leaf: jax.Array) -> jax.Array:
+        lead = leaf.ndim - len(self.axes)
+        moved = leaf.transpose(*range(lead), *(lead + axis for axis in self.axes))
+        return moved.reshape(*leaf.shape[:lead], *self.shape)
+
+    def back(self, leaf: jax.Array) -> jax.Array:
+        lead = leaf.ndim - len(self.shape)
+        moved = leaf.reshape(*leaf.shape[:lead], *(self.before[axis] for axis in self.axes))
+        inverse = sorted(range(len(self.axes)), key=lambda i: self.axes[i])
+        return moved.transpose(*range(lead), *(lead + i for i in inverse))
+
+
+Views = tuple[tuple[str, tuple[View, ...]], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Layer:
     """The static description of one layer (or of a stack of like layers): s = W̄ᵀ ā, W̄ of shape (d_in, d_out).
@@ -52,13 +80,14 @@ class Layer:
       name: the path of the layer's parameters, joined by "/".
       kind: what kind of layer it is, with its geometry and its approximation (see `kfe_optax.kinds`).
       paths: ((role, key path), ...), such as (("kernel", ("Dense_0", "kernel")), ("bias", ("Dense_0", "bias"))).
-      kernel_shape: the kernel's shape without stacked axes.
+      kernel_shape: the kernel's shape without stacked axes, as the layer uses it (see `views`).
       stack_axes: where the stacked axes (scan over layers, ensembles) stand in the kernel, outermost first.
       stacked: their sizes.
       shared: True when the parameters are used more than once in a forward pass (a repeated call, a scan over time, a vmap
         over examples): its statistics are sums over the uses (additive riders) and it has no rows.
       order: its place in the forward pass.
       dtype: the kernel's dtype.
+      views: (role, how its parameter is moved and reshaped before the layer uses it), of those that are.
       sharing: how the factors treat shared positions, "expand" or "reduce" (see `Layers.configure`).
       uses: ((input shape, output shape, input dtype, output dtype, label), ...) of the calls that were traced; not part of the
         layer's identity, since another batch size is the same layer.
@@ -96,6 +125,7 @@ class Layer:
     aligned: bool = dataclasses.field(compare=False, repr=False, default=True)
     size: int = dataclasses.field(compare=False, repr=False, default=0)
     flow: Flow = dataclasses.field(compare=False, repr=False, default=Flow())
+    views: Views = ()
     sharing: str = "expand"
 
     @property
@@ -204,7 +234,11 @@ class Layer:
 
     def gather(self, leaves: Mapping[str, jax.Array]) -> jax.Array:
         """{role: leaf} → W̄ (*stack, d_in, d_out)."""
-        return self.kind.to_matrix({role: self.stack_first(leaf) for role, leaf in leaves.items()})
+        seen = {role: self.stack_first(leaf) for role, leaf in leaves.items()}
+        for role, views in self.views:
+            for view in views:
+                seen[role] = view.of(seen[role])
+        return self.kind.to_matrix(seen)
 
     def from_matrix(self, matrix: jax.Array) -> dict[Path, jax.Array]:
         """W̄ (*stack, d_in, d_out) → {key path: parameter-shaped array}, the inverse of `to_matrix`.
@@ -215,6 +249,9 @@ class Layer:
         if matrix.shape != self.shape:
             raise ValueError(f"Layer {self.name!r} has matrices of shape {self.shape}, not {matrix.shape}.")
         leaves = self.kind.from_matrix(matrix, self.kernel_shape, self.bias)
+        for role, views in self.views:
+            for view in reversed(views):
+                leaves[role] = view.back(leaves[role])
         return {path: self.unstack_first(leaves[role]) for role, path in self.paths}
 
     def leaf_shapes(self) -> dict[Path, tuple[int, ...]]:

@@ -1,18 +1,26 @@
-"""Which equations of a traced loss use a parameter as a layer does, without a mark: products of a kernel with data.
+"""Which equations of a traced loss use a parameter as a layer does, without a mark.
 
-`dot_general` is a dense layer in any axes and orientation, its batch axes are blocks. What is added to its output along exactly
-the kernel's output axes is its bias.
+`dot_general` is a dense layer in any axes and orientation, whose batch axes are blocks; `conv_general_dilated` a convolution in any
+layout; `gather` of whole vectors an embedding; a product with a parameter that is the same for all examples a scale. What is added to
+the output of one of these along exactly the parameter's output axes is its bias.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kfe_optax import dense_maps
-from kfe_optax.kinds import Kind
+from kfe_optax.batch_axes import Labels
+from kfe_optax.kinds import Conv, Dense, Embedding, Kind, Norm
+from kfe_optax.kinds.embedding import LOOKUP
+from kfe_optax.kinds.patches import Geometry
+from kfe_optax.layer import View
 from kfe_optax.walks import Trail, Use
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -23,7 +31,7 @@ class Output(NamedTuple):
 
     Attributes:
       use: the number of the use.
-      axes: for each axis, the kernel's own axis (without stacked ones) that it is, −1 for the examples and positions.
+      axes: for each axis, the kernel's own axis (as the layer uses it) that it is, −1 for the examples and positions.
     """
 
     use: int
@@ -37,8 +45,10 @@ class Found(NamedTuple):
       kind: the kind of layer.
       trail: the kernel's.
       x: the operand that is the layer's input.
-      shapes: (x's shape, y's, x's dtype, y's, label).
+      shapes: (x's shape, y's, x's dtype, y's, label), in the order of axes that the kind has.
       axes: see `Output`.
+      order: the axes of that operand in the order of the kind's input; −1 for one that the kind's input lacks.
+      role: of the parameter.
     """
 
     kind: Kind
@@ -46,24 +56,34 @@ class Found(NamedTuple):
     x: int
     shapes: Any
     axes: tuple[int, ...]
+    order: tuple[int, ...]
+    role: str = "kernel"
 
     def output(self, use: int) -> Output:
         return Output(use, self.axes)
 
+    def labels(self, labels: Labels) -> Labels:
+        """Those of the operand, as those of the kind's input."""
+        kept = [label for label in labels if label.axis in self.order]
+        return frozenset(label._replace(axis=self.order.index(label.axis)) for label in kept)
+
 
 def used(equation: Any, trails: list[Trail | None]) -> Found | None:
     """The use that an equation makes of a parameter among its operands; None where no rule knows it."""
-    if equation.primitive.name != "dot_general":
-        return None
+    rule = _RULES.get(equation.primitive.name)
     whole = [i for i, trail in enumerate(trails) if trail is not None and not trail.lost]
-    if len(whole) != 1 or min(trails[whole[0]].dims, default=-1) < 0:  # ty: ignore
+    if rule is None or len(whole) != 1:
         return None
     (side,) = whole
     trail = trails[side]
     assert trail is not None
+    return rule(equation, side, trail)
+
+
+def _dense(equation: Any, side: int, trail: Trail) -> Found | None:
     operands = [v.aval for v in equation.invars]
     contracted, batch = equation.params["dimension_numbers"]
-    if not contracted[0] or len(trail.dims) > 8:
+    if min(trail.dims) < 0 or not contracted[0]:
         return None
     letters = iter(_LETTERS)
     names: list[list[str]] = [[""] * operand.ndim for operand in operands]
@@ -81,9 +101,121 @@ def used(equation: Any, trails: list[Trail | None]) -> Found | None:
     kind = dense_maps.einsum("".join(names[1 - side]), kernel, "".join(outputs))
     if kind is None:
         return None
-    x, y = operands[1 - side], equation.outvars[0].aval
-    shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, "")
-    return Found(kind, trail, 1 - side, shapes, tuple(kernel.find(name) for name in outputs))
+    x = operands[1 - side]
+    axes = tuple(kernel.find(name) for name in outputs)
+    return Found(kind, trail, 1 - side, _shapes(equation, x), axes, tuple(range(x.ndim)))
+
+
+def _layout(spec: Any) -> tuple[int, ...]:
+    """The axes of (batch, features, *spatial) in the order (batch, *spatial, features); of a kernel (out, in, *) as (*, in, out)."""
+    return (spec[0], *spec[2:], spec[1])
+
+
+def _conv(equation: Any, side: int, trail: Trail) -> Found | None:
+    params = equation.params
+    if side != 1 or min(trail.dims) < 0 or params["batch_group_count"] > 1:
+        return None
+    numbers = params["dimension_numbers"]
+    out, into, *spatial = numbers.rhs_spec
+    order = [trail.dims[axis] for axis in (*spatial, into, out)]
+    own = sorted(trail.dims)
+    shape = equation.invars[1].aval.shape
+    before = tuple(shape[trail.dims.index(axis)] for axis in own)
+    canonical = tuple(shape[axis] for axis in (*spatial, into, out))
+    if order != own:
+        view = View(tuple(map(own.index, order)), before, canonical)
+        trail = dataclasses.replace(trail, views=(*trail.views, view))
+    geometry = Geometry(
+        canonical[:-2],
+        tuple(params["window_strides"]),
+        tuple(tuple(pair) for pair in params["padding"]),
+        tuple(params["lhs_dilation"]),
+        tuple(params["rhs_dilation"]),
+    )
+    kind = Conv(geometry=geometry, feature_groups=params["feature_group_count"])
+    x, y = equation.invars[0].aval, equation.outvars[0].aval
+    inputs, outputs = _layout(numbers.lhs_spec), _layout(numbers.out_spec)
+    moved = tuple(x.shape[axis] for axis in inputs), tuple(y.shape[axis] for axis in outputs)
+    shapes = (*moved, np.dtype(x.dtype).name, np.dtype(y.dtype).name, "")
+    features = len(canonical) - 1
+    axes = tuple(features if axis == numbers.out_spec[1] else -1 for axis in range(y.ndim))
+    return Found(kind, trail, 0, shapes, axes, inputs)
+
+
+def _embedding(equation: Any, side: int, trail: Trail) -> Found | None:
+    numbers, table = equation.params["dimension_numbers"], equation.invars[0].aval
+    y = equation.outvars[0].aval
+    vectors = (
+        side == 0
+        and trail.dims == tuple(sorted(trail.dims))
+        and len(trail.dims) == 2
+        and min(trail.dims) >= 0
+        and y.ndim > 1
+        and table.shape[0] > 1
+        and tuple(numbers.start_index_map) == (0,)
+        and tuple(numbers.collapsed_slice_dims) == (0,)
+        and tuple(numbers.offset_dims) == (y.ndim - 1,)
+        and tuple(equation.params["slice_sizes"]) == (1, table.shape[1])
+        and not numbers.operand_batching_dims
+    )
+    if not vectors:
+        return None
+    shapes = (y.shape[:-1], y.shape, "float32", np.dtype(y.dtype).name, LOOKUP)
+    return Found(Embedding(), trail, 1, shapes, (*(-1,) * (y.ndim - 1), 1), tuple(range(y.ndim - 1)))
+
+
+def _scale(equation: Any, side: int, trail: Trail) -> Found | None:
+    """γ∘x, γ broadcast over the examples at least."""
+    y = equation.outvars[0].aval
+    if len(trail.dims) != y.ndim or not y.ndim or trail.dims[0] >= 0 or max(trail.dims) < 0 or trail.views:
+        return None
+    shape = equation.invars[side].aval.shape
+    features = [(dim, axis) for axis, dim in enumerate(trail.dims) if dim >= 0]
+    if any(shape[axis] != y.shape[axis] for _, axis in features):
+        return None
+    kind = Norm(parameters=("scale",), axes=tuple(axis - y.ndim for _, axis in sorted(features)))
+    shapes = (
+        y.shape,
+        y.shape,
+        *(np.dtype(v.aval.dtype).name for v in (equation.invars[1 - side], equation.outvars[0])),
+        "",
+    )
+    own = sorted(dim for dim, _ in features)
+    axes = tuple(own.index(dim) if dim >= 0 else -1 for dim in trail.dims)
+    return Found(kind, trail, 1 - side, shapes, axes, tuple(range(y.ndim)), "scale")
+
+
+_RULES = {"dot_general": _dense, "conv_general_dilated": _conv, "gather": _embedding, "mul": _scale}
+
+
+def _shapes(equation: Any, x: Any) -> Any:
+    y = equation.outvars[0].aval
+    return (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, "")
+
+
+def as_layer(
+    equation: Any, x: int, operands: list[Any]
+) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
+    """(the kind's input, y to the kind's output, and back) of an equation that is a use with this operand as its input."""
+    name, given = equation.primitive.name, operands[x]
+    if name == "gather":
+        return jnp.squeeze(given, -1).astype(jnp.float32), _same, _same
+    if name == "mul":
+        return jnp.broadcast_to(given, equation.outvars[0].aval.shape), _same, _same
+    if name == "dot_general":
+        return given, _same, _same
+    numbers = equation.params["dimension_numbers"]
+    outputs = _layout(numbers.out_spec)
+    inverse = sorted(range(len(outputs)), key=lambda axis: outputs[axis])
+    return (
+        jnp.transpose(given, _layout(numbers.lhs_spec)),
+        lambda y: jnp.transpose(y, outputs),
+        lambda y: jnp.transpose(y, inverse),
+    )
+
+
+def _same(y: jax.Array) -> jax.Array:
+    return y
 
 
 def moved(output: Output, equation: Any, name: str) -> Output:
@@ -93,17 +225,44 @@ def moved(output: Output, equation: Any, name: str) -> Output:
     return output._replace(axes=tuple(output.axes[axis] for axis in equation.params["permutation"]))
 
 
-def with_bias(use: Use, output: Output, bias: Trail) -> Use | None:
-    """The use with a bias that is added to its output; None where it is none of this layer."""
-    kind = use.info["kind"]
-    own = [axis for axis in output.axes if axis >= 0]
-    along = [axis for axis, dim in zip(output.axes, bias.dims, strict=True) if dim >= 0]
-    if len(use.parameters) > 1 or sorted(own) != sorted(along) or bias.stopped:
+def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> Use | None:
+    """The use with a bias that is added to its output; None where it is none of this layer.
+
+    `shape` is that of the bias as it is added; axes of size 1 are none of its own.
+    """
+    kind, kernel = use.info["kind"], use.parameters[0]
+    assert kernel is not None
+    if (
+        len(use.parameters) > 1
+        or bias.stopped
+        or bias.route != kernel.route
+        or len(bias.dims) != len(output.axes)
+    ):
         return None
-    if bias.route != use.parameters[0].route:  # ty: ignore
+    own = [axis for axis in output.axes if axis >= 0]
+    wide = [
+        dim >= 0 and (size > 1 or axis >= 0)
+        for dim, size, axis in zip(bias.dims, shape, output.axes, strict=True)
+    ]
+    along = [axis for axis, is_wide in zip(output.axes, wide, strict=True) if is_wide]
+    if sorted(own) != sorted(along) or isinstance(kind, Embedding):
         return None
     # The kernel's axes in the order of the bias's.
-    placed = [(dim, axis) for axis, dim in zip(output.axes, bias.dims, strict=True) if dim >= 0]
-    letters = "".join(kind.kernel[axis] for _, axis in sorted(placed))
-    info = use.info | {"kind": dataclasses.replace(kind, bias=letters), "roles": ("kernel", "bias")}
-    return dataclasses.replace(use, info=info, parameters=(*use.parameters, bias))
+    placed = sorted(
+        (dim, axis) for axis, dim, is_wide in zip(output.axes, bias.dims, wide, strict=True) if is_wide
+    )
+    if isinstance(kind, Dense):
+        kind = dataclasses.replace(kind, bias="".join(kind.kernel[axis] for _, axis in placed))
+    elif [axis for _, axis in placed] != sorted(own):
+        return None
+    elif isinstance(kind, Norm):
+        kind = dataclasses.replace(kind, parameters=("scale", "bias"))
+    flat = sum(dim >= 0 for dim in bias.dims) > len(placed)
+    if flat:
+        # (features, 1, 1) and the like.
+        dims = sorted((dim, size) for dim, size in zip(bias.dims, shape, strict=True) if dim >= 0)
+        before = tuple(size for _, size in dims)
+        kept = tuple(size for (dim, size) in dims if dim in {own for own, _ in placed})
+        bias = dataclasses.replace(bias, views=(*bias.views, View(tuple(range(len(before))), before, kept)))
+    info = use.info | {"kind": kind, "roles": (*use.info["roles"], "bias")}
+    return dataclasses.replace(use, info=info, parameters=(kernel, bias))

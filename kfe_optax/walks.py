@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from kfe_optax.batch_axes import UNKNOWN, Labels
+from kfe_optax.layer import View
 from kfe_optax.origins import NOWHERE, Origins
 
 Live = frozenset[tuple[int, int]]
@@ -19,7 +20,9 @@ class Trail:
 
     Attributes:
       path: its key path.
-      dims: the parameter's axes that the variable still has, in its order; −1 for one that was added.
+      dims: the parameter's axes that the variable still has, in its order; −1 for one that was added. Behind a reshape they are
+        those of the last view.
+      views: the reshapes so far.
       stack: the (axis, size) pairs that scans consumed, outermost first.
       route: for each scan around, outermost first, whether it is one of those.
       broadcast: True inside a loop that uses the same value in each iteration.
@@ -31,6 +34,7 @@ class Trail:
     dims: tuple[int, ...]
     stack: tuple[tuple[int, int], ...] = ()
     route: tuple[bool, ...] = ()
+    views: tuple[View, ...] = ()
     broadcast: bool = False
     stopped: bool = False
     lost: str | None = None

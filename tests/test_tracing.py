@@ -77,6 +77,11 @@ def chosen(params, x):
     return jax.lax.cond(x[0, 0] > 5, lambda w: jnp.zeros((N, 3)), lambda w: x @ w, params["w"])
 
 
+def features_first(params, x):
+    maps = jax.lax.conv_general_dilated(x.reshape(N, 1, 2, 2), params["w"], (1, 1), "SAME")
+    return jnp.tanh(maps + params["b"]).mean((2, 3)) @ params["o"]
+
+
 CASES = {
     "NamedTuple": (
         Pair(*two(1, (D, 5), (5, 3))),
@@ -116,6 +121,26 @@ CASES = {
         {"w": matrix(1, 2, 2, 5), "o": matrix(2, 10, 3)},
         lambda p, x: jnp.tanh(jnp.einsum("nbi,bio->nbo", x.reshape(N, 2, 2), p["w"])).reshape(N, 10) @ p["o"],
         {"w": (2, 2, 5), "o": (10, 3)},
+    ),
+    "a kernel that is reshaped": (
+        {"w": matrix(1, 2, 2, 3), "b": matrix(2, 3)},
+        lambda p, x: x @ p["w"].reshape(D, 3) + p["b"],
+        {"w": (D + 1, 3)},
+    ),
+    "a convolution, features first": (
+        {"w": matrix(1, 5, 1, 2, 2), "b": matrix(2, 5, 1, 1), "o": matrix(3, 5, 3)},
+        features_first,
+        {"w": (5, 5), "o": (5, 3)},
+    ),
+    "a table that is read by tokens": (
+        {"table": matrix(1, 7, 5), "o": matrix(3, 5, 3)},
+        lambda p, x: jnp.tanh(p["table"][jnp.argsort(x, -1)]).mean(1) @ p["o"],
+        {"table": (7, 5), "o": (5, 3)},
+    ),
+    "scale and shift": (
+        {"scale": matrix(1, D), "shift": matrix(2, D), "o": matrix(3, D, 3)},
+        lambda p, x: jnp.tanh(x * (1 + p["scale"]) + p["shift"]) @ p["o"],
+        {"scale": (D, 1, 2), "o": (D, 3)},
     ),
     "nnx.split and merge": (*split_and_merged(), {"kernel": (D, 3)}),
     "a scan over layers, rematerialized": (
