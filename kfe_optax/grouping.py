@@ -10,6 +10,8 @@ import numpy as np
 
 from kfe_optax import jaxprs, marks
 from kfe_optax.flow import SAME, End, Flow, Source
+from kfe_optax.kinds import Dense, Embedding
+from kfe_optax.kinds.embedding import ATTEND
 from kfe_optax.layer import WITHOUT_BIAS, Layer, Path, path_name
 from kfe_optax.origins import Origins
 
@@ -63,7 +65,7 @@ def layers_of(
     for path, group in by_path.items():
         single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
         widest = max(group, key=lambda use: len(use.parameters))
-        group = [_with_roles(use, widest) for use in group]
+        group = _as_embedding([_with_roles(use, widest) for use in group])
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
         if walk.products[path] > met[path]:
             trouble = trouble or "also used outside its layer, where no tag sees it"
@@ -123,6 +125,22 @@ def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk) -> jaxprs.Use:
     if "rule" not in use.info or len(use.parameters) == 1 or walk.readers[index] == 1:
         return use
     return dataclasses.replace(use, info=_without_bias(use), parameters=use.parameters[:1])
+
+
+def _as_embedding(group: list[jaxprs.Use]) -> list[jaxprs.Use]:
+    """The uses of an embedding: a product with its transposed table is the output layer that it is tied to."""
+    table = next((use.info["kind"] for use in group if isinstance(use.info["kind"], Embedding)), None)
+
+    def attends(kind: Any) -> bool:
+        return isinstance(kind, Dense) and (kind.kernel, kind.inputs, kind.outputs) == ("ab", "...b", "...a")
+
+    def one(use: jaxprs.Use) -> jaxprs.Use:
+        if table is None or "rule" not in use.info or not attends(use.info["kind"]):
+            return use
+        shapes = (*use.info["shapes"][:4], ATTEND)
+        return dataclasses.replace(use, info=use.info | {"kind": table, "shapes": shapes})
+
+    return list(map(one, group))
 
 
 def _without_bias(use: jaxprs.Use) -> dict[str, Any]:

@@ -31,6 +31,9 @@ _CARRIED = frozenset(
 _POSITIVE = _CARRIED | {"add", "add_any", "reduce_sum", "cumsum", "psum", "psum_invariant", "reshape"}
 _POSITIVE |= {"broadcast_in_dim", "squeeze", "transpose", "slice", "concatenate", "stack"}
 
+# These move the entries of a layer's output, and change none.
+_MOVED = _CARRIED | {"name", "optimization_barrier", "transpose", "reshape", "squeeze"}
+
 # How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})
 
@@ -136,7 +139,7 @@ def _used(
     linear = [fact.linear for fact in inputs]
     present = [output for output in linear if output is not None]
     if len(inputs) == 1 and present:
-        moved = rules.moved(present[0], equation, name) if name in (*_CARRIED, "transpose") else None
+        moved = rules.moved(present[0], equation) if name in _MOVED else None
         if moved:
             return [outputs[0]._replace(linear=moved)]
     walk.readers.update(output.use for output in present)
@@ -150,11 +153,12 @@ def _used(
                 walk.uses[present[0].use] = use
                 return [outputs[0]._replace(trail=None)]
     found = rules.used(equation, [fact.trail for fact in inputs])
-    if found is None or inputs[found.x].level == PARAMETERS or inputs[found.x].trail is not None:
+    if found is None or inputs[found.x].level == PARAMETERS:
         if outputs and outputs[0].level == DATA:
-            for path in _live_paths([fact.trail for fact in inputs]):
-                if path not in walk.others:
-                    walk.others[path] = equations.written(equation)
+            for fact in inputs:
+                if fact.level == PARAMETERS and fact.trail is not None and fact.trail.path not in walk.others:
+                    behind = f"{fact.trail.lost}, then " if fact.trail.lost else ""
+                    walk.others[fact.trail.path] = behind + equations.written(equation)
         return outputs
     x, index, out = inputs[found.x], len(walk.uses), outputs[0]
     fixed = x.level != DATA
@@ -292,8 +296,9 @@ def _broadcasted(equation: Any, trail: Trail) -> Trail:
     """The trail behind a broadcast, whose new axes are no parameter's."""
     axes, before = equation.params["broadcast_dimensions"], equation.invars[0].aval.shape
     after = equation.outvars[0].aval.shape
-    if any(after[axis] != size for axis, size in zip(axes, before, strict=True)):
-        return dataclasses.replace(trail, lost="broadcast_in_dim")
+    grown = [after[axis] != size for axis, size in zip(axes, before, strict=True)]
+    if any(is_grown and own >= 0 for is_grown, own in zip(grown, trail.dims, strict=True)):
+        trail = rules.without_axes(trail, before, grown)
     dims = [-1] * len(after)
     for axis, own in zip(axes, trail.dims, strict=True):
         dims[axis] = own

@@ -1,13 +1,14 @@
 """Which equations of a traced loss use a parameter as a layer does, without a mark.
 
-`dot_general` is a dense layer in any axes and orientation, whose batch axes are blocks; `conv_general_dilated` a convolution in any
-layout; `gather` of whole vectors an embedding; a product with a parameter that is the same for all examples a scale. What is added to
-the output of one of these along exactly the parameter's output axes is its bias.
+`dot_general` is a dense layer in any axes and orientation, whose batch axes are blocks; `conv_general_dilated` a convolution in
+any layout; `gather` of whole vectors an embedding; a product with a parameter that is the same for all examples a scale. What is
+added to the output of one of these along exactly the parameter's output axes is its bias.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,7 +108,7 @@ def _dense(equation: Any, side: int, trail: Trail) -> Found | None:
 
 
 def _layout(spec: Any) -> tuple[int, ...]:
-    """The axes of (batch, features, *spatial) in the order (batch, *spatial, features); of a kernel (out, in, *) as (*, in, out)."""
+    """The axes of (batch, features, *spatial) in the order (batch, *spatial, features)."""
     return (spec[0], *spec[2:], spec[1])
 
 
@@ -145,23 +146,25 @@ def _conv(equation: Any, side: int, trail: Trail) -> Found | None:
 def _embedding(equation: Any, side: int, trail: Trail) -> Found | None:
     numbers, table = equation.params["dimension_numbers"], equation.invars[0].aval
     y = equation.outvars[0].aval
+    # Whole vectors, in the output with an axis of size 1 in their front where the gather was a slice.
+    collapsed, offsets = tuple(numbers.collapsed_slice_dims), tuple(numbers.offset_dims)
+    rank = y.ndim - len(offsets)
     vectors = (
         side == 0
-        and trail.dims == tuple(sorted(trail.dims))
         and len(trail.dims) == 2
-        and min(trail.dims) >= 0
-        and y.ndim > 1
+        and 0 <= trail.dims[0] < trail.dims[1]
         and table.shape[0] > 1
-        and tuple(numbers.start_index_map) == (0,)
-        and tuple(numbers.collapsed_slice_dims) == (0,)
-        and tuple(numbers.offset_dims) == (y.ndim - 1,)
+        and rank > 0
+        and numbers.start_index_map[0] == 0
+        and (collapsed, offsets) in (((0,), (rank,)), ((), (rank, rank + 1)))
         and tuple(equation.params["slice_sizes"]) == (1, table.shape[1])
         and not numbers.operand_batching_dims
     )
     if not vectors:
         return None
-    shapes = (y.shape[:-1], y.shape, "float32", np.dtype(y.dtype).name, LOOKUP)
-    return Found(Embedding(), trail, 1, shapes, (*(-1,) * (y.ndim - 1), 1), tuple(range(y.ndim - 1)))
+    shape = (*y.shape[:rank], y.shape[-1])
+    shapes = (shape[:-1], shape, "float32", np.dtype(y.dtype).name, LOOKUP)
+    return Found(Embedding(), trail, 1, shapes, (*(-1,) * (y.ndim - 1), 1), tuple(range(rank)))
 
 
 def _scale(equation: Any, side: int, trail: Trail) -> Found | None:
@@ -199,7 +202,8 @@ def as_layer(
     """(the kind's input, y to the kind's output, and back) of an equation that is a use with this operand as its input."""
     name, given = equation.primitive.name, operands[x]
     if name == "gather":
-        return jnp.squeeze(given, -1).astype(jnp.float32), _same, _same
+        tokens, shape = given[..., 0].astype(jnp.float32), equation.outvars[0].aval.shape
+        return tokens, lambda y: y.reshape(*tokens.shape, shape[-1]), lambda y: y.reshape(shape)
     if name == "mul":
         return jnp.broadcast_to(given, equation.outvars[0].aval.shape), _same, _same
     if name == "dot_general":
@@ -218,11 +222,40 @@ def _same(y: jax.Array) -> jax.Array:
     return y
 
 
-def moved(output: Output, equation: Any, name: str) -> Output:
-    """The output behind an equation that changes nothing but its type or the order of its axes."""
-    if name != "transpose":
+def moved(output: Output, equation: Any) -> Output | None:
+    """The output behind an equation that moves its entries; None where an axis of the kernel is no axis any more."""
+    name = equation.primitive.name
+    if name == "transpose":
+        return output._replace(axes=tuple(output.axes[axis] for axis in equation.params["permutation"]))
+    if name not in ("reshape", "squeeze"):
         return output
-    return output._replace(axes=tuple(output.axes[axis] for axis in equation.params["permutation"]))
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    axes = [-1] * len(after)
+    for axis, own in enumerate(output.axes):
+        if own >= 0:
+            ahead = math.prod(before[:axis])
+            same = [
+                i for i, size in enumerate(after) if size == before[axis] and math.prod(after[:i]) == ahead
+            ]
+            if len(same) != 1:
+                return None
+            axes[same[0]] = own
+    return output._replace(axes=tuple(axes))
+
+
+def without_axes(trail: Trail, shape: tuple[int, ...], gone: list[bool]) -> Trail:
+    """The trail of a parameter, here of this shape, of which the axes marked in `gone`, all of size 1, are none any more."""
+    own = sorted(
+        (dim, size, is_gone) for dim, size, is_gone in zip(trail.dims, shape, gone, strict=True) if dim >= 0
+    )
+    if not any(is_gone for *_, is_gone in own):
+        return trail
+    before = tuple(size for _, size, _ in own)
+    kept = [(dim, size) for dim, size, is_gone in own if not is_gone]
+    view = View(tuple(range(len(before))), before, tuple(size for _, size in kept))
+    new = {dim: i for i, (dim, _) in enumerate(kept)}
+    dims = tuple(new.get(dim, -1) for dim in trail.dims)
+    return dataclasses.replace(trail, dims=dims, views=(*trail.views, view))
 
 
 def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> Use | None:
@@ -257,12 +290,6 @@ def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> 
         return None
     elif isinstance(kind, Norm):
         kind = dataclasses.replace(kind, parameters=("scale", "bias"))
-    flat = sum(dim >= 0 for dim in bias.dims) > len(placed)
-    if flat:
-        # (features, 1, 1) and the like.
-        dims = sorted((dim, size) for dim, size in zip(bias.dims, shape, strict=True) if dim >= 0)
-        before = tuple(size for _, size in dims)
-        kept = tuple(size for (dim, size) in dims if dim in {own for own, _ in placed})
-        bias = dataclasses.replace(bias, views=(*bias.views, View(tuple(range(len(before))), before, kept)))
+    bias = without_axes(bias, shape, [not is_wide for is_wide in wide])
     info = use.info | {"kind": kind, "roles": (*use.info["roles"], "bias")}
     return dataclasses.replace(use, info=info, parameters=(kernel, bias))

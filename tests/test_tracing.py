@@ -227,7 +227,7 @@ def by_hand(params, x, added):
 
 
 def test_derivatives_inside_the_loss():
-    """A Laplacian in the loss is K-FAC for PINNs (Dangel et al. 2024): the factors of derivatives that are positions, and it trains."""
+    """K-FAC for PINNs (Dangel et al. 2024): the factors of derivatives that are positions of a layer, and it trains."""
     with jax.enable_x64(True):
         shapes = {"in": {"w": (2, 5), "b": (5,)}, "out": {"w": (5, 1), "b": (1,)}}
         params = jax.tree.map(

@@ -194,26 +194,50 @@ def test_a_mask_under_a_vmap_over_examples_is_refused():
         )
 
 
-def test_parameters_that_are_also_used_elsewhere():
-    """A table tied by hand has curvature that no tag sees; a prior that reads the parameters has not."""
+def test_a_table_that_is_tied_by_hand():
+    """A product with the transposed table is what `attend` is; a prior that reads the parameters is no use."""
     x, labels = tokens()
 
     class Tied(nn.Module):
+        by_hand: bool
+
         @nn.compact
         def __call__(self, x):
             table = nn.Embed(5, D, name="table")
-            return nn.Dense(D, name="middle")(table(x)) @ table.embedding.T
+            h = nn.Dense(D, name="middle")(table(x))
+            return h @ table.embedding.T if self.by_hand else table.attend(h)
 
-    loss_fn, params, layers, reasons = of_module(Tied(), x, labels)
-    assert list(layers) == ["middle"]
-    assert reasons["table/embedding"].startswith(
+    found = []
+    for by_hand in (True, False):
+        loss_fn, params, layers, _ = of_module(Tied(by_hand), x, labels)
+
+        def with_prior(params, x, labels, loss_fn=loss_fn):
+            return loss_fn(params, x, labels) + 1e-3 * sum(jnp.vdot(p, p) for p in jax.tree.leaves(params))
+
+        assert kfe.find_layers(with_prior, params, x, labels) == layers
+        tx = kfe.scale_by_kfac(layers, 0.1)
+        _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x, labels)
+        found.append((layers, tx.update(grads, tx.init(params), params, taps=taps)[0]))
+    assert found[0][0] == found[1][0]
+    assert list(found[0][0]) == ["table", "middle"]
+    assert_close(found[0][1], found[1][1], 1e-6)
+
+
+def test_a_parameter_that_is_also_used_in_another_way():
+    x, labels = tokens()
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(D, name="layer")
+            h = layer(nn.Embed(5, D)(x))
+            return h @ layer.variables["params"]["kernel"].T
+
+    *_, layers, reasons = of_module(Twice(), x, labels)
+    assert "layer" not in layers
+    assert reasons["layer/kernel"].startswith(
         "also used outside its layer, in another way (dot_general at test_"
     )
-
-    def with_prior(params, x, labels):
-        return loss_fn(params, x, labels) + 1e-3 * sum(jnp.vdot(p, p) for p in jax.tree.leaves(params))
-
-    assert list(kfe.find_layers(with_prior, params, x, labels)) == ["middle"]
 
 
 def test_a_prior_leaves_the_layers_as_they_are():
