@@ -22,7 +22,10 @@ PARAMS = {
 
 def loss_fn(params):
     z = kfe.tag_dense(X, X @ params["layer"]["kernel"], params["layer"])
-    return kfe.losses.l2_loss(z * (1 + params["shift"]), jnp.ones_like(z)).mean() + 0 * params["unused"].sum()
+    return (
+        kfe.losses.l2_loss(z * (1 + jnp.sin(params["shift"])), jnp.ones_like(z)).mean()
+        + 0 * params["unused"].sum()
+    )
 
 
 LAYERS = kfe.find_layers(loss_fn, PARAMS)

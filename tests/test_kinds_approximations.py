@@ -77,11 +77,15 @@ def layers_of(module, x):
     return kfe.find_layers(loss_fn, params, x), loss_fn, params
 
 
-def test_a_circular_transposed_convolution_is_left_to_rest():
-    """Its output is folded after the sum over the window: no patch of the input is under an output position."""
-    found, _, _ = layers_of(nn.ConvTranspose(2, (3,), strides=(2,), padding="CIRCULAR"), jnp.ones((2, 4, 3)))
-    assert not found and len(found.rest) == 2
-    assert all("circular" in reason for reason in found.reasons)
+def test_a_circular_transposed_convolution_is_the_one_inside():
+    """Its output is folded after the sum over the window: the positions are those from before, and the bias is none of theirs."""
+    module = nn.ConvTranspose(2, (3,), strides=(2,), padding="CIRCULAR")
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)), jnp.float32)
+    found, loss_fn, params = layers_of(module, x)
+    (layer,) = found.values()
+    assert layer.shape == (9, 2) and len(found.rest) == 1 and "circular" in found.reasons[0]
+    _, grads, taps = kfe.value_grad_and_taps(loss_fn, found, fisher="empirical")(params, x)
+    assert_close(taps[layer.name].example_gradients().mean(-3), layer.to_matrix(grads), 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -273,7 +273,7 @@ def test_reasons_for_what_is_no_layer():
             x = nn.Dense(4, name="changed")(x)
             scale = self.param("scale", nn.initializers.ones, (4,))
             frozen = nn.Dense(4, name="frozen")
-            return nn.Dense(3, name="last")(x * scale) + 0 * jax.lax.stop_gradient(frozen(x)[:, :3])
+            return nn.Dense(3, name="last")(x * jnp.sin(scale)) + 0 * jax.lax.stop_gradient(frozen(x)[:, :3])
 
     model, (x, labels) = Model(), batch(jnp.float32)
     params = model.init(jax.random.key(0), x)["params"]

@@ -32,7 +32,7 @@ def problem():
             )
             gain = self.param("gain", nn.initializers.ones, (40,))
             hidden = ensemble(4, use_bias=False, name="stack")(x).sum(0)
-            return gain * nn.Dense(40, name="wide")(hidden)
+            return jnp.sin(gain) * nn.Dense(40, name="wide")(hidden)
 
     x = jax.random.normal(jax.random.key(0), (6, 5))
     params = Net().init(jax.random.key(1), x)["params"]
