@@ -75,7 +75,7 @@ def discover(
     has_aux: bool,
     parameters: Any,
     arrays: list[Any],
-    rebuild: Callable[..., Any],
+    rebuild: adapters.Rebuild,
     static: Static,
     classes: dict[Path, str],
     row_mask: Any = None,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax import core
 from jax.extend.core import Literal
 
 from kfe_optax.marks import layer_mark, loss_mark
@@ -91,7 +92,7 @@ def run(equations: Sequence[Any], wanted: Sequence[Any], known: dict[Any, Any]) 
         made.update(equation.outvars)
     effects = frozenset().union(*(equation.effects for equation in equations))
     program = _empty().replace(eqns=list(equations), invars=list(read), outvars=list(wanted), effects=effects)
-    results = jax.core.eval_jaxpr(program, (), *(known[v] for v in read))
+    results = core.eval_jaxpr(program, (), *(known[v] for v in read))
     known.update(zip(wanted, results, strict=True))
 
 

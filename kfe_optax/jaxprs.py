@@ -19,20 +19,17 @@ from jax.extend.core import Literal
 from kfe_optax import batch_axes, equations, marks, origins, rules
 from kfe_optax.batch_axes import UNKNOWN, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
-from kfe_optax.layer import View
 from kfe_optax.marks import layer_mark, loss_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
+from kfe_optax.trails import CARRIED, in_loop, into_scan, step, within_rule
 from kfe_optax.walks import Live, Trail, Use, Walk
 
-_CARRIED = frozenset(
-    {"convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast", "reshard"}
-)
 # Through these a derivative keeps its sign.
-_POSITIVE = _CARRIED | {"add", "add_any", "reduce_sum", "cumsum", "psum", "psum_invariant", "reshape"}
+_POSITIVE = CARRIED | {"add", "add_any", "reduce_sum", "cumsum", "psum", "psum_invariant", "reshape"}
 _POSITIVE |= {"broadcast_in_dim", "squeeze", "transpose", "slice", "concatenate", "stack"}
 
 # These move the entries of a layer's output, and change none.
-_MOVED = _CARRIED | {"name", "optimization_barrier", "transpose", "reshape", "squeeze"}
+_MOVED = CARRIED | {"name", "optimization_barrier", "transpose", "reshape", "squeeze"}
 
 # How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})
@@ -115,11 +112,11 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             behind = origins.behind(equation, [fact.origins for fact in inputs])
             live = _derivative(name, inputs)
             shifted = name in ("add", "sub") and len(trails) == 2 and _shifted(inputs)
-            trail = trails[0] or trails[1] if shifted else _step(equation, name, trails)
+            trail = trails[0] or trails[1] if shifted else step(equation, trails)
             fact = _Fact(trail, source, behind, live)
             batches = batch_axes.behind(equation, [fact.batch for fact in inputs])
             outputs = [fact._replace(batch=batch) for batch in batches]
-            if name in _CARRIED and len(inputs) == len(outputs) == 1:
+            if name in CARRIED and len(inputs) == len(outputs) == 1:
                 outputs[0] = outputs[0]._replace(number=inputs[0].number)
             outputs = _used(equation, name, inputs, outputs, walk, loops)
         for variable, fact in zip(equation.outvars, outputs, strict=False):
@@ -265,58 +262,10 @@ def _sign(name: str, place: int, inputs: Sequence[_Fact]) -> int:
     return 0
 
 
-def _step(equation: Any, name: str, inputs: Sequence[Trail | None]) -> Trail | None:
-    """The trail behind a primitive without an inner jaxpr."""
-    present = [t for t in inputs if t is not None]
-    if not present:
-        return None
-    trail = present[0]
-    if len(present) > 1 or trail.lost:
-        return dataclasses.replace(trail, lost=trail.lost or name)
-    if name == "stop_gradient":
-        return dataclasses.replace(trail, stopped=True)
-    if name in _CARRIED:
-        return trail
-    if name == "transpose":
-        return dataclasses.replace(trail, dims=tuple(trail.dims[i] for i in equation.params["permutation"]))
-    if name == "broadcast_in_dim":
-        return _broadcasted(equation, trail)
-    if name in ("reshape", "squeeze"):
-        return _reshaped(equation, trail)
-    return dataclasses.replace(trail, lost=name)
-
-
 def _shifted(inputs: list[_Fact]) -> bool:
     """Whether the first operand is a parameter and the second a number, or the other way round: the derivative stays."""
     numbers = [fact.number is not None for fact in inputs]
     return sorted(numbers) == [False, True] and inputs[numbers.index(False)].trail is not None
-
-
-def _broadcasted(equation: Any, trail: Trail) -> Trail:
-    """The trail behind a broadcast, whose new axes are no parameter's."""
-    axes, before = equation.params["broadcast_dimensions"], equation.invars[0].aval.shape
-    after = equation.outvars[0].aval.shape
-    grown = [after[axis] != size for axis, size in zip(axes, before, strict=True)]
-    if any(is_grown and own >= 0 for is_grown, own in zip(grown, trail.dims, strict=True)):
-        trail = rules.without_axes(trail, before, grown)
-    dims = [-1] * len(after)
-    for axis, own in zip(axes, trail.dims, strict=True):
-        dims[axis] = own
-    return dataclasses.replace(trail, dims=tuple(dims))
-
-
-def _reshaped(equation: Any, trail: Trail) -> Trail:
-    """The trail behind a reshape: with axes of size 1 added, or through a view of the parameter."""
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
-    if [size for size in after if size != 1] == list(before):
-        rest = iter(trail.dims)
-        return dataclasses.replace(trail, dims=tuple(-1 if size == 1 else next(rest) for size in after))
-    if min(trail.dims, default=-1) < 0:
-        return dataclasses.replace(trail, lost=equation.primitive.name)
-    order = sorted(trail.dims)
-    shape = [before[trail.dims.index(axis)] for axis in order]
-    view = View(tuple(map(order.index, trail.dims)), tuple(shape), tuple(after))
-    return dataclasses.replace(trail, dims=tuple(range(len(after))), views=(*trail.views, view))
 
 
 def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact] | None:
@@ -340,6 +289,9 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
         if name == "shard_map":
             # Inside is a device's share of the examples.
             inputs = [fact._replace(batch=UNKNOWN) for fact in inputs]
+        if name.startswith("custom_"):
+            # It is left as it is, for its derivative is not that of the equations inside.
+            inputs = [fact._replace(trail=within_rule(fact.trail)) for fact in inputs]
         results = _walk(program, inputs, walk, loops)
         if name == "shard_map":
             results = [fact._replace(batch=UNKNOWN) for fact in results]
@@ -358,7 +310,7 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
     for i, fact in enumerate(inputs):
         # What a carry becomes may depend on all that goes in.
         level = source if constants <= i < constants + carries else fact.level
-        trail = _into_scan(fact.trail, i, (constants, carries), length)
+        trail = into_scan(fact.trail, i, (constants, carries), length)
         whole = i < constants + carries
         batch = fact.batch if whole else batch_axes.sliced(fact.batch)
         behind = fact.origins if whole else origins.moved(fact.origins)
@@ -384,9 +336,7 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
 def _while(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
     body = equation.params["body_jaxpr"].jaxpr
     skip = equation.params["cond_nconsts"]
-    inner = [
-        fact._replace(trail=_broadcast(fact.trail), level=source, batch=UNKNOWN) for fact in inputs[skip:]
-    ]
+    inner = [fact._replace(trail=in_loop(fact.trail), level=source, batch=UNKNOWN) for fact in inputs[skip:]]
     start = len(walk.uses)
     constants = len(inner) - len(body.outvars)
     results = _iterate(body, inner, (constants, len(body.outvars)), walk, loops)
@@ -443,24 +393,6 @@ def _later(found: Origins, start: int, when: str) -> Origins:
         origin if origin.use < start else Origin(origin.use, when if origin.when == SAME else ANY)
         for origin in found
     )
-
-
-def _into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length: int) -> Trail | None:
-    if trail is None:
-        return None
-    constants, carries = carried
-    if index < constants:
-        return dataclasses.replace(trail, broadcast=True, route=(*trail.route, False))
-    if index < constants + carries:
-        return dataclasses.replace(trail, lost="the carry of a scan")
-    if trail.views or min(trail.dims, default=-1) < 0:
-        return dataclasses.replace(trail, lost="reshape")
-    axis, route = trail.dims[0], (*trail.route, True)
-    return dataclasses.replace(trail, dims=trail.dims[1:], stack=(*trail.stack, (axis, length)), route=route)
-
-
-def _broadcast(trail: Trail | None) -> Trail | None:
-    return None if trail is None else dataclasses.replace(trail, broadcast=True)
 
 
 def float_leaf(leaf: Any) -> bool:

@@ -267,3 +267,42 @@ def test_derivatives_inside_the_loss():
             params = optax.apply_updates(params, updates)
             losses.append(float(loss))
         assert losses[-1] < losses[0] / 2
+
+
+def test_a_function_with_a_derivative_of_its_own_stays_as_it_is():
+    """Its equations are not differentiated, so that no layer is inside; the gradient is that of its rule."""
+
+    @jax.custom_vjp
+    def straight(x, w):
+        return jnp.round(x @ w)
+
+    straight.defvjp(lambda x, w: (straight(x, w), (x, w)), lambda kept, g: (g @ kept[1].T, 3 * kept[0].T @ g))
+    params = {"inside": matrix(1, D, 5), "out": matrix(2, 5, 3)}
+
+    def loss_fn(params, x, labels):
+        logits = straight(x, params["inside"]) @ params["out"]
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    layers = kfe.find_layers(loss_fn, params, X, LABELS)
+    assert list(layers) == ["out"]
+    assert "inside a function with a derivative of its own" in layers.reasons[0]
+    found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)[:2]
+    assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
+
+
+def test_reverse_mode_inside_the_loss():
+    """A gradient penalty uses each kernel with its input and output exchanged, too: these are none of the layers, and say so."""
+    params = {"in": matrix(1, D, 5), "out": matrix(2, 5, 3), "head": matrix(3, D, 3)}
+
+    def loss_fn(params, x, labels):
+        network = lambda x: jnp.tanh(x @ params["in"]) @ params["out"]
+        slope = jax.grad(lambda x: network(x).sum())(x)
+        logits = network(x) + x @ params["head"]
+        loss = kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return loss.mean() + (slope**2).mean()
+
+    layers = kfe.find_layers(loss_fn, params, X, LABELS)
+    assert list(layers) == ["head"]
+    assert all("in another way (dot_general at test_tracing.py:" in reason for reason in layers.reasons)
+    found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)[:2]
+    assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)

@@ -1,0 +1,92 @@
+"""What each equation does to the trail of a parameter (see `walks.Trail`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from kfe_optax import rules
+from kfe_optax.layer import View
+from kfe_optax.walks import Trail
+
+CARRIED = frozenset(
+    {"convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast", "reshard"}
+)
+"""Equations whose output is their operand, as far as layers are concerned."""
+
+
+def step(equation: Any, inputs: Sequence[Trail | None]) -> Trail | None:
+    """The trail behind an equation without a program inside."""
+    name = equation.primitive.name
+    present = [t for t in inputs if t is not None]
+    if not present:
+        return None
+    trail = present[0]
+    if len(present) > 1 or trail.lost:
+        return dataclasses.replace(trail, lost=trail.lost or name)
+    if name == "stop_gradient":
+        return dataclasses.replace(trail, stopped=True)
+    if name in CARRIED:
+        return trail
+    if name == "transpose":
+        return dataclasses.replace(trail, dims=tuple(trail.dims[i] for i in equation.params["permutation"]))
+    if name == "broadcast_in_dim":
+        return _broadcasted(equation, trail)
+    if name in ("reshape", "squeeze"):
+        return _reshaped(equation, trail)
+    return dataclasses.replace(trail, lost=name)
+
+
+def _broadcasted(equation: Any, trail: Trail) -> Trail:
+    """The trail behind a broadcast, whose new axes are no parameter's."""
+    axes, before = equation.params["broadcast_dimensions"], equation.invars[0].aval.shape
+    after = equation.outvars[0].aval.shape
+    grown = [after[axis] != size for axis, size in zip(axes, before, strict=True)]
+    if any(is_grown and own >= 0 for is_grown, own in zip(grown, trail.dims, strict=True)):
+        trail = rules.without_axes(trail, before, grown)
+    dims = [-1] * len(after)
+    for axis, own in zip(axes, trail.dims, strict=True):
+        dims[axis] = own
+    return dataclasses.replace(trail, dims=tuple(dims))
+
+
+def _reshaped(equation: Any, trail: Trail) -> Trail:
+    """The trail behind a reshape: with axes of size 1 added, or through a view of the parameter."""
+    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    if [size for size in after if size != 1] == list(before):
+        rest = iter(trail.dims)
+        return dataclasses.replace(trail, dims=tuple(-1 if size == 1 else next(rest) for size in after))
+    if min(trail.dims, default=-1) < 0:
+        return dataclasses.replace(trail, lost=equation.primitive.name)
+    order = sorted(trail.dims)
+    shape = [before[trail.dims.index(axis)] for axis in order]
+    view = View(tuple(map(order.index, trail.dims)), tuple(shape), tuple(after))
+    return dataclasses.replace(trail, dims=tuple(range(len(after))), views=(*trail.views, view))
+
+
+def into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length: int) -> Trail | None:
+    """The trail inside a scan of what is its operand `index`, behind (constants, carries)."""
+    if trail is None:
+        return None
+    constants, carries = carried
+    if index < constants:
+        return dataclasses.replace(trail, broadcast=True, route=(*trail.route, False))
+    if index < constants + carries:
+        return dataclasses.replace(trail, lost="the carry of a scan")
+    if trail.views or min(trail.dims, default=-1) < 0:
+        return dataclasses.replace(trail, lost="reshape")
+    axis, route = trail.dims[0], (*trail.route, True)
+    return dataclasses.replace(trail, dims=trail.dims[1:], stack=(*trail.stack, (axis, length)), route=route)
+
+
+def in_loop(trail: Trail | None) -> Trail | None:
+    """The trail inside a loop that uses the same value in each iteration."""
+    return None if trail is None else dataclasses.replace(trail, broadcast=True)
+
+
+def within_rule(trail: Trail | None) -> Trail | None:
+    """The trail inside a function with a derivative of its own, which stays as it is."""
+    if trail is None:
+        return None
+    return dataclasses.replace(trail, lost=trail.lost or "inside a function with a derivative of its own")
