@@ -2,7 +2,11 @@
 
 All optimizers run in one process and in turn, step by step, so that a noisy machine slows all of them alike. A step's
 cost is the mean over two whole refresh periods; the median of the steps that refresh nothing and the dearest step are
-reported too. Run `python benchmarks/step_cost.py --help`.
+reported too.
+
+`--model` measures K-FAC's step alone instead, on one of three models: seconds of tracing, instructions of the compiled program,
+temporary memory and milliseconds; `--against FOLDER` measures another checkout of this repository in the same run, in turn
+with this one. Run `python -m benchmarks.step_cost --help`.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ import numpy as np
 import optax
 
 import kfe_optax as kfe
+from benchmarks import checkouts
+from benchmarks.step_worker import CONFIGS
 from kfe_optax.table import align
 
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
@@ -216,16 +222,28 @@ def main() -> None:
     global _arguments
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--steps", type=int, default=2 * PERIOD, help="two refresh periods by default")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help=f"{2 * PERIOD}, two refresh periods, by default; with --model those of a round, by default {checkouts.STEPS}",
+    )
     parser.add_argument("--only", nargs="*", default=[], help="names of the rows to run")
+    parser.add_argument("--model", choices=CONFIGS, help="measure K-FAC's step on this model instead")
+    parser.add_argument("--against", metavar="FOLDER", help="with --model: another checkout, measured too")
     options = parser.parse_args()
+    if options.against and not options.model:
+        parser.error("--against needs --model.")
+    if options.model:
+        print(f"{options.model}, {platform.machine()}, {jax.devices()[0].device_kind}, JAX {jax.__version__}")
+        print(checkouts.report(options.model, options.against, options.steps or checkouts.STEPS))
+        return
     runs, x = build(options.batch, options.only)
     for run in runs:
         for warm_up in range(2):  # the first call compiles
             run.take(x, jax.random.key(warm_up))
         run.seconds.clear()
     # Step counts start at 2 here, so that any `--steps` divisible by the period holds whole periods.
-    for i in range(options.steps):
+    for i in range(options.steps or 2 * PERIOD):
         for run in runs:
             run.take(x, jax.random.key(2 + i))
     base = next((run for run in runs if run.name == "adam"), runs[0])
