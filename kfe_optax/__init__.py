@@ -20,6 +20,7 @@ from kfe_optax.layers import Layers as Layers
 from kfe_optax.losses import register_output as register_output
 from kfe_optax.masks import row_mask as row_mask
 from kfe_optax.optimizers import METHODS as METHODS
+from kfe_optax.optimizers import NATURAL as NATURAL
 from kfe_optax.optimizers import deflation as deflation
 from kfe_optax.optimizers import ekfac as ekfac
 from kfe_optax.optimizers import kfac as kfac

@@ -1,16 +1,18 @@
-"""Optimizers to start with: preconditioner, KL clip, momentum, decoupled weight decay and learning rate in one call."""
+"""Optimizers to start with: preconditioner, momentum, length of a step, weight decay and learning rate in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from kfe_optax import checks
+from kfe_optax.layer import key_path
 from kfe_optax.layers import Layers
-from kfe_optax.spectral import spectral_kfac
+from kfe_optax.spectral import adam_of_rest, spectral_kfac
 from kfe_optax.transforms.clip import clip_by_kl
 from kfe_optax.transforms.ekfac import scale_by_ekfac
 from kfe_optax.transforms.kfac import scale_by_kfac
@@ -22,7 +24,7 @@ from kfe_optax.transforms.named import (
     scale_by_lanczos,
     scale_by_tkfac,
 )
-from kfe_optax.transforms.normalize import clip_layers
+from kfe_optax.transforms.normalize import Size, clip_layers, normalize_layers
 from kfe_optax.transforms.spectral import scale_by_spectral_kfac
 from kfe_optax.transforms.tekfac import scale_by_tekfac
 from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal
@@ -30,22 +32,38 @@ from kfe_optax.transforms.two_level import scale_by_two_level_kfac
 
 ScaleBy = Callable[..., optax.GradientTransformationExtraArgs]
 
-_DOCSTRING = """{title}, ready to use: `{scale_by}`, `clip_by_kl`, momentum, weight decay, learning rate, `clip_layers`.
+NATURAL: Mapping[str, Any] = MappingProxyType(
+    {"relative_damping": False, "size": None, "max_kl": 1e-2, "max_change": 0.1, "nesterov": False}
+)
+"""An alias's options for the natural gradient's own step, bounded in length: `kfe.kfac(0.1, layers, 1e-2, **kfe.NATURAL)`.
+
+Damping and `max_kl` are then in the loss's units. For deterministic problems: autoencoders, physics-informed networks,
+variational Monte Carlo.
+"""
+
+_DOCSTRING = """{title}, ready to use: `{scale_by}`, momentum, `normalize_layers`, weight decay and learning rate.
+
+By default nothing depends on the scale of the loss, of a layer or of its gradient: the damping is relative, and each layer's
+step has the length of the learning rate. A learning rate of 0.03 with a short warm-up and a decay is where to start. On
+deterministic problems (autoencoders, physics-informed networks, variational Monte Carlo) the natural gradient's own length is
+better: `kfe.{name}(0.1, layers, 1e-2, **kfe.NATURAL)`, with a damping in the loss's units.
 
 Args:
-  learning_rate: η, a scalar or a schedule.
+  learning_rate: η, a scalar or a schedule: with size="fan_in" the root mean square of a step's entries relative to 1/√d_in.
   layers: what `kfe.find_layers` returned.
   damping: λ, see `{scale_by}`: raise it when the loss rises, lower it when progress is slow.
-  momentum: heavy-ball momentum on the preconditioned gradient.
+  relative_damping: whether λ is a multiple of each layer's mean curvature, see `{scale_by}`{absolute}.
+  size: what the length of a step is measured by, see `kfe.normalize_layers`; None leaves steps their own length.
+  momentum: heavy-ball momentum on the layers' preconditioned gradient; the rest has its own.
   nesterov: Nesterov's form of it.
-  max_kl: the bound of `clip_by_kl`; None for no clip.
+  max_kl: the bound of `clip_by_kl` on a step of its own length, size=None; None for no clip.
   max_change: the bound of `clip_layers` on each layer's step, which keeps steps of noisy curvature from ruining a layer; None
     for no bound.
   weight_decay: decoupled weight decay.
   mask: the parameters it acts on, as in `optax.adamw`.
-  rest: the transformation of the parameters outside the layers, before momentum and learning rate. By default
-    `optax.scale_by_adam()` times (1 − momentum)/100: Adam's steps have the size of the learning rate, and a learning
-    rate of 0.1 for the layers is then one of 1e-3 for the rest.
+  rest: the transformation of the parameters outside the layers, before the learning rate. By default
+    `optax.scale_by_adam(b2=0.99)` times 0.1.
+  rest_kinds: the kinds of layers that go there too.
   **options: further options of `{scale_by}`{measured}.
 
 Returns:
@@ -53,6 +71,7 @@ Returns:
 
 Raises:
   TypeError, ValueError: as `{scale_by}` does, for a damping that is not positive among others.
+  ValueError: `max_kl` together with a `size`.
 
 Example:
   >>> import jax, jax.numpy as jnp, flax.linen as nn, optax, kfe_optax as kfe
@@ -63,7 +82,7 @@ Example:
   ...     logits = model.apply({{"params": params}}, x)
   ...     return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
   >>> layers = kfe.find_layers(loss_fn, params)
-  >>> tx = kfe.{name}(0.1, layers)
+  >>> tx = kfe.{name}(0.03, layers)
   >>> opt_state = tx.init(params)
   >>> value_grad_and_taps = kfe.value_grad_and_taps(loss_fn, layers)
   >>> losses = []
@@ -84,56 +103,83 @@ def _alias(
     documented: str | None = None,
     measured: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda options: options,
     says: str = "",
+    absolute: str = "",
 ) -> ScaleBy:
     """The optimizer around a preconditioner; all of them have one signature and one way of being put together.
 
-    `measured` adds the options that are better than the preconditioner's own defaults, and `says` documents them.
+    `measured` adds the options that are better than the preconditioner's own defaults, and `says` documents them; `absolute` says
+    with which of its options the damping cannot be relative.
     """
 
     def optimizer(
         learning_rate: ScalarOrSchedule,
         layers: Layers,
-        damping: ScalarOrSchedule = 1e-2,
+        damping: ScalarOrSchedule = 10.0,
         *,
+        relative_damping: bool = True,
+        size: Size | None = "fan_in",
         momentum: float = 0.9,
-        nesterov: bool = False,
-        max_kl: ScalarOrSchedule | None = 1e-2,
-        max_change: ScalarOrSchedule | None = 0.1,
+        nesterov: bool = True,
+        max_kl: ScalarOrSchedule | None = None,
+        max_change: ScalarOrSchedule | None = None,
         weight_decay: float = 0.0,
         mask: Any = None,
         rest: optax.GradientTransformation | None = None,
+        rest_kinds: Sequence[str] = ("embedding", "norm"),
         **options: Any,
     ) -> optax.GradientTransformationExtraArgs:
         # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
         options = {**options.pop("options", {}), **options}
         checks.number(momentum=momentum)
         checks.number_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
-        if rest is None:
-            rest = optax.chain(optax.scale_by_adam(), optax.scale((1 - momentum) / 100))
-        preconditioner = scale_by(layers, damping, rest=rest, **measured(options))
+        if max_kl is not None and size is not None:
+            raise ValueError(
+                f"max_kl bounds a step's own length, which size={size!r} replaces: take size=None (see kfe.NATURAL)."
+            )
+        inside = layers.without(kinds=rest_kinds)
+        preconditioner = scale_by(
+            inside,
+            damping,
+            relative_damping=relative_damping,
+            rest=adam_of_rest() if rest is None else rest,
+            **measured(options),
+        )
         steps: list[optax.GradientTransformation] = [preconditioner]
         if max_kl is not None:
             steps = [clip_by_kl(preconditioner, max_kl, learning_rate)]
         if _present(momentum):
-            steps.append(optax.trace(momentum, nesterov))
+            steps.append(optax.masked(optax.trace(momentum, nesterov), _mask_of(inside)))
+        if size is not None:
+            steps.append(normalize_layers(inside, size))
         if _present(weight_decay):
             steps.append(optax.add_decayed_weights(weight_decay, mask))
         steps.append(optax.scale_by_learning_rate(learning_rate))
         if max_change is not None:
-            steps.append(clip_layers(layers, max_change))
+            steps.append(clip_layers(inside, max_change))
         return optax.chain(*steps)
 
     optimizer.__name__ = optimizer.__qualname__ = name
     optimizer.__doc__ = _DOCSTRING.format(
-        name=name, title=title, scale_by=documented or f"scale_by_{name}", measured=says
+        name=name,
+        title=title,
+        scale_by=documented or f"scale_by_{name}",
+        measured=says,
+        absolute=absolute,
     )
     return optimizer
 
 
-def _from_draws(options: Mapping[str, Any]) -> Mapping[str, Any]:
+def _mask_of(layers: Layers) -> Callable[[Any], Any]:
+    """Parameters → whether each of them is in a layer, in any container."""
+    own = {path for layer in layers.values() for _, path in layer.paths}
+    return lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: key_path(path) in own, tree)
+
+
+def _ekfac_options(options: Mapping[str, Any]) -> Mapping[str, Any]:
     # Squared mean gradients follow the loss: as it falls they say less and less of the Fisher, and steps grow. Measured on
-    # autoencoders and on a physics-informed network, on which EKFAC diverged.
-    return options if "scale" in options else {"scale": "batch", "scale_update_period": 10, **options}
+    # autoencoders and on a physics-informed network, on which EKFAC diverged. Plain damping was unstable on CURVES.
+    draws = {} if "scale" in options else {"scale": "batch", "scale_update_period": 10}
+    return {**draws, "damping_type": "appendix_c", **options}
 
 
 def _present(strength: Any) -> bool:
@@ -146,8 +192,8 @@ ekfac = _alias(
     "ekfac",
     "EKFAC",
     scale_by_ekfac,
-    measured=_from_draws,
-    says='; without one for `scale` it is "batch", every 10 steps',
+    measured=_ekfac_options,
+    says='; without one for `scale` it is "batch", every 10 steps, and `damping_type` is "appendix_c"',
 )
 tkfac = _alias("tkfac", "TKFAC", scale_by_tkfac)
 tekfac = _alias("tekfac", "TEKFAC", scale_by_tekfac)
@@ -161,7 +207,12 @@ kfac_tridiagonal = _alias(
     scale_by_block_tridiagonal,
     "scale_by_block_tridiagonal",
 )
-two_level_kfac = _alias("two_level_kfac", "Two-level K-FAC", scale_by_two_level_kfac)
+two_level_kfac = _alias(
+    "two_level_kfac",
+    "Two-level K-FAC",
+    scale_by_two_level_kfac,
+    absolute='; coarse="residual" needs False',
+)
 
 
 class Method(NamedTuple):

@@ -17,6 +17,11 @@ from kfe_optax.transforms.normalize import Size, normalize_layers
 from kfe_optax.transforms.spectral import MomentumOf, scale_by_spectral_kfac
 
 
+def adam_of_rest() -> optax.GradientTransformation:
+    """What the optimizers do to the parameters outside the layers: a tenth of Adam's step."""
+    return optax.chain(optax.scale_by_adam(b2=0.99), optax.scale(0.1))
+
+
 def spectral_kfac(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
@@ -107,7 +112,7 @@ def spectral_kfac(
         max_dim=max_dim,
         distribute=distribute,
         rest_kinds=rest_kinds,
-        rest=optax.chain(optax.scale_by_adam(b2=0.99), optax.scale(0.1)) if rest is None else rest,
+        rest=adam_of_rest() if rest is None else rest,
     )
     return optax.chain(
         preconditioner,

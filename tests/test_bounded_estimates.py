@@ -163,7 +163,7 @@ def test_one_huge_batch_in_a_run(name, options, steps):
     ]
     layers = kfe.find_layers(loss_fn, start, x[:32], y[:32])
     # Of estimates alone: a bound on the steps keeps a run that is led astray from coming back at once.
-    tx = getattr(kfe, name)(0.1, layers, max_change=None, **options)
+    tx = getattr(kfe, name)(0.1, layers, 1e-2, **{**kfe.NATURAL, "max_change": None}, **options)
     differentiate = kfe.value_grad_and_taps(loss_fn, layers)
 
     @jax.jit

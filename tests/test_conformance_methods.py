@@ -346,10 +346,10 @@ def test_aliases_with_hyperparameters_in_the_state(trainer):
         0.1,
         problem.layers,
         damping=DAMPING,
-        max_kl=None,
-        max_change=None,
+        **{**kfe.NATURAL, "max_kl": None, "max_change": None},
         momentum=0.0,
         rest=optax.scale_by_adam(),
+        rest_kinds=(),
         **trainer.case.options,
     )
     differentiate = kfe.value_grad_and_taps(problem.loss_fn, problem.layers)

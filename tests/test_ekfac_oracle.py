@@ -101,11 +101,10 @@ def test_alias(framework, x64):
         0.5,
         layers,
         0.01,
+        **{**kfe.NATURAL, "nesterov": True, "max_kl": 0.02, "max_change": None},
         momentum=0.8,
-        nesterov=True,
-        max_kl=0.02,
-        max_change=None,
         scale="batch",
+        damping_type="plain",
         scale_decay=0.8,
         **PERIODS,
     )

@@ -116,14 +116,14 @@ def test_max_kl(step):
     layers = step[1]
     for number in (0, -1e-3, NAN, np.float32(-1), np.float64(NAN)):
         for create in (
-            lambda n: kfe.kfac(0.1, layers, max_kl=n),
+            lambda n: kfe.kfac(0.1, layers, size=None, max_kl=n),
             lambda n: kfe.clip_by_kl(optax.identity(), n),
         ):
             with pytest.raises(ValueError, match="^max_kl must be positive, not "):
                 create(number)
     # Infinity is no bound, and None is no clip.
     kfe.clip_by_kl(optax.identity(), INF)
-    kfe.kfac(0.1, layers, max_kl=None)
+    kfe.kfac(0.1, layers, size=None, max_kl=None)
     with pytest.raises(ValueError, match="^learning_rate must be zero or positive"):
         kfe.clip_by_kl(optax.identity(), 1.0, -0.1)
     with pytest.raises(TypeError, match="^max_kl must be a number or a schedule"):
