@@ -142,6 +142,8 @@ def _constructed(
             options["search_period"] = options["search_period"] or None
         return method.make(layers, **options)
     learning_rate = options.pop("learning_rate")
+    if "size" in options:
+        options["size"] = options["size"] or None
     if method.curvature:
         return method.make(learning_rate, layers, **options)
     return optax.with_extra_args_support(method.make(learning_rate, **options))

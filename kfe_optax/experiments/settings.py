@@ -99,7 +99,12 @@ def spectral_kfac(
 
 def ekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
     """EKFAC's settings; ``options`` go to ``kfe_optax.ekfac``, except ``fisher``."""
-    method = {"basis_update_period": 50, "scale": "running", "scale_decay": 0.95}
+    method = {
+        "basis_update_period": 50,
+        "scale": "running",
+        "scale_decay": 0.95,
+        "damping_type": "plain",
+    }
     return _curvature_settings(learning_rate, damping, method | options)
 
 
@@ -196,6 +201,9 @@ _SHARED = {
     "damping",
     "momentum",
     "nesterov",
+    "relative_damping",
+    "size",
+    "rest_kinds",
     "max_kl",
     "max_change",
     "weight_decay",
@@ -211,6 +219,7 @@ def _curvature_settings(
 ) -> ConfigDict:
     """What the optimizers with curvature have in common, written out so that it can be overridden.
 
+    It is the natural gradient's own step, as ``kfe_optax.NATURAL`` is, of all layers; a ``size`` of "" is none.
     ``max_kl`` is the bound of the KL clip, a number or a schedule, 0 for none, and ``max_change`` that of each
     layer's step, which the configs do without: their numbers are tuned.
     """
@@ -220,6 +229,9 @@ def _curvature_settings(
         "fisher": "sampled",
         "momentum": 0.9,
         "nesterov": False,
+        "relative_damping": False,
+        "size": "",
+        "rest_kinds": (),
         "max_kl": 0.01,
         "max_change": 0.0,
         "weight_decay": 0.0,
