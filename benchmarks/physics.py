@@ -24,7 +24,7 @@ from benchmarks.today.tasks import OPTIMIZERS, Recipe, schedule_of
 from examples import helium, poisson
 
 INTERVALS = 20
-NAMES = ("adam", "kfac", "ekfac", "spectral_kfac")
+NAMES = ("adam", "kfac_natural", "kfac", "ekfac", "spectral_kfac")
 
 
 class Poisson(NamedTuple):

@@ -47,24 +47,16 @@ def _kfac_adaptive(
     return kfe.kfac_adaptive(layers, initial_damping=initial_damping, max_change=max_change)
 
 
-def _kfac_normalized(
-    rate: Any, layers: Any, damping: float = 10.0, momentum: float = 0.9
+def _kfac_natural(
+    rate: Any, layers: Any, damping: float = 1e-2, **options: Any
 ) -> optax.GradientTransformation:
-    """K-FAC whose damping and whose steps have no scale: the README's chain."""
-    inside = layers.without(kinds=("embedding", "norm"))
-    # Momentum, which follows, multiplies a steady step by 1/(1 − momentum).
-    rest = optax.chain(optax.scale_by_adam(b2=0.99), optax.scale(0.1 * (1 - momentum)))
-    return optax.chain(
-        kfe.scale_by_kfac(inside, damping, relative_damping=True, rest=rest),
-        optax.trace(momentum, nesterov=True),
-        kfe.normalize_layers(inside, "fan_in"),
-        optax.scale_by_learning_rate(rate),
-    )
+    return kfe.kfac(rate, layers, damping, **kfe.NATURAL, **options)
 
 
 _MOMENTUM, _SECOND = (0.02, 0.3), (1e-3, 0.1)
 _ADAM = {"1-b1": _MOMENTUM, "1-b2": _SECOND}
-_METHOD = {"damping": (1e-3, 0.1), "1-momentum": _MOMENTUM}
+_METHOD = {"damping": (1.0, 100.0), "1-momentum": _MOMENTUM}
+_UNIT = 0.1 * 10**-0.5
 
 OPTIMIZERS: dict[str, Recipe] = {
     "sgd": Recipe(
@@ -84,12 +76,10 @@ OPTIMIZERS: dict[str, Recipe] = {
         False,
     ),
     "soap": Recipe(kfe.soap, 5e-3, _ADAM, False),
-    "kfac": Recipe(kfe.kfac, 0.1, _METHOD),
-    "kfac_normalized": Recipe(
-        _kfac_normalized, 0.1 * 10**-0.5, {"damping": (1.0, 100.0), "1-momentum": _MOMENTUM}
-    ),
-    "ekfac": Recipe(kfe.ekfac, 0.1, _METHOD),
-    "tkfac": Recipe(kfe.tkfac, 0.1, _METHOD),
+    "kfac": Recipe(kfe.kfac, _UNIT, _METHOD),
+    "kfac_natural": Recipe(_kfac_natural, 0.1, {"damping": (1e-3, 0.1), "1-momentum": _MOMENTUM}),
+    "ekfac": Recipe(kfe.ekfac, _UNIT, _METHOD),
+    "tkfac": Recipe(kfe.tkfac, _UNIT, _METHOD),
     "in_kfe_adam": Recipe(_in_kfe_adam, 5e-3, _ADAM),
     "spectral_kfac": Recipe(kfe.spectral_kfac, 0.1, {"damping": (0.1, 10.0), "1-momentum": _MOMENTUM}),
     # It has no learning rate: the grid is of its first damping.
