@@ -188,7 +188,10 @@ def test_one_bad_layer_does_not_stop_the_others(problem):
 
 
 def last_losses(**options):
-    """Of 150 steps of `kfe.kfac(0.1, layers, 1e-2, **kfe.NATURAL)` on a ReLU network, 16 examples a step, whose inputs have one large direction."""
+    """Of 150 steps of `kfe.kfac(0.1, layers, 1e-2, **kfe.NATURAL)` on a ReLU network, 16 examples a step.
+
+    Its inputs have one large direction.
+    """
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 10, 1024)
     centers = 0.5 * generator.normal(size=(10, 256))[labels] + generator.normal(size=(1024, 1))
