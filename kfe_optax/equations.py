@@ -17,12 +17,19 @@ from jax.extend.core import Literal
 
 from kfe_optax.marks import layer_mark, loss_mark
 
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
 _PLACES = frozenset({"dot_general", "conv_general_dilated", "gather", "mul"})
 
 
 def is_place(equation: Any) -> bool:
     """Whether an equation may be a use of a layer or a registered loss."""
     return equation.primitive in (layer_mark, loss_mark) or equation.primitive.name in _PLACES
+
+
+def is_rebuilt(equation: Any) -> bool:
+    """Whether uses inside an equation can be tagged: what is none of these stays as it is (see `rebuild`)."""
+    name = equation.primitive.name
+    return is_place(equation) or name in _CALLS or name in ("scan", "cond")
 
 
 def inner(equation: Any) -> list[Any]:

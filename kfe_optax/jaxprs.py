@@ -21,7 +21,7 @@ from kfe_optax.batch_axes import UNKNOWN, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
 from kfe_optax.marks import layer_mark, loss_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
-from kfe_optax.trails import CARRIED, in_loop, into_scan, step, within_rule
+from kfe_optax.trails import CARRIED, into_scan, left, step
 from kfe_optax.walks import Live, Trail, Use, Walk
 
 # Through these a derivative keeps its sign.
@@ -289,9 +289,8 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
         if name == "shard_map":
             # Inside is a device's share of the examples.
             inputs = [fact._replace(batch=UNKNOWN) for fact in inputs]
-        if name.startswith("custom_"):
-            # It is left as it is, for its derivative is not that of the equations inside.
-            inputs = [fact._replace(trail=within_rule(fact.trail)) for fact in inputs]
+        if not equations.is_rebuilt(equation):
+            inputs = [fact._replace(trail=left(fact.trail, name)) for fact in inputs]
         results = _walk(program, inputs, walk, loops)
         if name == "shard_map":
             results = [fact._replace(batch=UNKNOWN) for fact in results]
@@ -336,7 +335,9 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
 def _while(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
     body = equation.params["body_jaxpr"].jaxpr
     skip = equation.params["cond_nconsts"]
-    inner = [fact._replace(trail=in_loop(fact.trail), level=source, batch=UNKNOWN) for fact in inputs[skip:]]
+    inner = [
+        fact._replace(trail=left(fact.trail, "while"), level=source, batch=UNKNOWN) for fact in inputs[skip:]
+    ]
     start = len(walk.uses)
     constants = len(inner) - len(body.outvars)
     results = _iterate(body, inner, (constants, len(body.outvars)), walk, loops)

@@ -1,7 +1,8 @@
 """A traced loss, evaluated once more with a tag at each of its places.
 
-Equations without a place in them are run as they are. A call that holds one (jit, remat, a scan, a branch, `shard_map`) is made
-anew by JAX's public functions, and the riders of stacked layers enter a scan as their parameters do: sliced along the first axis.
+Equations without a place in them are run as they are, and so are functions with derivatives of their own, `while` loops and
+`shard_map`. A call that holds a place (jit, remat, a scan, a branch) is made anew by JAX's public functions, and the riders of
+stacked layers enter a scan as their parameters do: sliced along the first axis.
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ class Rebuild:
 
         for index, equation in enumerate(program.eqns):
             count = equations.places(equation)
-            # A function with a derivative of its own stays as it is.
-            if not equation.primitive.name.startswith("custom_") and self._within(place, count):
+            if equations.is_rebuilt(equation) and self._within(place, count):
                 flush(index)
                 operands = [read(v) for v in equation.invars]
                 with equations.context(equation):

@@ -80,13 +80,9 @@ def into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length:
     return dataclasses.replace(trail, dims=trail.dims[1:], stack=(*trail.stack, (axis, length)), route=route)
 
 
-def in_loop(trail: Trail | None) -> Trail | None:
-    """The trail inside a loop that uses the same value in each iteration."""
-    return None if trail is None else dataclasses.replace(trail, broadcast=True)
-
-
-def within_rule(trail: Trail | None) -> Trail | None:
-    """The trail inside a function with a derivative of its own, which stays as it is."""
+def left(trail: Trail | None, name: str) -> Trail | None:
+    """The trail inside an equation of this name that stays as it is."""
     if trail is None:
         return None
-    return dataclasses.replace(trail, lost=trail.lost or "inside a function with a derivative of its own")
+    what = "a function with a derivative of its own" if name.startswith("custom_") else f"a {name}"
+    return dataclasses.replace(trail, lost=trail.lost or f"inside {what}")

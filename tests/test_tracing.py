@@ -290,6 +290,32 @@ def test_a_function_with_a_derivative_of_its_own_stays_as_it_is():
     assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
 
 
+@pytest.mark.parametrize("way", ["while", "shard_map"])
+def test_what_is_left_as_it_is(way):
+    """A fixed point that is not differentiated; a `shard_map` of the loss's own, whose layers are the rest."""
+    params = {"inside": matrix(1, D, D), "out": matrix(2, D, 3)}
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss_fn(params, x, labels):
+        def layer(h):
+            return jnp.tanh(h @ params["inside"] + x)
+
+        if way == "while":
+            fixed = jax.lax.while_loop(lambda h: jnp.abs(layer(h) - h).max() > 0.1, layer, jnp.zeros_like(x))
+            h = layer(jax.lax.stop_gradient(fixed))
+        else:
+            specs = jax.P(), jax.P("batch")
+            apply = lambda w, x: jnp.tanh(x @ w)
+            h = jax.shard_map(apply, mesh=mesh, in_specs=specs, out_specs=jax.P("batch"))(params["inside"], x)
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(h @ params["out"], labels).mean()
+
+    layers = kfe.find_layers(loss_fn, params, X, LABELS)
+    assert list(layers) == (["inside", "out"] if way == "while" else ["out"])
+    assert all("inside a shard_map" in reason for reason in layers.reasons)
+    found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)[:2]
+    assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
+
+
 def test_reverse_mode_inside_the_loss():
     """A gradient penalty uses each kernel with its input and output exchanged, too: these are none of the layers, and say so."""
     params = {"in": matrix(1, D, 5), "out": matrix(2, 5, 3), "head": matrix(3, D, 3)}
