@@ -61,7 +61,10 @@ def layers_of(
     }
     predicting = frozenset().union(*(walk.behind(uses[i].live) for i in registered))
     parents = collections.Counter(path[:-1] for path in by_path)
-    layers, names, claimed = [], {}, set()
+    layers, names = [], {}
+    claims = collections.Counter(
+        p for group in by_path.values() for p in {own.path for use in group for own in use.parameters if own}
+    )
     for path, group in by_path.items():
         single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
         widest = max(group, key=lambda use: len(use.parameters))
@@ -84,10 +87,12 @@ def layers_of(
             trouble = trouble or "its numbers are complex, and factors are those of real ones"
         if registered and not places[path] & predicting:
             trouble = trouble or "no registered loss depends on it"
-        taken = [p for _, p in paths if p in claimed]
+        taken = [p for _, p in paths if claims[p] > 1]
         if taken:
-            trouble = trouble or f"{path_name(taken[0])} belongs to another layer"
-        claimed.update(p for _, p in paths)
+            trouble = trouble or f"{path_name(taken[0])} is also used by another layer"
+        loose = [walk.loose[p] for _, p in paths if p in walk.loose]
+        if loose and all("rule" in use.info for use in group):
+            trouble = trouble or f"also used outside its layer, in another way ({loose[0]})"
         if trouble:
             reasons.update({p: trouble for _, p in paths})
         else:

@@ -152,10 +152,7 @@ def _used(
     found = rules.used(equation, [fact.trail for fact in inputs])
     if found is None or inputs[found.x].level == PARAMETERS:
         if outputs and outputs[0].level == DATA:
-            for fact in inputs:
-                if fact.level == PARAMETERS and fact.trail is not None and fact.trail.path not in walk.others:
-                    behind = f"{fact.trail.lost}, then " if fact.trail.lost else ""
-                    walk.others[fact.trail.path] = behind + equations.written(equation)
+            _unruled(equation, inputs, walk)
         return outputs
     x, index, out = inputs[found.x], len(walk.uses), outputs[0]
     fixed = x.level != DATA
@@ -184,6 +181,23 @@ def _used(
     walk.uses.append(dataclasses.replace(use, live=x.live, batch=batch))
     fact = _Fact(None, out.level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), labels)
     return [fact._replace(linear=found.output(index))]
+
+
+def _unruled(equation: Any, inputs: list[_Fact], walk: Walk) -> None:
+    """Notes the parameters that meet data in an equation of which no rule makes a use."""
+    for fact in inputs:
+        trail = fact.trail
+        if fact.level != PARAMETERS or trail is None:
+            continue
+        if trail.path not in walk.others:
+            behind = f"{trail.lost}, then " if trail.lost else ""
+            walk.others[trail.path] = behind + equations.written(equation)
+        if (
+            not (trail.lost or trail.stopped)
+            and min(trail.dims, default=0) < 0
+            and trail.path not in walk.loose
+        ):
+            walk.loose[trail.path] = equations.written(equation)
 
 
 def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int) -> _Fact:

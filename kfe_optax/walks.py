@@ -81,6 +81,7 @@ class Walk:
       uses: the marks, in order of execution.
       products: how often each parameter is contracted with data.
       others: for parameters that meet data where no rule knows their use, the first such equation.
+      loose: the same of those that are broadcast over data there, and so have a gradient from examples that no tag sees.
       scalings: how often it is multiplied with data entry by entry.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
@@ -93,6 +94,7 @@ class Walk:
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     scalings: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     others: dict[Any, str] = dataclasses.field(default_factory=dict)
+    loose: dict[Any, str] = dataclasses.field(default_factory=dict)
     loss: Origins = NOWHERE
     live: Live = frozenset()
     scope: tuple[int, ...] = ()

@@ -136,9 +136,7 @@ def test_gradients_that_are_not_finite_leave_the_state(x64):
     poisoned = x.at[0, 0].set(jnp.nan)
     same, after = divided.step(params, state, poisoned, y, jax.random.key(7))
     assert int(kfe.info(after).nonfinite) == 1
-    chex.assert_trees_all_equal(
-        after[0].inner.method, state[0].inner.method._replace(damping=after[0].inner.method.damping)
-    )
+    chex.assert_trees_all_equal(after[0].method, state[0].method._replace(damping=after[0].method.damping))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
     moved, _ = divided.step(same, after, x, y, jax.random.key(8))
     expected = plain.step(*plain.last[:2], np.asarray(poisoned), plain.last[3], jax.random.key(7))

@@ -290,6 +290,42 @@ def test_a_function_with_a_derivative_of_its_own_stays_as_it_is():
     assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("apply", "reason"),
+    [
+        (
+            lambda p, x: x @ p["w"] + p["b"] + jnp.maximum(p["b"], x[:, :3]) + 0 * p["w2"].sum(),
+            "in another way (max at test_tracing.py:",
+        ),
+        (
+            lambda p, x: (x @ p["w"] + p["b"]) * jnp.tanh(x @ p["w2"] + p["b"]),
+            "b is also used by another layer",
+        ),
+    ],
+)
+def test_what_else_reads_a_parameter(apply, reason):
+    """A gradient from the examples that no tag sees is no part of the curvature: the layer is none, and says why."""
+    params = {"w": matrix(1, D, 3), "w2": matrix(2, D, 3), "b": matrix(3, 3)}
+
+    def loss_fn(params, x, labels):
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(apply(params, x), labels).mean()
+
+    layers = kfe.find_layers(loss_fn, params, X, LABELS)
+    reasons = {path[0]: why for path, why in zip(layers.rest, layers.reasons, strict=True)}
+    assert not layers and reason in reasons["w"]
+
+
+def test_a_distance_to_other_parameters_excludes_nothing():
+    params = {"w": matrix(1, D, 3), "b": matrix(3, 3)}
+
+    def loss_fn(params, before, x, labels):
+        logits = x @ params["w"] + params["b"]
+        distance = sum(jnp.sum((params[name] - before[name]) ** 2) for name in params)
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean() + distance
+
+    assert kfe.find_layers(loss_fn, params, params, X, LABELS)["w"].shape == (D + 1, 3)
+
+
 @pytest.mark.parametrize("way", ["while", "shard_map"])
 def test_what_is_left_as_it_is(way):
     """A fixed point that is not differentiated; a `shard_map` of the loss's own, whose layers are the rest."""

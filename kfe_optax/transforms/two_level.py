@@ -167,7 +167,9 @@ def two_level(
         initial_refreshes,
     )
     if relative_damping and coarse == "residual":
-        raise ValueError("coarse='residual' takes a damping in the loss's units: take relative_damping=False.")
+        raise ValueError(
+            "coarse='residual' takes a damping in the loss's units: take relative_damping=False."
+        )
     devices_lib.check_distribute(distribute)
     return _added(optax.with_extra_args_support(fine), layers, level, distribute)
 
