@@ -34,8 +34,7 @@ def find_layers(
 
     Args:
       loss_fn: the function that is differentiated, `loss_fn(params, *args, **kwargs) -> loss`, or `(loss, aux)` with `has_aux`.
-      params: a Linen parameter tree (of one model or of several in one tree), an `nnx.Module`, or a tree of dicts, lists and
-        tuples when `loss_fn` is plain JAX with `kfe.tag_dense`.
+      params: an `nnx.Module`, or any tree of floating-point arrays.
       *args: as given to `loss_fn`; `jax.ShapeDtypeStruct`s will do. Python scalars, strings and None stay as they are.
       has_aux: as in `jax.value_and_grad`.
       axis_name: the axis, or a tuple of axes, that the loss itself names in a `psum`, a batch norm with `axis_name` and the like;
@@ -96,7 +95,7 @@ def discover(
         )
     trails = [jaxprs.Trail(path, tuple(range(len(leaf.shape)))) for path, leaf in shapes.items()]
     others = len(jaxpr.jaxpr.invars) - len(trails)
-    walk = jaxprs.follow(jaxpr, [*trails, *[None] * others])
+    walk = jaxprs.follow(jaxpr, [*trails, *[None] * others], row_mask is not None)
     uses = walk.uses
     outputs = _outputs(walk, trace.registered)
     # In a loop over single examples no output shows where they are.

@@ -54,12 +54,12 @@ class _Fact(NamedTuple):
 _DATA = _Fact(None, DATA, origins.DATA)
 
 
-def follow(jaxpr: Any, trails: Sequence[Trail | None]) -> Walk:
+def follow(jaxpr: Any, trails: Sequence[Trail | None], masked: bool = False) -> Walk:
     """Walks a closed jaxpr, whose first output is the loss, for the trails of its inputs.
 
-    Those without one are data, and so are arrays that it closes over.
+    Those without one are data, and so are arrays that it closes over. `masked`: a row mask of the whole batch is in force.
     """
-    walk = Walk()
+    walk = Walk(masked=masked)
     facts = [_DATA if trail is None else _Fact(trail, PARAMETERS) for trail in trails]
     results = _walk(jaxpr.jaxpr, facts, walk, loops=0)[:1]
     walk.loss, walk.live = _union(results), _lives(results)
@@ -170,14 +170,13 @@ def _used(
         "kind": found.kind,
         "roles": (found.role,),
         "shapes": found.shapes,
-        "masked": False,
+        "masked": walk.masked,
         "scoped": equations.in_scope(equation, marks.ROW_MASK),
         "vmaps": (),
     }
     use = Use(
         found.trail, (found.trail,), info, walk.place, loops, x.level == NOTHING, fixed, x.origins, x.origins
     )
-    # The kernel's values have a derivative of their own, which no use is reached by.
     walk.uses.append(dataclasses.replace(use, live=x.live, batch=batch))
     fact = _Fact(None, out.level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), labels)
     return [fact._replace(linear=found.output(index))]

@@ -83,6 +83,7 @@ class Walk:
       others: for parameters that meet data where no rule knows their use, the first such equation.
       loose: the same of those that are broadcast over data there, and so have a gradient from examples that no tag sees.
       scalings: how often it is multiplied with data entry by entry.
+      masked: whether a row mask of the whole batch is in force.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
       scope: the calls around what is being walked.
@@ -95,6 +96,7 @@ class Walk:
     scalings: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     others: dict[Any, str] = dataclasses.field(default_factory=dict)
     loose: dict[Any, str] = dataclasses.field(default_factory=dict)
+    masked: bool = False
     loss: Origins = NOWHERE
     live: Live = frozenset()
     scope: tuple[int, ...] = ()

@@ -368,3 +368,22 @@ def test_reverse_mode_inside_the_loss():
     assert all("in another way (dot_general at test_tracing.py:" in reason for reason in layers.reasons)
     found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)[:2]
     assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
+
+
+def test_a_row_mask_of_the_batch():
+    """It counts for a use by a rule as it does for a marked one."""
+    params, mask = {"kernel": matrix(1, D, 3)}, jnp.arange(N) < 4
+    found = []
+    for marked in (False, True):
+
+        def loss_fn(params, x, labels, marked=marked):
+            logits = x @ params["kernel"]
+            logits = kfe.tag_dense(x, logits, params) if marked else logits
+            return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+        layers = kfe.find_layers(loss_fn, params, X, LABELS)
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")
+        (name,) = layers
+        found.append(differentiate(params, X, LABELS, row_mask=mask)[2][name].covariances())
+    assert_close(found[0], found[1], 1e-6)
+    assert_close(found[0][0], X[:4].T @ X[:4] / 4, 1e-6)
