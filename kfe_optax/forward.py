@@ -21,6 +21,7 @@ from kfe_optax import (
     traced,
     varying,
 )
+from kfe_optax.kinds.base import TRANSPOSED
 from kfe_optax.layer import Layer
 from kfe_optax.layers import Layers
 from kfe_optax.rebuild import Place, Rebuild, Riders
@@ -192,13 +193,14 @@ class _Tagger:
     def _used(self, layer: Layer, place: Place, equation: Any, operands: list[Any], rider: Any) -> Any:
         """The result of an equation that is itself the use."""
         y = equations.result(equation, operands)
-        x, outward, back = rules.as_layer(equation, place.x, operands)
+        x, outward, back = rules.as_layer(equation, place.x, operands, place.moves)
         x = jax.lax.stop_gradient(x)
         return back(self._tagged(layer, place.label, x, outward(y), self._row_mask, rider))
 
     def _tagged(self, layer: Layer, label: str, x: Any, y: Any, mask: Any, rider: Any) -> Any:
         kind = layer.kind  # with its approximation
-        free = kind.free(x.shape, y.shape)
+        shapes = (y.shape, x.shape) if label == TRANSPOSED else (x.shape, y.shape)
+        free = kind.free(*shapes)
         live = None
         if not kind.per_example:
             live = masks.live(layer, mask, free)

@@ -10,9 +10,9 @@ import numpy as np
 
 from kfe_optax import jaxprs, marks
 from kfe_optax.flow import SAME, End, Flow, Source
-from kfe_optax.kinds import Dense, Embedding
-from kfe_optax.kinds.embedding import ATTEND
+from kfe_optax.kinds import Embedding
 from kfe_optax.layer import WITHOUT_BIAS, Layer, Path, path_name
+from kfe_optax.orientation import oriented
 from kfe_optax.origins import Origins
 
 
@@ -68,7 +68,8 @@ def layers_of(
     for path, group in by_path.items():
         single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
         widest = max(group, key=lambda use: len(use.parameters))
-        group = _as_embedding([_with_roles(use, widest) for use in group])
+        kind = next((use.info["kind"] for use in group if isinstance(use.info["kind"], Embedding)), None)
+        group = [_with_roles(oriented(use, kind or widest.info["kind"]), widest) for use in group]
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
         if walk.products[path] > met[path]:
             trouble = trouble or "also used outside its layer, where no tag sees it"
@@ -132,22 +133,6 @@ def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk) -> jaxprs.Use:
     return dataclasses.replace(use, info=_without_bias(use), parameters=use.parameters[:1])
 
 
-def _as_embedding(group: list[jaxprs.Use]) -> list[jaxprs.Use]:
-    """The uses of an embedding: a product with its transposed table is the output layer that it is tied to."""
-    table = next((use.info["kind"] for use in group if isinstance(use.info["kind"], Embedding)), None)
-
-    def attends(kind: Any) -> bool:
-        return isinstance(kind, Dense) and (kind.kernel, kind.inputs, kind.outputs) == ("ab", "...b", "...a")
-
-    def one(use: jaxprs.Use) -> jaxprs.Use:
-        if table is None or "rule" not in use.info or not attends(use.info["kind"]):
-            return use
-        shapes = (*use.info["shapes"][:4], ATTEND)
-        return dataclasses.replace(use, info=use.info | {"kind": table, "shapes": shapes})
-
-    return list(map(one, group))
-
-
 def _without_bias(use: jaxprs.Use) -> dict[str, Any]:
     info = use.info | {"roles": use.info["roles"][:1]}
     if info["kind"].per_example:
@@ -160,7 +145,8 @@ def _with_roles(use: jaxprs.Use, widest: jaxprs.Use) -> jaxprs.Use:
     if "rule" not in use.info or len(use.parameters) == len(widest.parameters):
         return use
     info = dict(use.info)
-    info["roles"], info["shapes"] = widest.info["roles"], (*info["shapes"][:4], WITHOUT_BIAS)
+    *shapes, label = info["shapes"]
+    info["roles"], info["shapes"] = widest.info["roles"], (*shapes, label or WITHOUT_BIAS)
     if dataclasses.replace(widest.info["kind"], bias=info["kind"].bias) == info["kind"]:
         info["kind"] = widest.info["kind"]
     return dataclasses.replace(use, info=info, parameters=widest.parameters)
@@ -335,9 +321,9 @@ def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: A
     )
 
 
-def _place(use: jaxprs.Use) -> tuple[int, tuple[bool, ...], int, str]:
+def _place(use: jaxprs.Use) -> tuple[Any, ...]:
     assert use.trail is not None
-    return use.place, use.trail.route, use.info.get("x", -1), use.info["shapes"][4]
+    return use.place, use.trail.route, use.info.get("x", -1), use.info["shapes"][4], use.info.get("moves")
 
 
 def _spread(use: jaxprs.Use) -> list[Any]:

@@ -139,6 +139,8 @@ def _used(
         moved = rules.moved(present[0], equation) if name in _MOVED else None
         if moved:
             return [outputs[0]._replace(linear=moved)]
+    if name in ("add", "add_any") and len(present) == 1 and any(fact.number == 0 for fact in inputs):
+        return [outputs[0]._replace(linear=present[0])]
     walk.readers.update(output.use for output in present)
     if name in ("add", "add_any") and len(present) == 1:
         place = 0 if linear[0] is not None else 1

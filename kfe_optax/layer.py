@@ -12,7 +12,7 @@ import numpy as np
 
 from kfe_optax.flow import Flow
 from kfe_optax.kinds import Kind
-from kfe_optax.kinds.embedding import ATTEND
+from kfe_optax.kinds.base import TRANSPOSED
 
 LARGEST_SUM = 8192
 """Of a larger side of a layer that is used more than once, the sums hold the diagonal of its factor alone."""
@@ -91,7 +91,7 @@ class Layer:
       sharing: how the factors treat shared positions, "expand" or "reduce" (see `Layers.configure`).
       uses: ((input shape, output shape, input dtype, output dtype, label), ...) of the calls that were traced; not part of the
         layer's identity, since another batch size is the same layer.
-      places: (place, route, x, label) of these calls in the program (see `rebuild.Place`).
+      places: (place, route, x, label, moves) of these calls in the program (see `rebuild.Place`).
       examples, positions: n and t of its rows.
       per_example: whether its statistics know single examples.
       in_loop: whether it runs inside a loop that uses the same parameters in each iteration.
@@ -114,7 +114,7 @@ class Layer:
     order: int
     dtype: str
     uses: tuple[Use, ...] = dataclasses.field(compare=False, repr=False)
-    places: tuple[tuple[int, tuple[bool, ...], int, str], ...] = dataclasses.field(compare=False, repr=False)
+    places: tuple[tuple[Any, ...], ...] = dataclasses.field(compare=False, repr=False)
     examples: int = dataclasses.field(compare=False, repr=False)
     positions: int = dataclasses.field(compare=False, repr=False)
     per_example: bool = dataclasses.field(compare=False, repr=False)
@@ -168,8 +168,8 @@ class Layer:
 
     @property
     def mixed(self) -> bool:
-        """Whether A depends on g: an embedding that is an output layer as well."""
-        return any(use[4] == ATTEND for use in self.uses)
+        """Whether it has uses with input and output exchanged as well, whose A depends on g."""
+        return any(use[4] == TRANSPOSED for use in self.uses)
 
     @property
     def has_rows(self) -> bool:
@@ -317,7 +317,7 @@ class Layer:
         else:
             shapes["outputs"] = (*out_blocks, d_out, d_out)
         if self.mixed:
-            shapes |= {"attend_inputs": (d_in,), "attend_outputs": (d_out, d_out), "attend_count": (1,)}
+            shapes |= {f"{TRANSPOSED}_{name}": shape for name, shape in shapes.items()}
         if self.per_example:
             shapes["examples"] = (n, *blocks, d_in, d_out)
         if self.sharing == "reduce":

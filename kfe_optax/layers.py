@@ -214,6 +214,10 @@ def _configured(layer: Layer, approximation: str, options: Mapping[str, Any]) ->
     try:
         kind = layer.kind.configured(approximation, options)
         kind.check(layer.kernel_shape)
+        if layer.mixed and kind != kind.plain():
+            raise ValueError(
+                f"it is also used with input and output exchanged, of which approximation={approximation!r} knows nothing"
+            )
     except ValueError as error:
         raise ValueError(f"Layer {layer.name!r}: {error}.") from None
     return kind
@@ -230,7 +234,7 @@ def _check_sharing(layer: Layer) -> None:
             f"approximation={layer.kind.approximation!r} is about single positions: combine it with 'expand'"
         )
     elif layer.mixed:
-        trouble = "a tied embedding's two uses have no common mean: leave it at 'expand'"
+        trouble = "its uses with input and output exchanged have no common mean with the others: leave it at 'expand'"
     elif not layer.has_rows and not layer.per_example:
         trouble = (
             "its examples are not known (a vmap over examples, batches of different sizes, or a leading axis that is not shown "

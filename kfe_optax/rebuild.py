@@ -15,6 +15,7 @@ import jax
 from jax.extend.core import Literal
 
 from kfe_optax import equations
+from kfe_optax.orientation import Moves
 
 Riders = Mapping[int, Any]
 
@@ -27,12 +28,14 @@ class Place(NamedTuple):
       route: for each scan around it, outermost first, whether it slices the layer's parameters.
       x: of an equation that is itself a use, the operand that is the layer's input.
       label: of such a use.
+      moves: the order of its axes in the layer's layout; None where it is the layer's own (see `orientation`).
     """
 
     number: int
     route: tuple[bool, ...] = ()
     x: int = -1
     label: str = ""
+    moves: Moves | None = None
 
 
 class Tagger(Protocol):

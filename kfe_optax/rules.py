@@ -22,6 +22,7 @@ from kfe_optax.kinds import Conv, Dense, Embedding, Kind, Norm
 from kfe_optax.kinds.embedding import LOOKUP
 from kfe_optax.kinds.patches import Geometry
 from kfe_optax.layer import View
+from kfe_optax.orientation import Moves
 from kfe_optax.walks import Trail, Use
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -197,7 +198,7 @@ def _shapes(equation: Any, x: Any) -> Any:
 
 
 def as_layer(
-    equation: Any, x: int, operands: list[Any]
+    equation: Any, x: int, operands: list[Any], moves: Moves | None
 ) -> tuple[Any, Callable[..., Any], Callable[..., Any]]:
     """(the kind's input, y to the kind's output, and back) of an equation that is a use with this operand as its input."""
     name, given = equation.primitive.name, operands[x]
@@ -207,12 +208,15 @@ def as_layer(
     if name == "mul":
         return jnp.broadcast_to(given, equation.outvars[0].aval.shape), _same, _same
     if name == "dot_general":
-        return given, _same, _same
-    numbers = equation.params["dimension_numbers"]
-    outputs = _layout(numbers.out_spec)
+        if moves is None:
+            return given, _same, _same
+        inputs, outputs = moves
+    else:
+        numbers = equation.params["dimension_numbers"]
+        inputs, outputs = _layout(numbers.lhs_spec), _layout(numbers.out_spec)
     inverse = sorted(range(len(outputs)), key=lambda axis: outputs[axis])
     return (
-        jnp.transpose(given, _layout(numbers.lhs_spec)),
+        jnp.transpose(given, inputs),
         lambda y: jnp.transpose(y, outputs),
         lambda y: jnp.transpose(y, inverse),
     )

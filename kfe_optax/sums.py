@@ -1,8 +1,8 @@
 """What one use of a layer adds to the sums of all its uses.
 
 "inputs": Σ ā āᵀ (or what the kind makes A of), "outputs": Σ g gᵀ, "count": how many rows; "examples": Σ_t ā gᵀ of each example;
-with sharing="reduce" "input_sums" and "output_sums": Σ_t ā and Σ_t g of each example, "example_counts": its positions. An
-embedding's output use adds to "attend_inputs" (Σ g², one a token), "attend_outputs" (Σ x xᵀ) and "attend_count".
+with sharing="reduce" "input_sums" and "output_sums": Σ_t ā and Σ_t g of each example, "example_counts": its positions. A
+transposed use u = v Wᵀ, with ∂L/∂u in the place of ā and v in that of g, adds to "transposed_inputs" and so on.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kfe_optax import chunks
-from kfe_optax.kinds.base import gram, masked
-from kfe_optax.kinds.embedding import ATTEND
+from kfe_optax.kinds.base import TRANSPOSED, gram, masked
 from kfe_optax.layer import WITHOUT_BIAS
 
 
@@ -32,12 +31,15 @@ def of_use(use: Any, x: jax.Array, g: jax.Array, live: jax.Array | None, spec: A
     one = jnp.where(jnp.isnan(g.ravel()[0]), 1, 1).astype(dtype)
     x = x * one
     live = one if live is None else live.astype(dtype) * one
-    if use.label == ATTEND:
-        values = _of_attend(use, x, g, live)
-    elif use.kind.statistics == "tokens":
-        values = _of_lookup(use, x, g, live)
+    tokens = use.kind.statistics == "tokens"
+    if use.label == TRANSPOSED:
+        of_rows = _of_attend if tokens else _of_rows
+        values = {
+            name if name == "examples" else f"{TRANSPOSED}_{name}": value
+            for name, value in of_rows(use, g, x, live).items()
+        }
     else:
-        values = _of_rows(use, x, g, live)
+        values = (_of_lookup if tokens else _of_rows)(use, x, g, live)
     return {name: value() for name, value in values.items() if name in wanted}
 
 
@@ -50,10 +52,11 @@ def _of_rows(use: Any, x: jax.Array, g: jax.Array, live: jax.Array) -> dict[str,
     if live.ndim:
         parts["live"] = live.reshape(n, positions)
     chunk = chunks.size(n, use.row_bytes)
+    unbiased = use.bias and use.label in (WITHOUT_BIAS, TRANSPOSED)
 
     def a(parts):
         rows = use.kind.input_rows(parts, use.kernel, use.bias)
-        if use.label == WITHOUT_BIAS:
+        if unbiased:
             rows = rows.at[..., -1].set(0)
         return masked(rows, parts.get("live"))
 
@@ -61,7 +64,7 @@ def _of_rows(use: Any, x: jax.Array, g: jax.Array, live: jax.Array) -> dict[str,
         return masked(use.kind.output_rows(parts, use.kernel), parts.get("live"))
 
     def moments(parts):
-        if use.label == WITHOUT_BIAS:
+        if unbiased:
             return gram(a(parts), False)
         return use.kind.input_moments(parts, parts.get("live"), use.kernel, use.bias, False)
 
@@ -124,13 +127,14 @@ def _of_lookup(use: Any, x: jax.Array, g: jax.Array, live: jax.Array) -> dict[st
 
 
 def _of_attend(use: Any, x: jax.Array, g: jax.Array, live: jax.Array) -> dict[str, Any]:
+    """x = ∂L/∂logits (…, tokens) and g, the input of the output layer that is tied to the table."""
     n = use.examples
     x, g = (v.reshape(n, -1, v.shape[-1]) for v in (x, g))
     weights = _weights(live, x.shape[:2])
     x, g = x * weights[..., None], g * weights[..., None]
     return {
-        "attend_inputs": lambda: gram(g, True),
-        "attend_outputs": lambda: gram(x, False),
-        "attend_count": lambda: weights.sum(),
-        "examples": lambda: g.mT @ x,
+        "inputs": lambda: gram(x, True),
+        "outputs": lambda: gram(g, False),
+        "count": lambda: weights.sum(),
+        "examples": lambda: x.mT @ g,
     }

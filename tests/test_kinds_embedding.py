@@ -145,5 +145,5 @@ def test_a_tied_embedding_has_no_common_input_factor(x64):
     _, _, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, TOKENS, TARGETS)
     with pytest.raises(ValueError, match="no common A"):
         taps["embed"].covariances()
-    with pytest.raises(ValueError, match="two uses have no common mean"):
+    with pytest.raises(ValueError, match="exchanged have no common mean"):
         layers.configure(sharing="reduce")

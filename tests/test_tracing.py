@@ -352,24 +352,6 @@ def test_what_is_left_as_it_is(way):
     assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
 
 
-def test_reverse_mode_inside_the_loss():
-    """A gradient penalty uses each kernel with its input and output exchanged, too: these are none of the layers, and say so."""
-    params = {"in": matrix(1, D, 5), "out": matrix(2, 5, 3), "head": matrix(3, D, 3)}
-
-    def loss_fn(params, x, labels):
-        network = lambda x: jnp.tanh(x @ params["in"]) @ params["out"]
-        slope = jax.grad(lambda x: network(x).sum())(x)
-        logits = network(x) + x @ params["head"]
-        loss = kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return loss.mean() + (slope**2).mean()
-
-    layers = kfe.find_layers(loss_fn, params, X, LABELS)
-    assert list(layers) == ["head"]
-    assert all("in another way (dot_general at test_tracing.py:" in reason for reason in layers.reasons)
-    found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)[:2]
-    assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
-
-
 def test_a_row_mask_of_the_batch():
     """It counts for a use by a rule as it does for a marked one."""
     params, mask = {"kernel": matrix(1, D, 3)}, jnp.arange(N) < 4

@@ -15,7 +15,8 @@ from flax.training import train_state
 from kfe_optax import tags
 from kfe_optax.adapters import modules
 from kfe_optax.kinds import Kind
-from kfe_optax.kinds.embedding import ATTEND, LOOKUP
+from kfe_optax.kinds.base import TRANSPOSED
+from kfe_optax.kinds.embedding import LOOKUP
 
 SUPPORTED: dict[type[nn.Module], modules.Maker] = {
     nn.Dense: modules.dense,
@@ -60,7 +61,7 @@ def _interceptor(next_function, args, kwargs, context):
         return y
     x = _input(args, kwargs)
     if method == "attend":
-        return _embedding(module, x, y, own, ATTEND) if _calls(module, nn.Embed, "attend") else y
+        return _embedding(module, x, y, own, TRANSPOSED) if _calls(module, nn.Embed, "attend") else y
     if _calls(module, nn.Embed):
         return _embedding(module, x, y, own, LOOKUP)
     if any(_calls(module, base) for base in NORMS):

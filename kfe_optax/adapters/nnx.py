@@ -17,7 +17,8 @@ from kfe_optax import layer as layer_lib
 from kfe_optax import tags
 from kfe_optax.adapters import modules
 from kfe_optax.kinds import Dense, Kind
-from kfe_optax.kinds.embedding import ATTEND, LOOKUP
+from kfe_optax.kinds.base import TRANSPOSED
+from kfe_optax.kinds.embedding import LOOKUP
 
 SUPPORTED: dict[type[nnx.Module], modules.Maker] = {
     nnx.Linear: modules.dense,
@@ -138,7 +139,7 @@ _TAGGERS: dict[tuple[type[nnx.Module], str], Tagger] = {
     **{(module, "__call__"): _norm for module in NORMS},
     (nnx.Einsum, "__call__"): _einsum,
     (nnx.Embed, "__call__"): _embedding_tagger(LOOKUP, "inputs"),
-    (nnx.Embed, "attend"): _embedding_tagger(ATTEND, "query"),
+    (nnx.Embed, "attend"): _embedding_tagger(TRANSPOSED, "query"),
     (nnx.LoRA, "__call__"): _lora,
 }
 

@@ -57,7 +57,7 @@ def estimate(source: Source, diagonal: dict[str, tuple[bool, bool]]) -> dict[str
     pulled = source.pulled
     assert pulled is not None
     plain = {name: d for name, d in diagonal.items() if not source.layers[name].mixed}
-    # An embedding that is an output layer as well: A and G of its two uses, each with the other side's traces as weights.
+    # Uses with input and output exchanged as well: A and G of both kinds of uses, with the traces of the other side as weights.
     mixed = {name: d for name, d in diagonal.items() if name not in plain}
     inputs, (outputs, traced) = pulled.both(
         lambda s: {n: s[n].input_factor(d[0]) for n, d in plain.items()},
@@ -69,7 +69,7 @@ def estimate(source: Source, diagonal: dict[str, tuple[bool, bool]]) -> dict[str
     terms = {name: Term(inputs[name], outputs[name]) for name in plain}
     for name, (sigma, first, second) in traced.items():
         trace = jnp.where(sigma > 0, sigma, 1)
-        terms[name] = Term(first / trace[..., None], second)
+        terms[name] = Term(first / trace.reshape(*trace.shape, *(1,) * (first.ndim - trace.ndim)), second)
     return {name: terms[name] for name in diagonal}
 
 

@@ -11,6 +11,9 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
+TRANSPOSED = "transposed"
+"""The label of a use with input and output exchanged: an output layer that is tied to a table, reverse mode inside the loss."""
+
 Shape = tuple[int, ...]
 Parts = Mapping[str, jax.Array]
 

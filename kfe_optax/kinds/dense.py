@@ -20,6 +20,10 @@ class Dense(Kind):
     axes of the kernel that only x has form d_in, those that only y has form d_out, and those that both have are blocks, each a
     dense layer of its own.
 
+    A transposed use, u = v Wᵀ, has input and output exchanged: reverse mode inside the loss makes them, and tied weights. There a
+    row is ā = ∂loss/∂u, without the 1, and g = v. A kernel with both kinds has F ≈ A₁⊗G₁ + A₂⊗G₂; its single product keeps the
+    trace: σ = Σ tr A_u tr G_u, A = Σ tr(G_u) A_u / σ, G = Σ tr(A_u) G_u.
+
     Attributes:
       approximation: "joint": one A and one G; "heads": the first of several input axes (an attention's output projection) or
         output axes (its query, key and value) is cut into heads, with an A or a G a head.
@@ -39,7 +43,7 @@ class Dense(Kind):
     approximations: ClassVar[tuple[str, ...]] = ("joint", "heads")
 
     @property
-    def _labels(self) -> tuple[str, str, str]:
+    def labels(self) -> tuple[str, str, str]:
         """The kernel's letters of the blocks, of the input and of the output."""
         both = [c for c in self.kernel if c in self.inputs and c in self.outputs]
         ins = [c for c in self.kernel if c not in self.outputs]
@@ -48,18 +52,18 @@ class Dense(Kind):
 
     def _sizes(self, kernel: Shape) -> tuple[int, int, int]:
         size = dict(zip(self.kernel, kernel, strict=True))
-        block, ins, outs = (math.prod(size[c] for c in labels) for labels in self._labels)
+        block, ins, outs = (math.prod(size[c] for c in labels) for labels in self.labels)
         return block, ins, outs
 
     def _grid(self, kernel: Shape) -> tuple[int, int] | None:
         if self.approximation != "heads":
             return None
         size = dict(zip(self.kernel, kernel, strict=True))
-        _, ins, outs = self._labels
+        _, ins, outs = self.labels
         return size[ins[0]] if len(ins) > 1 else 1, size[outs[0]] if len(outs) > 1 else 1
 
     def check(self, kernel):
-        block, ins, outs = self._labels
+        block, ins, outs = self.labels
         if self.approximation == "heads" and (block or (len(ins) < 2 and len(outs) < 2)):
             raise ValueError(
                 "approximation='heads' needs a kernel with an axis of heads beside that of the features, such as an "
@@ -70,7 +74,7 @@ class Dense(Kind):
         grid = self._grid(kernel)
         if grid:
             return grid
-        return (self._sizes(kernel)[0],) if self._labels[0] else ()
+        return (self._sizes(kernel)[0],) if self.labels[0] else ()
 
     def side_blocks(self, kernel):
         grid = self._grid(kernel)
@@ -86,7 +90,7 @@ class Dense(Kind):
     def to_matrix(self, leaves):
         shape = leaves["kernel"].shape
         lead, kernel = shape[: len(shape) - len(self.kernel)], shape[len(shape) - len(self.kernel) :]
-        block, ins, outs = self._labels
+        block, ins, outs = self.labels
         sizes = self._sizes(kernel)
         w = _arranged(leaves["kernel"], self.kernel, block + ins + outs)
         w = w.reshape(*lead, *(sizes if block else sizes[1:]))
@@ -101,7 +105,7 @@ class Dense(Kind):
 
     def from_matrix(self, matrix, kernel, bias):
         size = dict(zip(self.kernel, kernel, strict=True))
-        block, ins, outs = self._labels
+        block, ins, outs = self.labels
         if self._grid(kernel):
             w, b = grid_parts(matrix, bias)
         else:
@@ -114,35 +118,36 @@ class Dense(Kind):
             leaves["bias"] = _arranged(b.reshape(*lead, *(size[c] for c in order)), order, self.bias)
         return leaves
 
-    def _expanded(self, labels: str, rank: int) -> str:
-        """The letters of an array of this rank, with capitals in place of "..."."""
+    def expanded(self, labels: str, rank: int) -> str:
+        """The letters of an input or output of this rank, with capitals in place of "..."."""
         if "..." not in labels:
             return labels
         extra = rank - (len(labels) - 3)
         return labels.replace("...", "".join(chr(ord("A") + i) for i in range(extra)))
 
-    def _free_labels(self, rank: int) -> str:
-        return "".join(c for c in self._expanded(self.inputs, rank) if c not in self.kernel)
+    def free_labels(self, rank: int) -> str:
+        """The letters of the examples and positions of an input of this rank."""
+        return "".join(c for c in self.expanded(self.inputs, rank) if c not in self.kernel)
 
     def free(self, x, y):
-        labels = self._expanded(self.inputs, len(x))
+        labels = self.expanded(self.inputs, len(x))
         size = dict(zip(labels, x, strict=True))
-        return tuple(size[c] for c in self._free_labels(len(x))) or (1,)
+        return tuple(size[c] for c in self.free_labels(len(x))) or (1,)
 
     def batch_axis(self, x):
-        labels = self._free_labels(len(x))
-        return self._expanded(self.inputs, len(x)).index(labels[0]) if labels else 0
+        labels = self.free_labels(len(x))
+        return self.expanded(self.inputs, len(x)).index(labels[0]) if labels else 0
 
     def row_shapes(self, x, y):
         rows = math.prod(self.free(x, y))
         return {"input": (rows, math.prod(x) // rows), "output": (rows, math.prod(y) // rows)}
 
     def row_values(self, x, g):
-        block, ins, outs = self._labels
-        free = self._free_labels(x.ndim)
+        block, ins, outs = self.labels
+        free = self.free_labels(x.ndim)
         shapes = self.row_shapes(x.shape, g.shape)
-        x = _arranged(x, self._expanded(self.inputs, x.ndim), free + block + ins)
-        g = _arranged(g, self._expanded(self.outputs, g.ndim), free + block + outs)
+        x = _arranged(x, self.expanded(self.inputs, x.ndim), free + block + ins)
+        g = _arranged(g, self.expanded(self.outputs, g.ndim), free + block + outs)
         return {"input": x.reshape(shapes["input"]), "output": g.reshape(shapes["output"])}
 
     def input_rows(self, parts: Parts, kernel: Shape, bias: bool):

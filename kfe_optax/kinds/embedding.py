@@ -10,16 +10,15 @@ import jax
 
 from kfe_optax.kinds.base import Kind
 
-LOOKUP, ATTEND = "lookup", "attend"
+LOOKUP = "lookup"
 
 
 @dataclasses.dataclass(frozen=True)
 class Embedding(Kind):
     """`nn.Embed`, `nnx.Embed`: ā_t is the one-hot vector of token t, W̄ the table (tokens, features), A the tokens' frequencies.
 
-    `attend` (x ↦ E x, a tied output layer) is another use of the table: there a row is ā = ∂loss/∂logits and g = x. A table
-    with both uses has F ≈ A₁⊗G₁ + A₂⊗G₂; its single product keeps the trace: σ = Σ tr A_u tr G_u, A = Σ tr(G_u) A_u / σ, G = Σ
-    tr(A_u) G_u.
+    `attend` (x ↦ E x, a tied output layer) is a transposed use of the table (see `Dense`): there a row is ā = ∂loss/∂logits and
+    g = x.
     """
 
     name: ClassVar[str] = "embedding"

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax.kinds.base import gram
+from kfe_optax.kinds.base import TRANSPOSED, gram
 from kfe_optax.layer import LARGEST_SUM, Layer
 from kfe_optax.statistics.rows import over_stack
 
@@ -106,21 +106,36 @@ class Sums:
         return sigma, inputs, outputs
 
     def _traced_uses(self, diagonal):
-        """σ = Σ tr A_u tr G_u, Σ tr(G_u) A_u, Σ tr(A_u) G_u over the two uses of a tied embedding; all quadratic in g."""
-        squared = self._scale**2 / self.layer.examples
+        """σ = Σ tr A_u tr G_u, Σ tr(G_u) A_u, Σ tr(A_u) G_u over the uses as they are and the transposed ones."""
+        layer, squared = self.layer, self._scale**2 / self.layer.examples
+        own = layer.kind.diagonal
+
+        def side(sums, name, index):
+            """The sum over the rows of a side, and whether it is the diagonal of one."""
+            squares = f"{name[:-1]}_squares"
+            if squares in sums:
+                _check_diagonal(layer, diagonal[index])
+            moments = sums[squares] if squares in sums else sums[name]
+            if diagonal[index] and not (own[index] or squares in sums):
+                moments = jnp.diagonal(moments, axis1=-2, axis2=-1)
+            return moments
+
+        def trace(moments, index):
+            return moments.sum(-1) if diagonal[index] else jnp.trace(moments, axis1=-2, axis2=-1)
+
+        def weighted(trace, moments):
+            return trace.reshape(*trace.shape, *(1,) * (moments.ndim - trace.ndim)) * moments
 
         def traced(sums):
-            count = jnp.maximum(sums["count"], 1)
-            attended = jnp.maximum(sums["attend_count"], 1)
-            pairs = [
-                (sums["inputs"] / count, sums["outputs"] * squared),
-                (sums["attend_inputs"] * squared, sums["attend_outputs"] / attended[..., None]),
-            ]
-            pairs = [(a, jnp.diagonal(g) if diagonal[1] else g) for a, g in pairs]
-            traces = [(a.sum(), g.sum() if diagonal[1] else jnp.trace(g)) for a, g in pairs]
-            sigma = sum((a * g for a, g in traces), jnp.zeros(()))
-            inputs = sum((trace[1] * a for (a, _), trace in zip(pairs, traces, strict=True)), jnp.zeros(()))
-            outputs = sum((trace[0] * g for (_, g), trace in zip(pairs, traces, strict=True)), jnp.zeros(()))
+            # Each is quadratic in g: in the plain uses by G, in the transposed ones by A.
+            sigma, inputs, outputs = 0.0, 0.0, 0.0
+            for prefix in ("", f"{TRANSPOSED}_"):
+                a, g = side(sums, f"{prefix}inputs", 0), side(sums, f"{prefix}outputs", 1)
+                weight = squared / jnp.maximum(sums[f"{prefix}count"][0], 1)
+                traces = trace(a, 0), trace(g, 1)
+                sigma += weight * traces[0] * traces[1]
+                inputs += weighted(weight * traces[1], a)
+                outputs += weighted(weight * traces[0], g)
             return sigma, inputs, outputs
 
         return self._over_stack(traced)
