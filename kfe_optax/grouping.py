@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ def layers_of(
         for label in uses[i].batch
         if label.axis <= sum(mapped[0] for _, mapped in uses[i].info["vmaps"])
     }
+    others = _others(walk, reached, marked, sources)
     predicting = frozenset().union(*(walk.behind(uses[i].live) for i in registered))
     parents = collections.Counter(path[:-1] for path in by_path)
     layers, names = [], {}
@@ -91,9 +93,9 @@ def layers_of(
         taken = [p for _, p in paths if claims[p] > 1]
         if taken:
             trouble = trouble or f"{path_name(taken[0])} is also used by another layer"
-        loose = [walk.loose[p] for _, p in paths if p in walk.loose]
-        if loose and all("rule" in use.info for use in group):
-            trouble = trouble or f"also used outside its layer, in another way ({loose[0]})"
+        elsewhere = [others[p] for _, p in paths if p in others]
+        if elsewhere:
+            trouble = trouble or f"also used outside its layer, in another way ({elsewhere[0]})"
         if trouble:
             reasons.update({p: trouble for _, p in paths})
         else:
@@ -124,6 +126,27 @@ def _marked(walk: jaxprs.Walk) -> frozenset[int]:
             if "rule" in before.info and before.trail is not None and before.trail.path == use.trail.path:
                 found.add(i)
     return frozenset(found)
+
+
+def _others(
+    walk: jaxprs.Walk, reached: frozenset[int], marked: frozenset[int], sources: Collection[Any]
+) -> dict[Path, str]:
+    """{parameter: where examples reach it by no rule}, outside of the layers that marks stand for."""
+    uses, inside = walk.uses, set[tuple[Path, int]]()
+    for use in uses:
+        if use.info["mark"] is marks.layer_mark and "rule" not in use.info:
+            before = {i for i, _ in use.live}
+            before |= {i for rule in before & marked for i, _ in uses[rule].live}
+            inside |= {(own.path, i) for own in use.parameters if own for i in before}
+    found: dict[Path, str] = {}
+    for i, use in enumerate(uses):
+        if use.info["mark"] is marks.OTHER and i in reached and use.trail is not None:
+            path = use.trail.path
+            # What was made of it may be a penalty, which meets the loss, but no examples.
+            meets = not use.trail.lost or any(label.source in sources for label in use.batch)
+            if meets and (path, i) not in inside:
+                found.setdefault(path, use.info["written"])
+    return found
 
 
 def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk) -> jaxprs.Use:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend.core import Literal
 
 from kfe_optax import batch_axes, equations, marks, origins, rules
-from kfe_optax.batch_axes import UNKNOWN, Labels
+from kfe_optax.batch_axes import UNKNOWN, Label, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
 from kfe_optax.marks import layer_mark, loss_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
@@ -154,7 +154,7 @@ def _used(
     found = rules.used(equation, [fact.trail for fact in inputs])
     if found is None or inputs[found.x].level == PARAMETERS:
         if outputs and outputs[0].level == DATA:
-            _unruled(equation, inputs, walk)
+            return _unruled(equation, inputs, outputs, walk, loops)
         return outputs
     x, index, out = inputs[found.x], len(walk.uses), outputs[0]
     fixed = x.level != DATA
@@ -184,21 +184,29 @@ def _used(
     return [fact._replace(linear=found.output(index))]
 
 
-def _unruled(equation: Any, inputs: list[_Fact], walk: Walk) -> None:
-    """Notes the parameters that meet data in an equation of which no rule makes a use."""
+def _unruled(equation: Any, inputs: list[_Fact], outputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact]:
+    """Records the uses of parameters that meet data in an equation of which no rule makes one; the facts of its outputs."""
+    written = equations.written(equation)
+    data = [fact for fact in inputs if fact.level == DATA]
+    met = frozenset[Label]().union(*(fact.batch for fact in data))
+    # A penalty that is added to the loss of each example. (What a loop carries may come from uses further on.)
+    count = len(walk.uses)
+    losses = {i < count and walk.uses[i].info["mark"] for i, _ in _lives(data)} == {marks.ELEMENTS}
+    added = losses and equation.primitive.name in ("add", "sub", "add_any")
+    own = frozenset[tuple[int, int]]()
     for fact in inputs:
         trail = fact.trail
         if fact.level != PARAMETERS or trail is None:
             continue
-        if trail.path not in walk.others:
-            behind = f"{trail.lost}, then " if trail.lost else ""
-            walk.others[trail.path] = behind + equations.written(equation)
-        if (
-            not (trail.lost or trail.stopped)
-            and min(trail.dims, default=0) < 0
-            and trail.path not in walk.loose
-        ):
-            walk.loose[trail.path] = equations.written(equation)
+        how = f"{trail.lost}, then {written}" if trail.lost else written
+        walk.others.setdefault(trail.path, how)
+        # The distance to other parameters, entry by entry, is none.
+        counts = not added if trail.lost else min(trail.dims, default=0) < 0
+        if counts and not trail.stopped:
+            own |= {(len(walk.uses), 0)}
+            info = {"mark": marks.OTHER, "written": how}
+            walk.uses.append(Use(trail, (), info, walk.place, loops, batch=met))
+    return [fact._replace(live=fact.live | own) for fact in outputs]
 
 
 def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int) -> _Fact:

@@ -42,7 +42,7 @@ class Trail:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One use of a layer, or a registered loss.
+    """One use of a layer, one of a parameter by no rule (`marks.OTHER`), or a registered loss.
 
     Attributes:
       trail: that of its kernel (its first parameter); None where none reaches it.
@@ -56,7 +56,7 @@ class Use:
       later: the same in the iterations after that.
       loop: the scan that it is directly in, by number; 0 outside loops, in a `while` and in a scan that runs backwards.
       live: the uses that the derivative of its y (or z, or loss) reaches with no other use between.
-      batch: the labels of the layer's input, or of the registered output.
+      batch: the labels of the layer's input, of the registered output, or of the data that a use by no rule meets.
     """
 
     trail: Trail | None
@@ -81,7 +81,6 @@ class Walk:
       uses: the marks, in order of execution.
       products: how often each parameter is contracted with data.
       others: for parameters that meet data where no rule knows their use, the first such equation.
-      loose: the same of those that are broadcast over data there, and so have a gradient from examples that no tag sees.
       scalings: how often it is multiplied with data entry by entry.
       masked: whether a row mask of the whole batch is in force.
       loss: what the program's output comes from directly.
@@ -95,7 +94,6 @@ class Walk:
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     scalings: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     others: dict[Any, str] = dataclasses.field(default_factory=dict)
-    loose: dict[Any, str] = dataclasses.field(default_factory=dict)
     masked: bool = False
     loss: Origins = NOWHERE
     live: Live = frozenset()

@@ -326,6 +326,19 @@ def test_a_distance_to_other_parameters_excludes_nothing():
     assert kfe.find_layers(loss_fn, params, params, X, LABELS)["w"].shape == (D + 1, 3)
 
 
+def test_a_penalty_in_the_loss_of_each_example_excludes_nothing():
+    params = {"w": matrix(1, D, 3)}
+
+    def loss_fn(params, x, labels):
+        def of_one(x, label):
+            loss = kfe.losses.softmax_cross_entropy_with_integer_labels(x @ params["w"], label)
+            return loss + 1e-3 * jnp.sum(jnp.abs(params["w"]))
+
+        return jax.vmap(of_one)(x, labels).mean()
+
+    assert list(kfe.find_layers(loss_fn, params, X, LABELS)) == ["w"]
+
+
 @pytest.mark.parametrize("way", ["while", "shard_map"])
 def test_what_is_left_as_it_is(way):
     """A fixed point that is not differentiated; a `shard_map` of the loss's own, whose layers are the rest."""
