@@ -180,7 +180,7 @@ class _Tagger:
         def tagged(y, x, *rest):
             mask = rest[0] if params["masked"] else None
             own = dict(zip(names, rest[-len(names) :], strict=True))
-            return self._tagged(layer, params["shapes"][4], x, y, mask, own)
+            return self._tagged(layer, place, x, y, mask, own)
 
         y, x, *rest = operands
         own = list(rider.values())
@@ -195,18 +195,19 @@ class _Tagger:
         y = equations.result(equation, operands)
         x, outward, back = rules.as_layer(equation, place.x, operands, place.moves)
         x = jax.lax.stop_gradient(x)
-        return back(self._tagged(layer, place.label, x, outward(y), self._row_mask, rider))
+        return back(self._tagged(layer, place, x, outward(y), self._row_mask, rider))
 
-    def _tagged(self, layer: Layer, label: str, x: Any, y: Any, mask: Any, rider: Any) -> Any:
+    def _tagged(self, layer: Layer, place: Place, x: Any, y: Any, mask: Any, rider: Any) -> Any:
         kind = layer.kind  # with its approximation
-        shapes = (y.shape, x.shape) if label == TRANSPOSED else (x.shape, y.shape)
+        shapes = (y.shape, x.shape) if place.label == TRANSPOSED else (x.shape, y.shape)
         free = kind.free(*shapes)
         live = None
         if not kind.per_example:
             live = masks.live(layer, mask, free)
         # The leading axis is the batch's, also when it is flattened with others.
         examples = layer.examples if layer.per_example else free[0]
-        use = tags.Use(kind, layer.kernel_shape, layer.bias, label, examples, layer.row_bytes)
+        label, factor, bytes_ = place.label, place.factor, layer.row_bytes
+        use = tags.Use(kind, layer.kernel_shape, layer.bias, label, factor, examples, bytes_)
         add = tags.row_tag if layer.has_rows else tags.additive_tag
         return add(use, x, y, live, rider)
 

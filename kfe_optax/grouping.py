@@ -228,6 +228,9 @@ def _trouble(use: jaxprs.Use) -> str | None:
             return f"{which}changed before the layer uses it ({'replaced' if own is None else own.lost})"
         if own.stopped:
             return f"{which}frozen by stop_gradient"
+        # Of the kernel alone the factor moves to the layer's input.
+        if own.factor != 1 and (i or role == "bias" or use.info["kind"].statistics == "tokens"):
+            return f"{which}changed before the layer uses it (times {own.factor:g})"
         mapped = sum(flags[i + 2] for _, flags in use.info["vmaps"])
         if own.views and "rule" not in use.info:
             return f"{which}changed before the layer uses it (reshape)"
@@ -346,7 +349,9 @@ def _layer(name: str, paths: Any, group: list[jaxprs.Use], order: int, kernel: A
 
 def _place(use: jaxprs.Use) -> tuple[Any, ...]:
     assert use.trail is not None
-    return use.place, use.trail.route, use.info.get("x", -1), use.info["shapes"][4], use.info.get("moves")
+    info = use.info
+    x, label, moves = info.get("x", -1), info["shapes"][4], info.get("moves")
+    return use.place, use.trail.route, x, label, moves, use.trail.factor
 
 
 def _spread(use: jaxprs.Use) -> list[Any]:

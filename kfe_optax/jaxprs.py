@@ -31,6 +31,17 @@ _POSITIVE |= {"broadcast_in_dim", "squeeze", "transpose", "slice", "concatenate"
 # These move the entries of a layer's output, and change none.
 _MOVED = CARRIED | {"name", "optimization_barrier", "transpose", "reshape", "squeeze"}
 
+# What is made of numbers, such as 1/√d.
+_ARITHMETIC = {
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.true_divide,
+    "neg": np.negative,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda number: 1 / np.sqrt(number),
+}
+
 # How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
 _PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})
 
@@ -111,14 +122,16 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
         if outputs is None:
             behind = origins.behind(equation, [fact.origins for fact in inputs])
             live = _derivative(name, inputs)
-            shifted = name in ("add", "sub") and len(trails) == 2 and _shifted(inputs)
-            trail = trails[0] or trails[1] if shifted else step(equation, trails)
-            fact = _Fact(trail, source, behind, live)
+            numbered = _with_number(name, inputs)
+            fact = _Fact(
+                numbered or step(equation, trails), source, behind, live, number=_number(name, inputs)
+            )
             batches = batch_axes.behind(equation, [fact.batch for fact in inputs])
             outputs = [fact._replace(batch=batch) for batch in batches]
             if name in CARRIED and len(inputs) == len(outputs) == 1:
                 outputs[0] = outputs[0]._replace(number=inputs[0].number)
-            outputs = _used(equation, name, inputs, outputs, walk, loops)
+            if numbered is None:
+                outputs = _used(equation, name, inputs, outputs, walk, loops)
         for variable, fact in zip(equation.outvars, outputs, strict=False):
             known[variable] = own(fact, variable)
     walk.place = ahead
@@ -285,10 +298,28 @@ def _sign(name: str, place: int, inputs: Sequence[_Fact]) -> int:
     return 0
 
 
-def _shifted(inputs: list[_Fact]) -> bool:
-    """Whether the first operand is a parameter and the second a number, or the other way round: the derivative stays."""
-    numbers = [fact.number is not None for fact in inputs]
-    return sorted(numbers) == [False, True] and inputs[numbers.index(False)].trail is not None
+def _with_number(name: str, inputs: list[_Fact]) -> Trail | None:
+    """The trail of a parameter to which a number is added, or by which it is multiplied; None where it is something else."""
+    if name == "neg":
+        inputs = [*inputs, _Fact(None, NOTHING, number=-1.0)]
+    if len(inputs) != 2:
+        return None
+    place = 0 if inputs[1].number is not None else 1
+    trail, number = inputs[place].trail, inputs[1 - place].number
+    if trail is None or trail.lost or number is None:
+        return None
+    factors = {"mul": number, "neg": number, "add": 1.0, "sub": (1.0, -1.0)[place]}
+    if (name, place) == ("div", 0) and number:
+        factors["div"] = 1 / number
+    factor = factors.get(name)
+    return None if factor is None else dataclasses.replace(trail, factor=trail.factor * float(factor))
+
+
+def _number(name: str, inputs: list[_Fact]) -> Any:
+    """What an equation makes of numbers alone; None where it is not known."""
+    numbers = [fact.number for fact in inputs]
+    known = name in _ARITHMETIC and numbers and all(number is not None for number in numbers)
+    return _ARITHMETIC[name](*numbers) if known else None
 
 
 def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact] | None:

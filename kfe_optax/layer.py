@@ -91,7 +91,7 @@ class Layer:
       sharing: how the factors treat shared positions, "expand" or "reduce" (see `Layers.configure`).
       uses: ((input shape, output shape, input dtype, output dtype, label), ...) of the calls that were traced; not part of the
         layer's identity, since another batch size is the same layer.
-      places: (place, route, x, label, moves) of these calls in the program (see `rebuild.Place`).
+      places: (place, route, x, label, moves, factor) of these calls in the program (see `rebuild.Place`).
       examples, positions: n and t of its rows.
       per_example: whether its statistics know single examples.
       in_loop: whether it runs inside a loop that uses the same parameters in each iteration.

@@ -28,6 +28,7 @@ class Place(NamedTuple):
       route: for each scan around it, outermost first, whether it slices the layer's parameters.
       x: of an equation that is itself a use, the operand that is the layer's input.
       label: of such a use.
+      factor: the number that the kernel was multiplied with.
       moves: the order of its axes in the layer's layout; None where it is the layer's own (see `orientation`).
     """
 
@@ -36,6 +37,7 @@ class Place(NamedTuple):
     x: int = -1
     label: str = ""
     moves: Moves | None = None
+    factor: float = 1.0
 
 
 class Tagger(Protocol):

@@ -273,6 +273,7 @@ def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> 
         len(use.parameters) > 1
         or bias.stopped
         or bias.path == kernel.path
+        or bias.factor != 1
         or bias.route != kernel.route
         or len(bias.dims) != len(output.axes)
     ):

@@ -194,6 +194,7 @@ class Use(NamedTuple):
     kernel: tuple[int, ...]
     bias: bool
     label: str
+    factor: float
     examples: int
     row_bytes: int
 
@@ -244,7 +245,9 @@ def _backward(static, residuals, g):
     values, use, spec = static
 
     def fitted(x, live, g):
-        return _fit(values(use, x, g, live, spec), spec)
+        # y = x (cW) is (cx) W.
+        scaled = x if use.factor == 1 else x * jnp.asarray(use.factor, x.dtype)
+        return _fit(values(use, scaled, g, live, spec), spec)
 
     kinds = dict(spec)
     riders = explicit.automatic(fitted, kinds, *residuals, g)

@@ -26,6 +26,7 @@ class Trail:
       stack: the (axis, size) pairs that scans consumed, outermost first.
       route: for each scan around, outermost first, whether it is one of those.
       broadcast: True inside a loop that uses the same value in each iteration.
+      factor: the number that it was multiplied with.
       stopped: True behind a stop_gradient.
       lost: the operation that ended the trail.
     """
@@ -36,6 +37,7 @@ class Trail:
     route: tuple[bool, ...] = ()
     views: tuple[View, ...] = ()
     broadcast: bool = False
+    factor: float = 1.0
     stopped: bool = False
     lost: str | None = None
 

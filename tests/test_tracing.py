@@ -142,6 +142,11 @@ CASES = {
         lambda p, x: jnp.tanh(x * (1 + p["scale"]) + p["shift"]) @ p["o"],
         {"scale": (D, 1, 2), "o": (D, 3)},
     ),
+    "kernels that are scaled": (
+        {"w": matrix(1, D, 5), "b": matrix(2, 5), "s": matrix(3, 5), "o": matrix(4, 3, 5)},
+        lambda p, x: (1 - p["s"]) * jnp.tanh(x @ (p["w"] / np.sqrt(D)) + p["b"]) @ -(jnp.sqrt(2) * p["o"].T),
+        {"w": (D + 1, 5), "s": (5, 1, 1), "o": (5, 3)},
+    ),
     "nnx.split and merge": (*split_and_merged(), {"kernel": (D, 3)}),
     "a scan over layers, rematerialized": (
         {"stack": {"w": matrix(1, 2, D, D), "b": matrix(2, 2, D)}, "last": matrix(3, D, 3)},
