@@ -3,8 +3,10 @@
 from kfe_optax import diagnostics as diagnostics
 from kfe_optax import factors as factors
 from kfe_optax import initializers as initializers
+from kfe_optax import kinds as kinds
 from kfe_optax import losses as losses
 from kfe_optax import polar as polar
+from kfe_optax import rules as rules
 from kfe_optax.adapters.linen import TrainState as TrainState
 from kfe_optax.adaptive import kfac_adaptive as kfac_adaptive
 from kfe_optax.diagnostics import check_layers as check_layers

@@ -16,14 +16,14 @@ from jax import core
 from jax.extend.core import Literal
 
 from kfe_optax.marks import layer_mark, loss_mark
+from kfe_optax.rules import RULES
 
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
-_PLACES = frozenset({"dot_general", "conv_general_dilated", "gather", "mul"})
 
 
 def is_place(equation: Any) -> bool:
     """Whether an equation may be a use of a layer or a registered loss."""
-    return equation.primitive in (layer_mark, loss_mark) or equation.primitive.name in _PLACES
+    return equation.primitive in (layer_mark, loss_mark) or equation.primitive.name in RULES
 
 
 def is_rebuilt(equation: Any) -> bool:

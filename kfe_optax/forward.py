@@ -193,7 +193,8 @@ class _Tagger:
     def _used(self, layer: Layer, place: Place, equation: Any, operands: list[Any], rider: Any) -> Any:
         """The result of an equation that is itself the use."""
         y = equations.result(equation, operands)
-        x, outward, back = rules.as_layer(equation, place.x, operands, place.moves)
+        rule = rules.RULES[equation.primitive.name]
+        x, outward, back = rule.layout(equation, place.x, operands, place.moves)
         x = jax.lax.stop_gradient(x)
         return back(self._tagged(layer, place, x, outward(y), self._row_mask, rider))
 

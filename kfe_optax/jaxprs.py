@@ -21,6 +21,8 @@ from kfe_optax.batch_axes import UNKNOWN, Label, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
 from kfe_optax.marks import layer_mark, loss_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
+from kfe_optax.rules import bias as added
+from kfe_optax.rules.base import Output
 from kfe_optax.trails import CARRIED, into_scan, left, step
 from kfe_optax.walks import Live, Trail, Use, Walk
 
@@ -59,7 +61,7 @@ class _Fact(NamedTuple):
     live: Live = frozenset()
     batch: Labels = UNKNOWN
     number: Any = None  # what a constant is
-    linear: rules.Output | None = None  # the use that no mark stands at whose output it is
+    linear: Output | None = None  # the use that no mark stands at whose output it is
 
 
 _DATA = _Fact(None, DATA, origins.DATA)
@@ -149,7 +151,7 @@ def _used(
     linear = [fact.linear for fact in inputs]
     present = [output for output in linear if output is not None]
     if len(inputs) == 1 and present:
-        moved = rules.moved(present[0], equation) if name in _MOVED else None
+        moved = added.moved(present[0], equation) if name in _MOVED else None
         if moved:
             return [outputs[0]._replace(linear=moved)]
     if name in ("add", "add_any") and len(present) == 1 and any(fact.number == 0 for fact in inputs):
@@ -160,7 +162,7 @@ def _used(
         bias = inputs[1 - place].trail
         if bias is not None and not bias.lost and bias.dims:
             shape = equation.invars[1 - place].aval.shape
-            use = rules.with_bias(walk.uses[present[0].use], present[0], bias, shape)
+            use = added.with_bias(walk.uses[present[0].use], present[0], bias, shape)
             if use is not None:
                 walk.uses[present[0].use] = use
                 return [outputs[0]._replace(trail=None)]
@@ -171,7 +173,7 @@ def _used(
         return outputs
     x, index, out = inputs[found.x], len(walk.uses), outputs[0]
     fixed = x.level != DATA
-    batch, labels = found.labels(x.batch), out.batch
+    batch, labels = found.labels(x.batch), out.batch or found.labels_behind(x.batch)
     if fixed:
         # What is made for all examples shows where they are in what it feeds.
         source = (walk.scope, id(equation.outvars[0]))

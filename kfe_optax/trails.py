@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kfe_optax import rules
 from kfe_optax.layer import View
+from kfe_optax.rules import bias
 from kfe_optax.walks import Trail
 
 CARRIED = frozenset(
@@ -44,7 +44,7 @@ def _broadcasted(equation: Any, trail: Trail) -> Trail:
     after = equation.outvars[0].aval.shape
     grown = [after[axis] != size for axis, size in zip(axes, before, strict=True)]
     if any(is_grown and own >= 0 for is_grown, own in zip(grown, trail.dims, strict=True)):
-        trail = rules.without_axes(trail, before, grown)
+        trail = bias.without_axes(trail, before, grown)
     dims = [-1] * len(after)
     for axis, own in zip(axes, trail.dims, strict=True):
         dims[axis] = own

@@ -1,0 +1,39 @@
+"""`mul` with a parameter that is the same for all examples is the scale of a normalization."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kfe_optax.kinds import Norm
+from kfe_optax.rules.base import Found, Rule, shapes
+
+
+class Mul(Rule):
+    """γ∘x, γ broadcast over the examples at least."""
+
+    primitive = "mul"
+
+    def use(self, equation, side, trail):
+        y = equation.outvars[0].aval
+        if (
+            len(trail.dims) != y.ndim
+            or not y.ndim
+            or trail.dims[0] >= 0
+            or max(trail.dims) < 0
+            or trail.views
+        ):
+            return None
+        shape = equation.invars[side].aval.shape
+        features = [(dim, axis) for axis, dim in enumerate(trail.dims) if dim >= 0]
+        if any(shape[axis] != y.shape[axis] for _, axis in features):
+            return None
+        kind = Norm(parameters=("scale",), axes=tuple(axis - y.ndim for _, axis in sorted(features)))
+        own = sorted(dim for dim, _ in features)
+        axes = tuple(own.index(dim) if dim >= 0 else -1 for dim in trail.dims)
+        x = jax.ShapeDtypeStruct(y.shape, equation.invars[1 - side].aval.dtype)
+        return Found(kind, trail, 1 - side, shapes(x, y), axes, tuple(range(y.ndim)), "scale")
+
+    def layout(self, equation, x, operands, moves):
+        given = jnp.broadcast_to(operands[x], equation.outvars[0].aval.shape)
+        return super().layout(equation, 0, [given], moves)
