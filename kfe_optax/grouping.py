@@ -31,7 +31,6 @@ def layers_of(
     marked = _marked(walk)
     reached = walk.behind(walk.live)
     unsupported: dict[Path, str] = {}
-    met: collections.Counter = collections.Counter()
     registered = outputs_of(walk)
     dead = "no registered loss depends on it" if registered else "the loss's derivative does not reach it"
     for i, use in enumerate(uses):
@@ -40,7 +39,6 @@ def layers_of(
             unsupported.update(dict.fromkeys(paths, use.info["reason"]))
         elif use.info["mark"] is marks.layer_mark and i not in marked:
             trail = use.trail
-            met.update(paths[:1])
             # What the loss's derivative does not reach counts for nothing, and neither does a parameter that is stopped.
             if trail is None:
                 reasons.update(dict.fromkeys(paths, "the kernel beside it is not among the parameters"))
@@ -73,10 +71,6 @@ def layers_of(
         kind = next((use.info["kind"] for use in group if isinstance(use.info["kind"], Embedding)), None)
         group = [_with_roles(oriented(use, kind or widest.info["kind"]), widest) for use in group]
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
-        if walk.products[path] > met[path]:
-            trouble = trouble or "also used outside its layer, where no tag sees it"
-        if group[0].info["kind"].per_example and walk.scalings[path] > met[path]:
-            trouble = trouble or "also used outside its layer, in a derivative inside the loss or by hand"
         shown = 1 if batches == {1} else _shown(group, sources)
         if group[0].info["kind"].per_example:
             trouble = trouble or _unknown_examples(group, single, batches, shown)
@@ -143,7 +137,7 @@ def _others(
         if use.info["mark"] is marks.OTHER and i in reached and use.trail is not None:
             path = use.trail.path
             # What was made of it may be a penalty, which meets the loss, but no examples.
-            meets = not use.trail.lost or any(label.source in sources for label in use.batch)
+            meets = use.info["sure"] or any(label.source in sources for label in use.batch)
             if meets and (path, i) not in inside:
                 found.setdefault(path, use.info["written"])
     return found

@@ -44,10 +44,6 @@ _ARITHMETIC = {
     "rsqrt": lambda number: 1 / np.sqrt(number),
 }
 
-# How a parameter meets data in a layer. (A loss may read parameters in any other way, a prior's squares for instance.)
-_PRODUCTS = frozenset({"dot_general", "conv_general_dilated", "gather"})
-
-
 # What a variable depends on at most.
 NOTHING, PARAMETERS, DATA = 0, 1, 2
 
@@ -114,10 +110,6 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             behind = _mark_reached(equation, inputs, walk, loops)
             known.update(dict.fromkeys(equation.outvars, behind))
             continue
-        if name in _PRODUCTS and source == DATA:
-            walk.products.update(_live_paths(trails))
-        if name == "mul" and source == DATA:
-            walk.scalings.update(_live_paths(trails))
         walk.scope = (*scope, id(equation))
         outputs = _inner(equation, name, inputs, walk, loops)
         walk.scope = scope
@@ -138,10 +130,6 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             known[variable] = own(fact, variable)
     walk.place = ahead
     return [read(v) for v in jaxpr.outvars]
-
-
-def _live_paths(trails: Sequence[Trail | None]) -> list[Any]:
-    return [trail.path for trail in trails if trail is not None and not (trail.lost or trail.stopped)]
 
 
 def _used(
@@ -201,13 +189,13 @@ def _used(
 
 def _unruled(equation: Any, inputs: list[_Fact], outputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact]:
     """Records the uses of parameters that meet data in an equation of which no rule makes one; the facts of its outputs."""
-    written = equations.written(equation)
+    written, name = equations.written(equation), equation.primitive.name
     data = [fact for fact in inputs if fact.level == DATA]
     met = frozenset[Label]().union(*(fact.batch for fact in data))
     # A penalty that is added to the loss of each example. (What a loop carries may come from uses further on.)
     count = len(walk.uses)
     losses = {i < count and walk.uses[i].info["mark"] for i, _ in _lives(data)} == {marks.ELEMENTS}
-    added = losses and equation.primitive.name in ("add", "sub", "add_any")
+    added = losses and name in ("add", "sub", "add_any")
     own = frozenset[tuple[int, int]]()
     for fact in inputs:
         trail = fact.trail
@@ -215,11 +203,11 @@ def _unruled(equation: Any, inputs: list[_Fact], outputs: list[_Fact], walk: Wal
             continue
         how = f"{trail.lost}, then {written}" if trail.lost else written
         walk.others.setdefault(trail.path, how)
-        # The distance to other parameters, entry by entry, is none.
-        counts = not added if trail.lost else min(trail.dims, default=0) < 0
-        if counts and not trail.stopped:
+        if not (added or trail.stopped):
             own |= {(len(walk.uses), 0)}
-            info = {"mark": marks.OTHER, "written": how}
+            # Entry by entry it may be the distance to other parameters.
+            sure = not trail.lost and (name in rules.RULES or min(trail.dims, default=0) < 0)
+            info = {"mark": marks.OTHER, "written": how, "sure": sure}
             walk.uses.append(Use(trail, (), info, walk.place, loops, batch=met))
     return [fact._replace(live=fact.live | own) for fact in outputs]
 
@@ -409,7 +397,6 @@ def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk
     """
     constants, carries = carried
     start, place = len(walk.uses), walk.place
-    products, scalings = walk.products.copy(), walk.scalings.copy()
     results = _walk(body, facts, walk, loops + 1)
     if not carries:
         return results
@@ -428,7 +415,7 @@ def _iterate(body: Any, facts: list[_Fact], carried: tuple[int, int], walk: Walk
         del walk.uses[start:]
         for use in [use for use in walk.readers if use >= start]:
             del walk.readers[use]
-        walk.products, walk.scalings, walk.place = products.copy(), scalings.copy(), place
+        walk.place = place
         inside = [*facts[:constants], *around, *facts[constants + carries :]]
         results = _walk(body, inside, walk, loops + 1)
     walk.uses[start:] = [_joined(a, b, loops + 1) for a, b in zip(first, walk.uses[start:], strict=True)]

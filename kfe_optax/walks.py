@@ -81,9 +81,7 @@ class Walk:
 
     Attributes:
       uses: the marks, in order of execution.
-      products: how often each parameter is contracted with data.
       others: for parameters that meet data where no rule knows their use, the first such equation.
-      scalings: how often it is multiplied with data entry by entry.
       masked: whether a row mask of the whole batch is in force.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
@@ -93,8 +91,6 @@ class Walk:
     """
 
     uses: list[Use] = dataclasses.field(default_factory=list)
-    products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    scalings: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     others: dict[Any, str] = dataclasses.field(default_factory=dict)
     masked: bool = False
     loss: Origins = NOWHERE
