@@ -18,7 +18,8 @@ from kfe_optax.forward import Forward
 from kfe_optax.layers import Layers, same_layers
 from kfe_optax.microbatches import BatchArguments
 from kfe_optax.outputs import FAINT, Place
-from kfe_optax.taps import Fisher, Given, Plan, Taps
+from kfe_optax.plan import Fisher, Given, Plan
+from kfe_optax.taps import Taps
 
 _compiled: weakref.WeakKeyDictionary[Any, dict[Any, Any]] = weakref.WeakKeyDictionary()
 

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from kfe_optax import microbatches
+from kfe_optax.layers import Layers
+from kfe_optax.plan import Passage, Plan
 from kfe_optax.statistics import Statistics
-
-if TYPE_CHECKING:
-    from kfe_optax.taps import Passage, Taps
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
+class Draws(Protocol):
+    """What reductions, and single layers' taps, read of `Taps`."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def layers(self) -> Layers: ...
+
+    def draw(self, index: Any, passage: Passage | None = None) -> dict[str, Statistics]: ...
+
+    def mean_over_microbatches(self, function: Callable[[Passage], T]) -> T: ...
+
+    def pulled(self) -> Pulled: ...
+
+
 class Pulled:
     """Taps inside one refresh (see `Taps.pulled`)."""
 
-    def __init__(self, taps: Taps, statistics: dict[str, Statistics] | None):
+    def __init__(self, taps: Draws, statistics: dict[str, Statistics] | None):
         self._taps = taps
         self._statistics = statistics
 
@@ -29,7 +44,7 @@ class Pulled:
         """`inputs(statistics by layer)`, which depends on the inputs ā alone, beside `reduce(outputs)`, in one reduction."""
 
         def summed(passage: Passage | None) -> tuple[S, T]:
-            if self._taps._plan.draws == 1:
+            if self._taps.plan.draws == 1:
                 statistics = self._draw(0, passage)
                 return inputs(statistics), outputs(statistics)
             return inputs(self._draw(0, passage)), self._over_draws(outputs, passage)
@@ -43,14 +58,14 @@ class Pulled:
         """
 
         def summed(passage: Passage | None) -> T:
-            if self._taps._plan.draws == 1:
+            if self._taps.plan.draws == 1:
                 return function(self._draw(0, passage))
             return self._over_draws(function, passage)
 
         return self._over_devices(summed)
 
     def _over_devices(self, summed: Callable[[Any], T]) -> T:
-        plan = self._taps._plan
+        plan = self._taps.plan
         # What has been drawn needs no further forward pass.
         total = self._taps.mean_over_microbatches(summed) if self._statistics is None else summed(None)
         return total if plan.axis_name is None else jax.lax.pmean(total, plan.axis_name)
@@ -64,7 +79,7 @@ class Pulled:
         None where they are not the whole of F, or stay where they are: several draws, several devices (under `jit`, a mesh in
         context), shared positions, statistics that are sums.
         """
-        if self._statistics is None or self._taps._plan.axis_name is not None:
+        if self._statistics is None or self._taps.plan.axis_name is not None:
             return None
         if not jax.sharding.get_abstract_mesh().empty:
             return None
@@ -75,7 +90,7 @@ class Pulled:
         return (a[..., 0, :], g[..., 0, :]) if a.shape[-2] == 1 else None
 
     def _over_draws(self, function: Callable[[dict[str, Statistics]], T], passage: Passage | None) -> T:
-        plan = self._taps._plan
+        plan = self._taps.plan
         total = microbatches.total(
             lambda index: function(self._taps.draw(index, passage)), jnp.arange(plan.draws)
         )

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kfe_optax import explicit
-
-if TYPE_CHECKING:
-    from kfe_optax.taps import Taps
+from kfe_optax.pulled import Draws
 
 
 @jax.tree_util.register_pytree_node_class
 class Tap:
     """What one layer yields in one step: see `Layer.rows`, and `Taps.pulled` for all layers at once."""
 
-    def __init__(self, taps: Taps, name: str):
+    def __init__(self, taps: Draws, name: str):
         self.taps = taps
         self.name = name
 
@@ -75,7 +73,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_compiled
 def _rows(tap: Tap) -> tuple[jax.Array, jax.Array]:
-    plan = tap.taps._plan
+    plan = tap.taps.plan
     if plan.draws == 1:
         return tap.taps.draw(0)[tap.name].rows()
     a, _ = tap.taps.draw(0)[tap.name].rows()

@@ -7,82 +7,22 @@ loss's mode swapped, inside its own `lax.cond`, so that a step that refreshes no
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax import explicit, microbatches, outputs, varying
-from kfe_optax.forward import Forward, Swaps
+from kfe_optax import microbatches, outputs, varying
 from kfe_optax.layer import leaves_by_path
 from kfe_optax.layers import Layers
+from kfe_optax.plan import Given, Passage, Plan
 from kfe_optax.pulled import Pulled
 from kfe_optax.statistics import Statistics, make_statistics
 from kfe_optax.tap import Tap
 
-Fisher = Literal["sampled", "empirical", "exact"]
 T = TypeVar("T")
-
-
-class Passage(NamedTuple):
-    """One forward pass, of the whole batch or of a microbatch."""
-
-    leaves: list[Any]
-    cotangent: jax.Array
-    swaps: Swaps
-    microbatch: Any
-
-    def pull(self, swapped: list[Any], start: float = 1.0) -> tuple[Any, Any]:
-        """The cotangents of parameters and riders, from leaves of which some are swapped and this cotangent of the loss."""
-        structure, known = self.swaps.structure, self.swaps.shardings
-
-        def run(cotangent, *leaves):
-            return jax.tree.unflatten(structure, leaves)(cotangent)
-
-        shardings = None if known is None else (known[-1], *known[:-1])
-        return explicit.as_typed(run, shardings, self.cotangent * start, *swapped)
-
-
-class Given(NamedTuple):
-    """What the step was given, for what runs the forward pass again."""
-
-    parameters: Any
-    arrays: list[Any]  # those that `Plan.stacked` names with a leading axis of microbatches
-    row_mask: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is static about taps: how to run the pull, and for which layers."""
-
-    forward: Forward
-    swaps: Swaps | None  # None: the forward pass runs again, in microbatches or not
-    fisher: Fisher
-    num_samples: int
-    stacked: tuple[bool, ...]
-    parameters: Any  # the tree structure of the parameters
-
-    @property
-    def layers(self) -> Layers:
-        return self.forward.layers
-
-    @property
-    def axis_name(self) -> Any:
-        return self.forward.place.axis_name
-
-    @property
-    def microbatches(self) -> int:
-        return self.forward.place.microbatches
-
-    @property
-    def draws(self) -> int:
-        """The number of Fisher pulls whose sum (or mean) is the estimate."""
-        if self.fisher == "exact":
-            return sum(output.columns for output in self.layers.outputs)
-        return self.num_samples if self.fisher == "sampled" else 1
 
 
 @jax.tree_util.register_pytree_node_class
@@ -102,12 +42,12 @@ class Taps:
         self._weights = weights
         self._loss = loss
         self._scale = scale  # of the loss that was differentiated, None for 1
-        self._plan = plan
+        self.plan = plan  # what is static about them
         self._kept: Passage | None = None
         self.loss_fn: Any = None  # which must live as long as the taps do: what is compiled holds it weakly
 
     def tree_flatten(self):
-        return (self._residuals, self._given, self._seed, self._weights, self._loss, self._scale), self._plan
+        return (self._residuals, self._given, self._seed, self._weights, self._loss, self._scale), self.plan
 
     @classmethod
     def tree_unflatten(cls, plan, children):
@@ -116,7 +56,7 @@ class Taps:
     @property
     def layers(self) -> Layers:
         """The layers, with the shapes of this step's batch."""
-        return self._plan.layers
+        return self.plan.layers
 
     def __getitem__(self, name: str) -> Tap:
         if name not in self.layers:
@@ -130,11 +70,11 @@ class Taps:
         return len(self.layers)
 
     def __repr__(self) -> str:
-        return f"Taps({', '.join(self.layers)}; fisher={self._plan.fisher!r})"
+        return f"Taps({', '.join(self.layers)}; fisher={self.plan.fisher!r})"
 
     def _passage(self) -> Passage:
         """The step's one forward pass, which runs again where its residuals were not kept."""
-        plan = self._plan
+        plan = self.plan
         if plan.microbatches > 1:
             raise ValueError(
                 f"These taps run in {plan.microbatches} microbatches, and no single example's statistics are kept: leave "
@@ -154,7 +94,7 @@ class Taps:
 
     def mean_over_microbatches(self, function: Callable[[Passage], T]) -> T:
         """The mean of `function` over the forward passes: the one that was, or one of each microbatch that runs again."""
-        plan = self._plan
+        plan = self.plan
         if plan.microbatches == 1:
             return function(self._passage())
         sums = microbatches.total(lambda part: function(self._again(part)), self._parts())
@@ -162,25 +102,25 @@ class Taps:
 
     def _parts(self) -> Any:
         assert self._given is not None
-        parts, _ = microbatches.separate(self._plan.stacked, self._given.arrays)
-        return parts, self._given.row_mask, jnp.arange(self._plan.microbatches)
+        parts, _ = microbatches.separate(self.plan.stacked, self._given.arrays)
+        return parts, self._given.row_mask, jnp.arange(self.plan.microbatches)
 
     def _arrays(self, parts: list[Any]) -> list[Any]:
         assert self._given is not None
-        _, whole = microbatches.separate(self._plan.stacked, self._given.arrays)
-        return microbatches.merge(self._plan.stacked, parts, whole)
+        _, whole = microbatches.separate(self.plan.stacked, self._given.arrays)
+        return microbatches.merge(self.plan.stacked, parts, whole)
 
     def _again(self, part: Any) -> Passage:
         assert self._given is not None
         arrays, row_mask, index = part
-        if self._plan.microbatches > 1:
+        if self.plan.microbatches > 1:
             arrays = self._arrays(arrays)
-        passed = self._plan.forward(self._given.parameters, arrays, row_mask, self._scale)
+        passed = self.plan.forward(self._given.parameters, arrays, row_mask, self._scale)
         return Passage(passed.leaves, passed.cotangent, passed.swaps, index)
 
     def draw(self, index: Any, passage: Passage | None = None) -> dict[str, Statistics]:
         """One Fisher draw (a sample of the targets, or a column) for every layer, undivided by the number of samples."""
-        plan = self._plan
+        plan = self.plan
         passage = self._passage() if passage is None else passage
         leaves, start = list(passage.leaves), 1.0
         if plan.fisher != "empirical":
@@ -219,7 +159,7 @@ class Taps:
 
         They are a tree like the gradient; what is not in it (as under `optax.masked`) stays as it was.
         """
-        given, plan = self._checked(), self._plan
+        given, plan = self._checked(), self.plan
         there = self._like_parameters(parameters, given.parameters)
         if plan.microbatches == 1:
             loss = plan.forward.loss(there, given.arrays)
@@ -234,7 +174,7 @@ class Taps:
         leaves = [
             given.get(path, other).astype(other.dtype) for path, other in leaves_by_path(default).items()
         ]
-        return jax.tree.unflatten(self._plan.parameters, leaves)
+        return jax.tree.unflatten(self.plan.parameters, leaves)
 
     def tangent(self, vector: Any) -> list[jax.Array]:
         """√c B J v at each registered output, BᵀB its Fisher and c its weight in the loss, for a tree v like the gradient.
@@ -242,7 +182,7 @@ class Taps:
         J v is the transpose of the pull, so that the forward pass is shared (Martens & Grosse 2015, section 6.4 and appendix C);
         with microbatches it runs again, and each output has a leading axis of them.
         """
-        given, plan = self._checked(), self._plan
+        given, plan = self._checked(), self.plan
         nothing = jax.tree.map(jnp.zeros_like, given.parameters)
         vector = self._like_parameters(vector, nothing)
         root = plan.microbatches**-0.5 if self._scale is None else (plan.microbatches * self._scale) ** -0.5
@@ -278,12 +218,12 @@ class Taps:
 
     def mean_over_devices(self, value: jax.Array) -> jax.Array:
         """The mean over the mapped axis that the taps were made for; the value itself where there is none."""
-        axis = self._plan.axis_name
+        axis = self.plan.axis_name
         return value if axis is None else jax.lax.pmean(value, axis)
 
     def pulled(self) -> Pulled:
         """The taps with the pull run, when a single draw makes the estimate, so that several reductions share it."""
-        single = self._plan.draws == 1 and self._plan.microbatches == 1
+        single = self.plan.draws == 1 and self.plan.microbatches == 1
         return Pulled(self, self.draw(0) if single else None)
 
     @property
@@ -297,24 +237,24 @@ class Taps:
             return None
         total, square = self._weights[0], self._weights[1]
         devices: Any = 1
-        if self._plan.axis_name is not None:
+        if self.plan.axis_name is not None:
             # The loss is the mean over devices, whose weights may differ (masks).
-            devices, total, square = jax.lax.psum((1, total, square), self._plan.axis_name)
+            devices, total, square = jax.lax.psum((1, total, square), self.plan.axis_name)
         return devices * total / jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
 
     def examples_of(self, name: str) -> jax.Array:
         """N, the examples that a layer saw in all microbatches and on all devices: its `gradient_weight` for a mean over them."""
-        here = jnp.asarray(self.layers[name].examples * self._plan.microbatches, jnp.float32)
-        return here if self._plan.axis_name is None else jax.lax.psum(here, self._plan.axis_name)
+        here = jnp.asarray(self.layers[name].examples * self.plan.microbatches, jnp.float32)
+        return here if self.plan.axis_name is None else jax.lax.psum(here, self.plan.axis_name)
 
     @property
     def negative_weights(self) -> jax.Array:
         """Whether an element of a registered loss has a negative weight in the loss, which counts as zero in the Fisher."""
-        known = self._plan.fisher == "empirical" or all(o.positive for o in self.layers.outputs)
+        known = self.plan.fisher == "empirical" or all(o.positive for o in self.layers.outputs)
         if self._weights is None or known:
             return jnp.zeros((), bool)
         number = self._weights[2]
-        return (number if self._plan.axis_name is None else jax.lax.psum(number, self._plan.axis_name)) > 0
+        return (number if self.plan.axis_name is None else jax.lax.psum(number, self.plan.axis_name)) > 0
 
 
 def _tangent(passage: Passage, vector: Any) -> list[jax.Array]:

@@ -75,7 +75,7 @@ def _correlation(tap: Any, basis: Any, indices: Any) -> jax.Array:
         return _coordinates(layer, statistics[tap.name], basis, indices)
 
     mean = None
-    if tap.taps._plan.fisher == "empirical":
+    if tap.taps.plan.fisher == "empirical":
         mean = pulled.reduce(lambda s: coordinates(s).mean(-2, keepdims=True))
 
     def moment(statistics):

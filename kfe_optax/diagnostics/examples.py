@@ -48,7 +48,7 @@ class Examples(NamedTuple):
 
 def collect(tap: Any) -> Examples:
     """All draws of a tap; inside `pmap` the examples of all devices."""
-    layer, plan = layer_of(tap), tap.taps._plan
+    layer, plan = layer_of(tap), tap.taps.plan
 
     def read(index):
         statistics = tap.taps.draw(index)[tap.name]
@@ -75,7 +75,7 @@ def collect(tap: Any) -> Examples:
 
 def draw_weight(tap: Any) -> float:
     """Exact columns are summed, samples averaged."""
-    plan = tap.taps._plan
+    plan = tap.taps.plan
     return 1.0 if plan.fisher == "exact" else 1 / plan.draws
 
 

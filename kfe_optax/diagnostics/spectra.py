@@ -43,7 +43,7 @@ def fisher_spectrum(tap: Any, *, max_size: int = MAX_SIZE) -> jax.Array:
       >>> print(kfe.diagnostics.fisher_spectrum(taps["w"]).round(3))
       [0.  0.5 2. ]
     """
-    layer, plan = layer_of(tap), tap.taps._plan
+    layer, plan = layer_of(tap), tap.taps.plan
     d = math.prod(layer.sides)
     devices = 1 if plan.axis_name is None else jax.lax.axis_size(plan.axis_name)
     gradients = layer.examples * plan.draws * devices

@@ -262,7 +262,7 @@ def layerwise(
 
 def axis_of(taps: Any) -> Any:
     """The `axis_name` of a step's taps, which a method that reads none may have been given too."""
-    return taps._plan.axis_name if isinstance(taps, Taps) else None
+    return taps.plan.axis_name if isinstance(taps, Taps) else None
 
 
 def narrowed(leaf: jax.Array, dtype: Any) -> jax.Array:
