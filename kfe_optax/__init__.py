@@ -1,6 +1,7 @@
 """K-FAC and its family as chainable Optax transformations for unmodified Flax models."""
 
 from kfe_optax import diagnostics as diagnostics
+from kfe_optax import distributions as distributions
 from kfe_optax import factors as factors
 from kfe_optax import initializers as initializers
 from kfe_optax import kinds as kinds
@@ -13,7 +14,10 @@ from kfe_optax.diagnostics import check_layers as check_layers
 from kfe_optax.discovery import find_layers as find_layers
 from kfe_optax.distributions import Bernoulli as Bernoulli
 from kfe_optax.distributions import Categorical as Categorical
+from kfe_optax.distributions import Distribution as Distribution
 from kfe_optax.distributions import Gaussian as Gaussian
+from kfe_optax.distributions import HeteroscedasticGaussian as HeteroscedasticGaussian
+from kfe_optax.distributions import Poisson as Poisson
 from kfe_optax.gradients import value_grad_and_taps as value_grad_and_taps
 from kfe_optax.info import Info as Info
 from kfe_optax.info import info as info

@@ -1,4 +1,4 @@
-"""Drop-in `optax.losses` that also say which distribution the model predicts; `register_output` for a loss of one's own.
+"""Drop-in `optax.losses` that also say which distribution the model predicts, and more that do (see `likelihoods`).
 
 Outside `find_layers` and `value_grad_and_taps` each function is its Optax namesake. Inside, the weight of each element in the
 scalar loss (a mean, a sum, a mask, 1/pixels, several heads) is read off the backward pass, so that the Fisher is the
@@ -16,10 +16,17 @@ import optax
 
 from kfe_optax import tags
 from kfe_optax.distributions import Bernoulli, Categorical, Distribution, Gaussian
+from kfe_optax.distributions.base import check
+from kfe_optax.likelihoods import gaussian_nll_loss as gaussian_nll_loss
+from kfe_optax.likelihoods import negative_log_likelihood as negative_log_likelihood
+from kfe_optax.likelihoods import poisson_nll_loss as poisson_nll_loss
 from kfe_optax.outputs import Spec
 
 __all__ = [
+    "gaussian_nll_loss",
     "l2_loss",
+    "negative_log_likelihood",
+    "poisson_nll_loss",
     "policy_gradient_loss",
     "register_output",
     "sigmoid_binary_cross_entropy",
@@ -220,14 +227,16 @@ def register_output(z: jax.Array, distribution: Distribution, weights: jax.Array
 
     Args:
       z: the outputs that parameterize the distribution, (n, ...): feed the returned z to the loss.
-      distribution: `kfe.Categorical()` (z are logits along the last axis), `kfe.Bernoulli()` (logits), or
-        `kfe.Gaussian(variance)` (means).
+      distribution: one of `kfe.distributions`, such as `kfe.Categorical()` (z are logits along the last axis) or
+        `kfe.Gaussian(variance)` (means), or one of your own (see `kfe.Distribution`). Where the loss is −log p itself,
+        `kfe.losses.negative_log_likelihood` reads the weights off the backward pass.
       weights: the weight of each event in the scalar loss, a prefix (n, ...) of the event shape; 1/n an example by default,
         which is the mean over the batch of each example's sum. Zero leaves an example out, and so does a negative weight
         (see `kfe.Info.negative_weights`).
 
     Raises:
-      ValueError: `weights` is not a prefix of the events' shape.
+      TypeError: `distribution` is none, or is not compared by its fields; z is not floating.
+      ValueError: `weights` is not a prefix of the events' shape; what the distribution returns has another shape than z.
 
     Example:
       >>> import jax.numpy as jnp, kfe_optax as kfe
@@ -236,6 +245,7 @@ def register_output(z: jax.Array, distribution: Distribution, weights: jax.Array
       ...     return jnp.mean(jnp.sum(jnp.where(abs(z - y) < 1, (z - y) ** 2 / 2, abs(z - y) - 0.5), -1))
     """
     z = jnp.asarray(z)
+    check(distribution, z)
     if weights is not None:
         weights = jnp.asarray(weights, jnp.result_type(weights, jnp.float32))
         events = z.shape[: z.ndim - distribution.event_ndim]

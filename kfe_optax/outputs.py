@@ -281,17 +281,10 @@ def _sample(output: Output, place: Place, z: jax.Array, control: Control) -> jax
 
 
 def _column(output: Output, z: jax.Array, column: jax.Array) -> jax.Array:
-    """Column `column` of all examples at once: one element of one position, zero at the other positions."""
-    distribution = output.spec.distribution
+    """Column `column` of all examples at once: Bᵀ of one element's unit vector, zero at the other positions."""
     shape = output.shape[1:] if output.batched else output.shape
-    position, element = column, jnp.zeros_like(column)
-    if distribution.event_ndim:
-        position, element = jnp.divmod(column, output.shape[-1])
-        shape = shape[:-1]
-    here = (jnp.arange(math.prod(shape)) == position).reshape(shape)[
-        (..., *(None,) * distribution.event_ndim)
-    ]
-    return distribution.column(z, element) * jnp.expand_dims(here, range(z.ndim - here.ndim))
+    unit = (jnp.arange(math.prod(shape)) == column).reshape(shape).astype(z.dtype)
+    return output.spec.distribution.root_transpose(z, jnp.broadcast_to(unit, z.shape))
 
 
 def _float_args(args: Any) -> tuple[list[jax.Array], Callable[..., Any]]:

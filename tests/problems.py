@@ -51,7 +51,12 @@ def losses(kind: str, targets):
     def pixels(module, z, y):
         return module.losses.sigmoid_binary_cross_entropy(z, y).mean()
 
-    chosen = {"softmax": softmax, "gaussian": gaussian, "pixels": pixels}[kind]
+    def counts(module, z, y):
+        # What Optax has not is a formula here.
+        loss = kfe.losses.poisson_nll_loss(z, y) if module is kfe else jnp.exp(z) - y * z
+        return loss.sum(-1).mean()
+
+    chosen = {"softmax": softmax, "gaussian": gaussian, "pixels": pixels, "counts": counts}[kind]
     return (lambda z, y: chosen(kfe, z, y)), (lambda z: chosen(optax, z, targets))
 
 
@@ -121,6 +126,7 @@ def make(framework: str, kind: str = "softmax", sizes=SIZES, examples=EXAMPLES, 
         "softmax": generator.integers(0, sizes[-1], examples),
         "gaussian": generator.normal(size=(examples, sizes[-1])),
         "pixels": generator.uniform(size=(examples, sizes[-1])),
+        "counts": generator.integers(0, 2, (examples, sizes[-1])),  # log 0! = log 1! = 0
     }[kind]
     targets = jnp.asarray(targets)
     ours, plain = losses(kind, targets)

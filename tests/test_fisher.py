@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import kfe_optax as kfe
@@ -52,6 +53,10 @@ LOSSES = {
     "weighted": lambda z, b: (cross_entropy(z, b["labels"]) * b["weights"]).mean(),
     "mean over pixels": lambda z, b: kfe.losses.sigmoid_binary_cross_entropy(z, b["bits"]).mean(),
     "sum over pixels": lambda z, b: kfe.losses.sigmoid_binary_cross_entropy(z, b["bits"]).sum(-1).mean(),
+    "soft bits": lambda z, b: kfe.losses.sigmoid_binary_cross_entropy(z, b["soft"]).sum(-1).mean(),
+    "counts": lambda z, b: (
+        kfe.losses.poisson_nll_loss(z, jnp.round(9 * b["soft"])) * b["mask"][:, None]
+    ).mean(),
     "squared error": lambda z, b: kfe.losses.squared_error(z, b["targets"]).mean(),
     "l2": lambda z, b: kfe.losses.l2_loss(z, b["targets"]).sum(-1).mean(),
     "l2 without targets": lambda z, b: kfe.losses.l2_loss(z).mean(),
@@ -63,6 +68,9 @@ LOSSES = {
         cross_entropy(z, b["labels"]).mean() + kfe.losses.l2_loss(z, b["targets"]).mean()
     ),
     "soft labels": lambda z, b: soft_cross_entropy(z, b["soft"]).mean(),
+    "smoothed labels": lambda z, b: soft_cross_entropy(
+        z, optax.losses.smooth_labels(jax.nn.one_hot(b["labels"], C), 0.1)
+    ).mean(),
     "class axis not last": lambda z, b: cross_entropy(z.T, b["labels"], axis=0).mean(),
     "soft, class axis not last": lambda z, b: soft_cross_entropy(z.T, b["soft"].T, axis=0).mean(),
     "where": lambda z, b: cross_entropy(z, jnp.ones(N, int), where=b["classes"]).mean(),
@@ -131,6 +139,9 @@ DEFAULT = [
     "masked mean",
     "weighted",
     "mean over pixels",
+    "soft bits",
+    "smoothed labels",
+    "counts",
     "two heads",
     "soft, class axis not last",
     "soft where",

@@ -20,7 +20,7 @@ def damping(step):
     return 0.3 / (1 + step)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels"])
+@pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels", "counts"])
 @pytest.mark.parametrize("framework", quick("plain", slow=["nnx"], of=problems.FRAMEWORKS))
 def test_factors(framework, kind, x64):
     problem = problems.make(framework, kind)

@@ -89,7 +89,7 @@ def test_products_of_the_fisher(mixed, fisher, x64):
 
 
 @pytest.mark.parametrize("framework", quick("plain", slow=["nnx"], of=problems.FRAMEWORKS))
-@pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels"])
+@pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels", "counts"])
 def test_equal_to_the_sum_over_exact_columns(framework, kind, x64):
     """The same F as fisher="exact" estimates curvature from: vᵀFv of one layer's v is that of its per-example gradients."""
     problem = problems.make(framework, kind)

@@ -45,7 +45,8 @@ def ekfac_state(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", quick("softmax", slow=["gaussian", "pixels"], of=["softmax", "gaussian", "pixels"])
+    "kind",
+    quick("softmax", slow=["gaussian", "pixels", "counts"], of=["softmax", "gaussian", "pixels", "counts"]),
 )
 @PROPERTY
 @given(seed=st.integers(0, 2**31 - 1), size=st.floats(0.1, 3))
