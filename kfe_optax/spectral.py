@@ -27,7 +27,7 @@ def spectral_kfac(
     layers: Layers,
     damping: ScalarOrSchedule = 1.0,
     *,
-    size: Size = "fan_in",
+    size: Size = "operator",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     momentum_of: MomentumOf = "gradient",
@@ -54,10 +54,12 @@ def spectral_kfac(
     and a decay is where to start.
 
     Args:
-      learning_rate: η, a scalar or a schedule: with size="fan_in" the root mean square of a step's entries relative to 1/√d_in.
+      learning_rate: η, a scalar or a schedule: with size="operator" about how much a step changes a layer's outputs where its
+        inputs have root mean square 1.
       layers: what `kfe.find_layers` returned.
       damping: ε, relative to each layer's mean curvature. 1 is where to start; smaller values trust the curvature more.
-      size: what the length of a step is measured by, see `kfe.normalize_layers`.
+      size: what the length of a step is measured by, see `kfe.normalize_layers`. With "fan_in" a layer with fewer outputs than
+        inputs, such as the last one of a classifier, may change each output √(d_in/d_out) times as much as with "operator".
       momentum, nesterov, momentum_of: see `kfe.scale_by_spectral_kfac`.
       weight_decay: decoupled weight decay.
       mask: the parameters it acts on, as in `optax.adamw`.

@@ -234,10 +234,10 @@ def test_embeddings_and_norms_go_to_the_rest(embedded):
     for name in ("Embed_0", "LayerNorm_0"):
         jax.tree.map(lambda u, g: assert_close(u, -2.0 * g, 1e-6), updates[name], grads[name])
     assert set(state[0].method.mean) == {"Dense_0", "Dense_1"}
-    # A step with "fan_in" and a rate of one has the root mean square 1/√d_in.
-    for name, d_in in (("Dense_0", 5), ("Dense_1", 4)):
+    # A step of the size "operator" and a rate of one has the root mean square √min(d_in, d_out) / d_in.
+    for name, d_in, d_out in (("Dense_0", 5, 3), ("Dense_1", 4, 4)):
         matrix = np.asarray(layers[name].to_matrix(updates), np.float64)
-        assert_close(np.sqrt(np.mean(matrix**2)), d_in**-0.5, 1e-5)
+        assert_close(np.sqrt(np.mean(matrix**2)), min(d_in, d_out) ** 0.5 / d_in, 1e-5)
     every = kfe.scale_by_spectral_kfac(layers, rest_kinds=()).init(params)
     assert set(every.method.mean) == set(layers)
 

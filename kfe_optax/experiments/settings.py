@@ -85,7 +85,7 @@ def spectral_kfac(
         "learning_rate": as_schedule(learning_rate),
         "damping": as_schedule(damping),
         "fisher": "sampled",
-        "size": "fan_in",
+        "size": "operator",
         "momentum": 0.9,
         "nesterov": True,
         "weight_decay": 0.0,
