@@ -49,7 +49,8 @@ deterministic problems (autoencoders, physics-informed networks, variational Mon
 better: `kfe.{name}(0.1, layers, 1e-2, **kfe.NATURAL)`, with a damping in the loss's units.
 
 Args:
-  learning_rate: η, a scalar or a schedule: with size="fan_in" the root mean square of a step's entries relative to 1/√d_in.
+  learning_rate: η, a scalar or a schedule: with size="operator" about how much a step changes a layer's outputs where its
+    inputs have root mean square 1.
   layers: what `kfe.find_layers` returned.
   damping: λ, see `{scale_by}`: raise it when the loss rises, lower it when progress is slow.
   relative_damping: whether λ is a multiple of each layer's mean curvature, see `{scale_by}`{absolute}.
@@ -117,7 +118,7 @@ def _alias(
         damping: ScalarOrSchedule = 10.0,
         *,
         relative_damping: bool = True,
-        size: Size | None = "fan_in",
+        size: Size | None = "operator",
         momentum: float = 0.9,
         nesterov: bool = True,
         max_kl: ScalarOrSchedule | None = None,
