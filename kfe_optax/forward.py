@@ -194,14 +194,16 @@ class _Tagger:
         y = equations.result(equation, operands)
         x, outward, back = rules.as_layer(equation, place.x, operands)
         x = jax.lax.stop_gradient(x)
-        return back(self._tagged(layer, place.label, x, outward(y), self._row_mask, rider))
+        return back(self._tagged(layer, place.label, x, outward(y), self._row_mask, rider, of_batch=True))
 
-    def _tagged(self, layer: Layer, label: str, x: Any, y: Any, mask: Any, rider: Any) -> Any:
+    def _tagged(
+        self, layer: Layer, label: str, x: Any, y: Any, mask: Any, rider: Any, of_batch: bool = False
+    ) -> Any:
         kind = layer.kind  # with its approximation
         free = kind.free(x.shape, y.shape)
         live = None
         if not kind.per_example:
-            live = masks.live(layer, mask, free)
+            live = masks.live(layer, mask, free, of_batch)
         # The leading axis is the batch's, also when it is flattened with others.
         examples = layer.examples if layer.per_example else free[0]
         use = tags.Use(kind, layer.kernel_shape, layer.bias, label, examples, layer.row_bytes)

@@ -27,6 +27,7 @@ def layers_of(
     reasons: dict[Path, str] = {}
     by_path: dict[Path, list[jaxprs.Use]] = {}
     places: dict[Path, set[int]] = collections.defaultdict(set)
+    beside: dict[Path, str] = {}  # parameters that are added to outputs without being their layer's biases
     marked = _marked(walk)
     reached = walk.behind(walk.live)
     unsupported: dict[Path, str] = {}
@@ -48,7 +49,7 @@ def layers_of(
             elif i not in reached:
                 reasons.update(dict.fromkeys(paths, dead))
             else:
-                by_path.setdefault(trail.path, []).append(_alone(use, i, walk))
+                by_path.setdefault(trail.path, []).append(_alone(use, i, walk, beside))
                 places[trail.path].add(i)
     # A loss inside the loop sees other examples in each iteration.
     looped = any(uses[i].loops for i in registered)
@@ -65,14 +66,18 @@ def layers_of(
     claims = collections.Counter(
         p for group in by_path.values() for p in {own.path for use in group for own in use.parameters if own}
     )
+    loose = unseen(walk)
     for path, group in by_path.items():
         single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
+        if any(isinstance(use.info["kind"], Embedding) for use in group):
+            group = [_without_bias(use, "which belongs to an embedding", beside) for use in group]
         widest = max(group, key=lambda use: len(use.parameters))
         group = _as_embedding([_with_roles(use, widest) for use in group])
         trouble = next(filter(None, map(_trouble, group)), None) or _disagreement(group)
-        if walk.products[path] > met[path]:
+        by_rule = all("rule" in use.info for use in group)
+        if walk.products[path] > met[path] and not by_rule:
             trouble = trouble or "also used outside its layer, where no tag sees it"
-        if group[0].info["kind"].per_example and walk.scalings[path] > met[path]:
+        if group[0].info["kind"].per_example and walk.scalings[path] > met[path] and not by_rule:
             trouble = trouble or "also used outside its layer, in a derivative inside the loss or by hand"
         shown = 1 if batches == {1} else _shown(group, sources)
         if group[0].info["kind"].per_example:
@@ -90,9 +95,12 @@ def layers_of(
         taken = [p for _, p in paths if claims[p] > 1]
         if taken:
             trouble = trouble or f"{path_name(taken[0])} is also used by another layer"
-        loose = [walk.loose[p] for _, p in paths if p in walk.loose]
-        if loose and all("rule" in use.info for use in group):
-            trouble = trouble or f"also used outside its layer, in another way ({loose[0]})"
+        added = [beside[p] for _, p in paths if p in beside]
+        if added:
+            trouble = trouble or f"its bias is {added[0]}"
+        elsewhere = [loose[p] for _, p in paths if p in loose]
+        if elsewhere and by_rule:
+            trouble = trouble or f"also used outside its layer, in another way ({elsewhere[0]})"
         if trouble:
             reasons.update({p: trouble for _, p in paths})
         else:
@@ -109,7 +117,7 @@ def layers_of(
     flows = _flows(walk, names)
     return tuple(
         dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers
-    ), unsupported | reasons
+    ), unsupported | beside | reasons
 
 
 def _marked(walk: jaxprs.Walk) -> frozenset[int]:
@@ -125,11 +133,19 @@ def _marked(walk: jaxprs.Walk) -> frozenset[int]:
     return frozenset(found)
 
 
-def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk) -> jaxprs.Use:
+def unseen(walk: jaxprs.Walk) -> dict[Path, str]:
+    """The parameters that have a gradient from examples that no tag sees, with the first equation that says so."""
+    found: dict[Path, str] = {}
+    for i in sorted(walk.behind(walk.live)):
+        info = walk.uses[i].info
+        if info["mark"] is marks.MET:
+            found = dict.fromkeys(info["paths"], info["rule"]) | found
+    return found
+
+
+def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk, beside: dict[Path, str]) -> jaxprs.Use:
     """A use by a rule without the bias that was found, where its output is also read without that bias."""
-    if "rule" not in use.info or len(use.parameters) == 1 or walk.readers[index] == 1:
-        return use
-    return dataclasses.replace(use, info=_without_bias(use), parameters=use.parameters[:1])
+    return use if walk.readers[index] == 1 else _without_bias(use, "which is also read without it", beside)
 
 
 def _as_embedding(group: list[jaxprs.Use]) -> list[jaxprs.Use]:
@@ -148,11 +164,17 @@ def _as_embedding(group: list[jaxprs.Use]) -> list[jaxprs.Use]:
     return list(map(one, group))
 
 
-def _without_bias(use: jaxprs.Use) -> dict[str, Any]:
+def _without_bias(use: jaxprs.Use, why: str, beside: dict[Path, str]) -> jaxprs.Use:
+    """A use by a rule without its bias, of which is said what it is added to."""
+    if "rule" not in use.info or len(use.parameters) == 1:
+        return use
+    kernel, bias = use.parameters
+    if bias is not None:
+        beside[bias.path] = f"added to an output ({use.info['rule']}), {why}"
     info = use.info | {"roles": use.info["roles"][:1]}
     if info["kind"].per_example:
         info["kind"] = dataclasses.replace(info["kind"], parameters=info["roles"])
-    return info
+    return dataclasses.replace(use, info=info, parameters=(kernel,))
 
 
 def _with_roles(use: jaxprs.Use, widest: jaxprs.Use) -> jaxprs.Use:
@@ -161,8 +183,11 @@ def _with_roles(use: jaxprs.Use, widest: jaxprs.Use) -> jaxprs.Use:
         return use
     info = dict(use.info)
     info["roles"], info["shapes"] = widest.info["roles"], (*info["shapes"][:4], WITHOUT_BIAS)
-    if dataclasses.replace(widest.info["kind"], bias=info["kind"].bias) == info["kind"]:
-        info["kind"] = widest.info["kind"]
+    kind, wide = info["kind"], widest.info["kind"]
+    # How a kind says that it has a bias, and along which axes.
+    for field in {"bias", "parameters"} & set(vars(kind)) & set(vars(wide)):
+        if dataclasses.replace(wide, **{field: getattr(kind, field)}) == kind:
+            info["kind"] = wide
     return dataclasses.replace(use, info=info, parameters=widest.parameters)
 
 

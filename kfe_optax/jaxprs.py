@@ -17,11 +17,13 @@ import numpy as np
 from jax.extend.core import Literal
 
 from kfe_optax import batch_axes, equations, marks, origins, rules
+from kfe_optax import unseen as unseen_rules
 from kfe_optax.batch_axes import UNKNOWN, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
 from kfe_optax.marks import layer_mark, loss_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
 from kfe_optax.trails import CARRIED, into_scan, left, step
+from kfe_optax.unseen import NONE, Unseen
 from kfe_optax.walks import Live, Trail, Use, Walk
 
 # Through these a derivative keeps its sign.
@@ -49,6 +51,7 @@ class _Fact(NamedTuple):
     batch: Labels = UNKNOWN
     number: Any = None  # what a constant is
     linear: rules.Output | None = None  # the use that no mark stands at whose output it is
+    unseen: Unseen = NONE  # the parameters that reach it otherwise than by uses
 
 
 _DATA = _Fact(None, DATA, origins.DATA)
@@ -60,7 +63,10 @@ def follow(jaxpr: Any, trails: Sequence[Trail | None], masked: bool = False) -> 
     Those without one are data, and so are arrays that it closes over. `masked`: a row mask of the whole batch is in force.
     """
     walk = Walk(masked=masked)
-    facts = [_DATA if trail is None else _Fact(trail, PARAMETERS) for trail in trails]
+    facts = [
+        _DATA if trail is None else _Fact(trail, PARAMETERS, unseen=Unseen(frozenset({trail.path})))
+        for trail in trails
+    ]
     results = _walk(jaxpr.jaxpr, facts, walk, loops=0)[:1]
     walk.loss, walk.live = _union(results), _lives(results)
     return walk
@@ -69,7 +75,7 @@ def follow(jaxpr: Any, trails: Sequence[Trail | None], masked: bool = False) -> 
 def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_Fact]:
     def own(fact: _Fact, variable: Any) -> _Fact:
         if not float_leaf(variable.aval):
-            fact = fact._replace(live=frozenset())
+            fact = fact._replace(live=frozenset(), linear=None, unseen=NONE)
         if fact.level == DATA:
             source = (walk.scope, id(variable))
             fact = fact._replace(batch=batch_axes.named(fact.batch, variable.aval, source))
@@ -105,13 +111,14 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             walk.products.update(_live_paths(trails))
         if name == "mul" and source == DATA:
             walk.scalings.update(_live_paths(trails))
-        walk.scope = (*scope, id(equation))
+        walk.scope, scoped = (*scope, id(equation)), walk.scoped
+        walk.scoped = scoped or equations.in_scope(equation, marks.ROW_MASK)
         outputs = _inner(equation, name, inputs, walk, loops)
-        walk.scope = scope
+        walk.scope, walk.scoped = scope, scoped
         if outputs is None:
             behind = origins.behind(equation, [fact.origins for fact in inputs])
             live = _derivative(name, inputs)
-            shifted = name in ("add", "sub") and len(trails) == 2 and _shifted(inputs)
+            shifted = name in ("add", "sub") and len(trails) == 2 and _shifted(name, inputs)
             trail = trails[0] or trails[1] if shifted else step(equation, trails)
             fact = _Fact(trail, source, behind, live)
             batches = batch_axes.behind(equation, [fact.batch for fact in inputs])
@@ -153,7 +160,7 @@ def _used(
     if found is None or inputs[found.x].level == PARAMETERS:
         if outputs and outputs[0].level == DATA:
             _unruled(equation, inputs, walk)
-        return outputs
+        return _unseen(equation, inputs, outputs, walk, loops)
     x, index, out = inputs[found.x], len(walk.uses), outputs[0]
     fixed = x.level != DATA
     batch, labels = found.labels(x.batch), out.batch
@@ -171,7 +178,7 @@ def _used(
         "roles": (found.role,),
         "shapes": found.shapes,
         "masked": walk.masked,
-        "scoped": equations.in_scope(equation, marks.ROW_MASK),
+        "scoped": walk.scoped or equations.in_scope(equation, marks.ROW_MASK),
         "vmaps": (),
     }
     use = Use(
@@ -179,7 +186,8 @@ def _used(
     )
     walk.uses.append(dataclasses.replace(use, live=x.live, batch=batch))
     fact = _Fact(None, out.level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), labels)
-    return [fact._replace(linear=found.output(index))]
+    paths = x.unseen.paths if x.level == DATA else frozenset()
+    return _met(equation, paths, x.live, [fact._replace(linear=found.output(index))], walk, loops)
 
 
 def _unruled(equation: Any, inputs: list[_Fact], walk: Walk) -> None:
@@ -191,12 +199,39 @@ def _unruled(equation: Any, inputs: list[_Fact], walk: Walk) -> None:
         if trail.path not in walk.others:
             behind = f"{trail.lost}, then " if trail.lost else ""
             walk.others[trail.path] = behind + equations.written(equation)
-        if (
-            not (trail.lost or trail.stopped)
-            and min(trail.dims, default=0) < 0
-            and trail.path not in walk.loose
-        ):
-            walk.loose[trail.path] = equations.written(equation)
+
+
+def _unseen(
+    equation: Any, inputs: Sequence[_Fact], outputs: list[_Fact], walk: Walk, loops: int
+) -> list[_Fact]:
+    """The facts of an equation's outputs, where parameters may meet data in a way that no tag sees."""
+    given, data = [fact.unseen for fact in inputs], [fact.level == DATA for fact in inputs]
+    rest, paths = unseen_rules.behind(equation, given, data)
+    outputs = [fact._replace(unseen=rest) for fact in outputs]
+    return _met(equation, paths, _lives(inputs), outputs, walk, loops)
+
+
+def _met(
+    equation: Any, paths: frozenset[Any], live: Live, outputs: list[_Fact], walk: Walk, loops: int
+) -> list[_Fact]:
+    """The facts of outputs where these parameters have met data; it counts if the loss's derivative reaches one of them."""
+    if not paths:
+        return outputs
+    info = {"mark": marks.MET, "paths": paths, "rule": equations.written(equation)}
+    met = frozenset({(len(walk.uses), 0)})
+    walk.uses.append(Use(None, (), info, walk.place, loops, live=live))
+    return [fact._replace(live=fact.live | met) for fact in outputs]
+
+
+def _open(facts: Sequence[_Fact], variables: Sequence[Any]) -> frozenset[Any]:
+    """The parameters that reach one of these values otherwise than by uses, single numbers apart."""
+    pairs = zip(facts, variables, strict=True)
+    return frozenset().union(*(fact.unseen.paths for fact, v in pairs if unseen_rules.size(v.aval) > 1))
+
+
+def _read_by(facts: Sequence[_Fact], walk: Walk) -> None:
+    """Notes that outputs of uses are read, where nothing behind that is followed."""
+    walk.readers.update(fact.linear.use for fact in facts if fact.linear is not None)
 
 
 def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int) -> _Fact:
@@ -229,12 +264,15 @@ def _loss_reached(
     equation: Any, inputs: Sequence[_Fact], info: dict[str, Any], walk: Walk, loops: int
 ) -> _Fact:
     """A registered loss: its outputs z are a use, and its elements, whose derivative reaches z and what else it is given."""
-    z, index = inputs[0], len(walk.uses)
+    _read_by(inputs, walk)
+    open_ = _open(inputs, equation.invars)
+    (z,) = _met(equation, open_, _lives(inputs), [inputs[0]], walk, loops)
+    index = len(walk.uses)
     walk.uses.append(
         Use(None, (), info | {"mark": marks.OUTPUT}, walk.place, loops, live=z.live, batch=z.batch)
     )
     if not info["elements"]:
-        return z._replace(trail=None, linear=None, live=frozenset({(index, 1)}))
+        return z._replace(trail=None, linear=None, unseen=NONE, live=frozenset({(index, 1)}))
     live = frozenset({(index, 1)}) | {(use, 0) for use, _ in _lives(inputs[1:])}
     rank = len(equation.outvars[0].aval.shape)
     batch = frozenset(label for label in z.batch if label.axis < rank)
@@ -275,10 +313,11 @@ def _sign(name: str, place: int, inputs: Sequence[_Fact]) -> int:
     return 0
 
 
-def _shifted(inputs: list[_Fact]) -> bool:
-    """Whether the first operand is a parameter and the second a number, or the other way round: the derivative stays."""
+def _shifted(name: str, inputs: list[_Fact]) -> bool:
+    """Whether a number is added to a parameter, or subtracted from it: the derivative stays."""
     numbers = [fact.number is not None for fact in inputs]
-    return sorted(numbers) == [False, True] and inputs[numbers.index(False)].trail is not None
+    ways = [[False, True], [True, False]] if name == "add" else [[False, True]]
+    return numbers in ways and inputs[numbers.index(False)].trail is not None
 
 
 def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact] | None:
@@ -291,20 +330,37 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
         return _while(equation, inputs, source, walk, loops)
     if name == "cond":
         results = [_walk(b.jaxpr, inputs[1:], walk, loops) for b in params["branches"]]
-        joined = []
-        for same in zip(*results, strict=True):
+        joined, chosen_of = [], []
+        for same, variable in zip(zip(*results, strict=True), equation.outvars, strict=True):
             trail = same[0].trail if all(fact.trail == same[0].trail for fact in same) else None
             chosen = origins.chosen(inputs[0].origins, _union(same))
             batch = batch_axes.joined([fact.batch for fact in same])
-            joined.append(_Fact(trail, source, chosen, _lives(same), batch))
-        return joined
+            fact = _Fact(trail, source, chosen, _lives(same), batch)
+            _read_by(same, walk)
+            if trail is not None or source != DATA:
+                fact = fact._replace(unseen=_all_unseen(same))
+            else:
+                chosen_of += [(one, variable) for one in same]
+            joined.append(fact)
+        paths = _open(*zip(*chosen_of, strict=True)) if chosen_of else frozenset()
+        return _met(equation, paths, frozenset(), joined, walk, loops)
     for program in equations.inner(equation):
         if name == "shard_map":
             # Inside is a device's share of the examples.
             inputs = [fact._replace(batch=UNKNOWN) for fact in inputs]
-        if not equations.is_rebuilt(equation):
-            inputs = [fact._replace(trail=left(fact.trail, name)) for fact in inputs]
+        paths, unknown = frozenset(), not equations.is_rebuilt(equation)
+        if unknown:
+            # Its derivative may be another one than that of its equations.
+            _read_by(inputs, walk)
+            paths, kept = _open(inputs, equation.invars), _all_unseen(inputs)
+            inputs = [
+                fact._replace(trail=left(fact.trail, name), linear=None, unseen=NONE) for fact in inputs
+            ]
         results = _walk(program, inputs, walk, loops)
+        if unknown and source == DATA:
+            results = _met(equation, paths, _lives(inputs), results, walk, loops)
+        elif unknown:
+            results = [fact._replace(unseen=kept) for fact in results]
         if name == "shard_map":
             results = [fact._replace(batch=UNKNOWN) for fact in results]
         if name.startswith("custom_"):
@@ -313,6 +369,10 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
             results = [fact._replace(live=fact.live | reached) for fact in results]
         return results
     return None
+
+
+def _all_unseen(facts: Sequence[_Fact]) -> Unseen:
+    return Unseen(frozenset().union(*(fact.unseen.paths for fact in facts)))
 
 
 def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
@@ -326,7 +386,11 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
         whole = i < constants + carries
         batch = fact.batch if whole else batch_axes.sliced(fact.batch)
         behind = fact.origins if whole else origins.moved(fact.origins)
-        inner.append(_Fact(trail, level, behind, fact.live, batch))
+        # What a parameter in a carry becomes is not followed.
+        rest = NONE if constants <= i < constants + carries and source == DATA else fact.unseen
+        inner.append(_Fact(trail, level, behind, fact.live, batch, unseen=rest))
+    _read_by(inputs, walk)
+    carried = slice(constants, constants + carries)
     start = len(walk.uses)
     results = _iterate(body, inner, (constants, carries if length > 1 else 0), walk, loops)
     if not equation.params["reverse"]:
@@ -334,6 +398,7 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
             dataclasses.replace(use, loop=start + 1) if use.loops == loops + 1 else use
             for use in walk.uses[start:]
         ]
+    _read_by(results, walk)
     outputs = []
     for i, fact in enumerate(results):
         # The carry comes from the last iteration, what is stacked from all of them.
@@ -342,14 +407,18 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
         else:
             behind = origins.moved(_later(fact.origins, start, ANY))
             outputs.append(_Fact(None, source, behind, fact.live, batch_axes.stacked(fact.batch)))
-    return outputs
+    if source != DATA:
+        return [fact._replace(unseen=_all_unseen([*inputs, *results])) for fact in outputs]
+    paths = _open(inputs[carried], equation.invars[carried]) | _open(results, body.outvars)
+    return _met(equation, paths, _lives(inputs), outputs, walk, loops)
 
 
 def _while(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
     body = equation.params["body_jaxpr"].jaxpr
     skip = equation.params["cond_nconsts"]
     inner = [
-        fact._replace(trail=left(fact.trail, "while"), level=source, batch=UNKNOWN) for fact in inputs[skip:]
+        fact._replace(trail=left(fact.trail, "while"), level=source, batch=UNKNOWN, unseen=NONE)
+        for fact in inputs[skip:]
     ]
     start = len(walk.uses)
     constants = len(inner) - len(body.outvars)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -170,9 +170,14 @@ def _embedding(equation: Any, side: int, trail: Trail) -> Found | None:
 def _scale(equation: Any, side: int, trail: Trail) -> Found | None:
     """γ∘x, γ broadcast over the examples at least."""
     y = equation.outvars[0].aval
-    if len(trail.dims) != y.ndim or not y.ndim or trail.dims[0] >= 0 or max(trail.dims) < 0 or trail.views:
+    if len(trail.dims) != y.ndim or not y.ndim:
         return None
     shape = equation.invars[side].aval.shape
+    # Axes of size 1 that are broadcast are none of its own, as in (features, 1, 1).
+    gone = [dim >= 0 and own == 1 != all_ for dim, own, all_ in zip(trail.dims, shape, y.shape, strict=True)]
+    trail = without_axes(trail, shape, gone)
+    if trail.dims[0] >= 0 or max(trail.dims) < 0:
+        return None
     features = [(dim, axis) for axis, dim in enumerate(trail.dims) if dim >= 0]
     if any(shape[axis] != y.shape[axis] for _, axis in features):
         return None
@@ -202,7 +207,14 @@ def as_layer(
     """(the kind's input, y to the kind's output, and back) of an equation that is a use with this operand as its input."""
     name, given = equation.primitive.name, operands[x]
     if name == "gather":
-        tokens, shape = given[..., 0].astype(jnp.float32), equation.outvars[0].aval.shape
+        tokens, shape = given[..., 0], equation.outvars[0].aval.shape
+        last = equation.invars[0].aval.shape[0] - 1
+        if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            tokens = jnp.clip(tokens, 0, last)
+        elif jnp.issubdtype(tokens.dtype, jnp.signedinteger):
+            # An index that is out of bounds reads no row; a negative one would count from the end.
+            tokens = jnp.where(tokens < 0, last + 1, tokens)
+        tokens = tokens.astype(jnp.float32)
         return tokens, lambda y: y.reshape(*tokens.shape, shape[-1]), lambda y: y.reshape(shape)
     if name == "mul":
         return jnp.broadcast_to(given, equation.outvars[0].aval.shape), _same, _same
@@ -229,9 +241,10 @@ def moved(output: Output, equation: Any) -> Output | None:
         return output._replace(axes=tuple(output.axes[axis] for axis in equation.params["permutation"]))
     if name not in ("reshape", "squeeze"):
         return output
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    after, order = equation.outvars[0].aval.shape, moved_first(equation)
+    before = [equation.invars[0].aval.shape[axis] for axis in order]
     axes = [-1] * len(after)
-    for axis, own in enumerate(output.axes):
+    for axis, own in enumerate(output.axes[axis] for axis in order):
         if own >= 0:
             ahead = math.prod(before[:axis])
             same = [
@@ -241,6 +254,12 @@ def moved(output: Output, equation: Any) -> Output | None:
                 return None
             axes[same[0]] = own
     return output._replace(axes=tuple(axes))
+
+
+def moved_first(equation: Any) -> Sequence[int]:
+    """The order in which a reshape reads the axes of its operand."""
+    order = equation.params.get("dimensions") if equation.primitive.name == "reshape" else None
+    return range(equation.invars[0].aval.ndim) if order is None else order
 
 
 def without_axes(trail: Trail, shape: tuple[int, ...], gone: list[bool]) -> Trail:
@@ -268,6 +287,7 @@ def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> 
     if (
         len(use.parameters) > 1
         or bias.stopped
+        or kernel.stopped
         or bias.path == kernel.path
         or bias.route != kernel.route
         or len(bias.dims) != len(output.axes)

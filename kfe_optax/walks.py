@@ -81,9 +81,9 @@ class Walk:
       uses: the marks, in order of execution.
       products: how often each parameter is contracted with data.
       others: for parameters that meet data where no rule knows their use, the first such equation.
-      loose: the same of those that are broadcast over data there, and so have a gradient from examples that no tag sees.
       scalings: how often it is multiplied with data entry by entry.
       masked: whether a row mask of the whole batch is in force.
+      scoped: whether a call around is in a `row_mask` inside the loss, which the equations in the call do not say.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
       scope: the calls around what is being walked.
@@ -95,8 +95,8 @@ class Walk:
     products: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     scalings: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     others: dict[Any, str] = dataclasses.field(default_factory=dict)
-    loose: dict[Any, str] = dataclasses.field(default_factory=dict)
     masked: bool = False
+    scoped: bool = False
     loss: Origins = NOWHERE
     live: Live = frozenset()
     scope: tuple[int, ...] = ()
