@@ -106,7 +106,8 @@ def discover(
     taken = {path for layer in layers for _, path in layer.paths}
     rest = tuple(path for path in shapes if path not in taken)
     unused = _unused(jaxpr, list(shapes))
-    explained = tuple(_reason(path, reasons, unused, classes, walk.others) for path in rest)
+    others = grouping.unseen(walk) | walk.others
+    explained = tuple(_reason(path, reasons, unused, classes, others) for path in rest)
     outside = tuple(tuple(shapes[path].shape) for path in rest)
     unregistered = any(uses[i].info["mark"] is marks.layer_mark for i, _ in walk.live)
     return Layers(layers, rest, explained, outside, outputs, unregistered)

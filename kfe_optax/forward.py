@@ -196,15 +196,17 @@ class _Tagger:
         rule = rules.RULES[equation.primitive.name]
         x, outward, back = rule.layout(equation, place.x, operands, place.moves)
         x = jax.lax.stop_gradient(x)
-        return back(self._tagged(layer, place, x, outward(y), self._row_mask, rider))
+        return back(self._tagged(layer, place, x, outward(y), self._row_mask, rider, of_batch=True))
 
-    def _tagged(self, layer: Layer, place: Place, x: Any, y: Any, mask: Any, rider: Any) -> Any:
+    def _tagged(
+        self, layer: Layer, place: Place, x: Any, y: Any, mask: Any, rider: Any, of_batch: bool = False
+    ) -> Any:
         kind = layer.kind  # with its approximation
         shapes = (y.shape, x.shape) if place.label == TRANSPOSED else (x.shape, y.shape)
         free = kind.free(*shapes)
         live = None
         if not kind.per_example:
-            live = masks.live(layer, mask, free)
+            live = masks.live(layer, mask, free, of_batch)
         # The leading axis is the batch's, also when it is flattened with others.
         examples = layer.examples if layer.per_example else free[0]
         label, factor, bytes_ = place.label, place.factor, layer.row_bytes

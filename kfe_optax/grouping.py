@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ def layers_of(
     reasons: dict[Path, str] = {}
     by_path: dict[Path, list[jaxprs.Use]] = {}
     places: dict[Path, set[int]] = collections.defaultdict(set)
+    beside: dict[Path, str] = {}  # parameters that are added to outputs without being their layer's biases
     marked = _marked(walk)
     reached = walk.behind(walk.live)
     unsupported: dict[Path, str] = {}
@@ -47,7 +47,7 @@ def layers_of(
             elif i not in reached:
                 reasons.update(dict.fromkeys(paths, dead))
             else:
-                by_path.setdefault(trail.path, []).append(_alone(use, i, walk))
+                by_path.setdefault(trail.path, []).append(_alone(use, i, walk, beside))
                 places[trail.path].add(i)
     # A loss inside the loop sees other examples in each iteration.
     looped = any(uses[i].loops for i in registered)
@@ -58,15 +58,17 @@ def layers_of(
         for label in uses[i].batch
         if label.axis <= sum(mapped[0] for _, mapped in uses[i].info["vmaps"])
     }
-    others = _others(walk, reached, marked, sources)
     predicting = frozenset().union(*(walk.behind(uses[i].live) for i in registered))
     parents = collections.Counter(path[:-1] for path in by_path)
     layers, names = [], {}
     claims = collections.Counter(
         p for group in by_path.values() for p in {own.path for use in group for own in use.parameters if own}
     )
+    others = unseen(walk)
     for path, group in by_path.items():
         single = not any(map(_spread, group)) and not (looped and any(use.loops for use in group))
+        if any(isinstance(use.info["kind"], Embedding) for use in group):
+            group = [_without_bias(use, "which belongs to an embedding", beside) for use in group]
         widest = max(group, key=lambda use: len(use.parameters))
         kind = next((use.info["kind"] for use in group if isinstance(use.info["kind"], Embedding)), None)
         group = [_with_roles(oriented(use, kind or widest.info["kind"]), widest) for use in group]
@@ -87,6 +89,9 @@ def layers_of(
         taken = [p for _, p in paths if claims[p] > 1]
         if taken:
             trouble = trouble or f"{path_name(taken[0])} is also used by another layer"
+        added = [beside[p] for _, p in paths if p in beside]
+        if added:
+            trouble = trouble or f"its bias is {added[0]}"
         elsewhere = [others[p] for _, p in paths if p in others]
         if elsewhere:
             trouble = trouble or f"also used outside its layer, in another way ({elsewhere[0]})"
@@ -106,7 +111,7 @@ def layers_of(
     flows = _flows(walk, names)
     return tuple(
         dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers
-    ), unsupported | reasons
+    ), unsupported | beside | reasons
 
 
 def _marked(walk: jaxprs.Walk) -> frozenset[int]:
@@ -122,39 +127,43 @@ def _marked(walk: jaxprs.Walk) -> frozenset[int]:
     return frozenset(found)
 
 
-def _others(
-    walk: jaxprs.Walk, reached: frozenset[int], marked: frozenset[int], sources: Collection[Any]
-) -> dict[Path, str]:
-    """{parameter: where examples reach it by no rule}, outside of the layers that marks stand for."""
-    uses, inside = walk.uses, set[tuple[Path, int]]()
+def unseen(walk: jaxprs.Walk) -> dict[Path, str]:
+    """The parameters that have a gradient from examples that no tag sees, with the first equation that says so.
+
+    What a mark stands for is seen: the equations between it and the uses before it.
+    """
+    uses, marked, inside = walk.uses, _marked(walk), set[tuple[Path, int]]()
     for use in uses:
         if use.info["mark"] is marks.layer_mark and "rule" not in use.info:
             before = {i for i, _ in use.live}
             before |= {i for rule in before & marked for i, _ in uses[rule].live}
             inside |= {(own.path, i) for own in use.parameters if own for i in before}
     found: dict[Path, str] = {}
-    for i, use in enumerate(uses):
-        if use.info["mark"] is marks.OTHER and i in reached and use.trail is not None:
-            path = use.trail.path
-            # What was made of it may be a penalty, which meets the loss, but no examples.
-            meets = use.info["sure"] or any(label.source in sources for label in use.batch)
-            if meets and (path, i) not in inside:
-                found.setdefault(path, use.info["written"])
+    for i in sorted(walk.behind(walk.live)):
+        info = uses[i].info
+        if info["mark"] is marks.MET:
+            for path in info["paths"]:
+                if (path, i) not in inside:
+                    found.setdefault(path, info["rule"])
     return found
 
 
-def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk) -> jaxprs.Use:
+def _alone(use: jaxprs.Use, index: int, walk: jaxprs.Walk, beside: dict[Path, str]) -> jaxprs.Use:
     """A use by a rule without the bias that was found, where its output is also read without that bias."""
-    if "rule" not in use.info or len(use.parameters) == 1 or walk.readers[index] == 1:
+    return use if walk.readers[index] == 1 else _without_bias(use, "which is also read without it", beside)
+
+
+def _without_bias(use: jaxprs.Use, why: str, beside: dict[Path, str]) -> jaxprs.Use:
+    """A use by a rule without its bias, of which is said what it is added to."""
+    if "rule" not in use.info or len(use.parameters) == 1:
         return use
-    return dataclasses.replace(use, info=_without_bias(use), parameters=use.parameters[:1])
-
-
-def _without_bias(use: jaxprs.Use) -> dict[str, Any]:
+    kernel, bias = use.parameters
+    if bias is not None:
+        beside[bias.path] = f"added to an output ({use.info['rule']}), {why}"
     info = use.info | {"roles": use.info["roles"][:1]}
     if info["kind"].per_example:
         info["kind"] = dataclasses.replace(info["kind"], parameters=info["roles"])
-    return info
+    return dataclasses.replace(use, info=info, parameters=(kernel,))
 
 
 def _with_roles(use: jaxprs.Use, widest: jaxprs.Use) -> jaxprs.Use:
@@ -164,8 +173,11 @@ def _with_roles(use: jaxprs.Use, widest: jaxprs.Use) -> jaxprs.Use:
     info = dict(use.info)
     *shapes, label = info["shapes"]
     info["roles"], info["shapes"] = widest.info["roles"], (*shapes, label or WITHOUT_BIAS)
-    if dataclasses.replace(widest.info["kind"], bias=info["kind"].bias) == info["kind"]:
-        info["kind"] = widest.info["kind"]
+    kind, wide = info["kind"], widest.info["kind"]
+    # How a kind says that it has a bias, and along which axes.
+    for field in {"bias", "parameters"} & set(vars(kind)) & set(vars(wide)):
+        if dataclasses.replace(wide, **{field: getattr(kind, field)}) == kind:
+            info["kind"] = wide
     return dataclasses.replace(use, info=info, parameters=widest.parameters)
 
 

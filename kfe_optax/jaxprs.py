@@ -17,13 +17,15 @@ import numpy as np
 from jax.extend.core import Literal
 
 from kfe_optax import batch_axes, equations, marks, origins, rules
-from kfe_optax.batch_axes import UNKNOWN, Label, Labels
+from kfe_optax import unseen as unseen_rules
+from kfe_optax.batch_axes import UNKNOWN, Labels
 from kfe_optax.flow import ANY, BEFORE, LAST, SAME
 from kfe_optax.marks import layer_mark, loss_mark, unsupported_mark
 from kfe_optax.origins import NOWHERE, Origin, Origins
 from kfe_optax.rules import bias as added
 from kfe_optax.rules.base import Output
 from kfe_optax.trails import CARRIED, into_scan, left, step
+from kfe_optax.unseen import NONE, Unseen
 from kfe_optax.walks import Live, Trail, Use, Walk
 
 # Through these a derivative keeps its sign.
@@ -58,6 +60,7 @@ class _Fact(NamedTuple):
     batch: Labels = UNKNOWN
     number: Any = None  # what a constant is
     linear: Output | None = None  # the use that no mark stands at whose output it is
+    unseen: Unseen = NONE  # the parameters that reach it otherwise than by uses
 
 
 _DATA = _Fact(None, DATA, origins.DATA)
@@ -69,7 +72,10 @@ def follow(jaxpr: Any, trails: Sequence[Trail | None], masked: bool = False) -> 
     Those without one are data, and so are arrays that it closes over. `masked`: a row mask of the whole batch is in force.
     """
     walk = Walk(masked=masked)
-    facts = [_DATA if trail is None else _Fact(trail, PARAMETERS) for trail in trails]
+    facts = [
+        _DATA if trail is None else _Fact(trail, PARAMETERS, unseen=Unseen(frozenset({trail.path})))
+        for trail in trails
+    ]
     results = _walk(jaxpr.jaxpr, facts, walk, loops=0)[:1]
     walk.loss, walk.live = _union(results), _lives(results)
     return walk
@@ -78,7 +84,7 @@ def follow(jaxpr: Any, trails: Sequence[Trail | None], masked: bool = False) -> 
 def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_Fact]:
     def own(fact: _Fact, variable: Any) -> _Fact:
         if not float_leaf(variable.aval):
-            fact = fact._replace(live=frozenset())
+            fact = fact._replace(live=frozenset(), linear=None, unseen=NONE)
         if fact.level == DATA:
             source = (walk.scope, id(variable))
             fact = fact._replace(batch=batch_axes.named(fact.batch, variable.aval, source))
@@ -110,9 +116,10 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             behind = _mark_reached(equation, inputs, walk, loops)
             known.update(dict.fromkeys(equation.outvars, behind))
             continue
-        walk.scope = (*scope, id(equation))
+        walk.scope, scoped = (*scope, id(equation)), walk.scoped
+        walk.scoped = scoped or equations.in_scope(equation, marks.ROW_MASK)
         outputs = _inner(equation, name, inputs, walk, loops)
-        walk.scope = scope
+        walk.scope, walk.scoped = scope, scoped
         if outputs is None:
             behind = origins.behind(equation, [fact.origins for fact in inputs])
             live = _derivative(name, inputs)
@@ -124,19 +131,17 @@ def _walk(jaxpr: Any, facts: Sequence[_Fact], walk: Walk, loops: int) -> list[_F
             outputs = [fact._replace(batch=batch) for batch in batches]
             if name in CARRIED and len(inputs) == len(outputs) == 1:
                 outputs[0] = outputs[0]._replace(number=inputs[0].number)
-            if numbered is None:
-                outputs = _used(equation, name, inputs, outputs, walk, loops)
+            how = _used if numbered is None else _unseen
+            outputs = how(equation, inputs, outputs, walk, loops)
         for variable, fact in zip(equation.outvars, outputs, strict=False):
             known[variable] = own(fact, variable)
     walk.place = ahead
     return [read(v) for v in jaxpr.outvars]
 
 
-def _used(
-    equation: Any, name: str, inputs: list[_Fact], outputs: list[_Fact], walk: Walk, loops: int
-) -> list[_Fact]:
+def _used(equation: Any, inputs: list[_Fact], outputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact]:
     """The facts of an equation's outputs where it uses a parameter by a rule, or adds a bias to such a use."""
-    linear = [fact.linear for fact in inputs]
+    name, linear = equation.primitive.name, [fact.linear for fact in inputs]
     present = [output for output in linear if output is not None]
     if len(inputs) == 1 and present:
         moved = added.moved(present[0], equation) if name in _MOVED else None
@@ -157,8 +162,8 @@ def _used(
     found = rules.used(equation, [fact.trail for fact in inputs])
     if found is None or inputs[found.x].level == PARAMETERS:
         if outputs and outputs[0].level == DATA:
-            return _unruled(equation, inputs, outputs, walk, loops)
-        return outputs
+            _unruled(equation, inputs, walk)
+        return _unseen(equation, inputs, outputs, walk, loops)
     x, index, out = inputs[found.x], len(walk.uses), outputs[0]
     fixed = x.level != DATA
     batch, labels = found.labels(x.batch), out.batch or found.labels_behind(x.batch)
@@ -176,7 +181,7 @@ def _used(
         "roles": (found.role,),
         "shapes": found.shapes,
         "masked": walk.masked,
-        "scoped": equations.in_scope(equation, marks.ROW_MASK),
+        "scoped": walk.scoped or equations.in_scope(equation, marks.ROW_MASK),
         "vmaps": (),
     }
     use = Use(
@@ -184,32 +189,52 @@ def _used(
     )
     walk.uses.append(dataclasses.replace(use, live=x.live, batch=batch))
     fact = _Fact(None, out.level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), labels)
-    return [fact._replace(linear=found.output(index))]
+    paths = x.unseen.paths if x.level == DATA else frozenset()
+    return _met(equation, paths, x.live, [fact._replace(linear=found.output(index))], walk, loops)
 
 
-def _unruled(equation: Any, inputs: list[_Fact], outputs: list[_Fact], walk: Walk, loops: int) -> list[_Fact]:
-    """Records the uses of parameters that meet data in an equation of which no rule makes one; the facts of its outputs."""
-    written, name = equations.written(equation), equation.primitive.name
-    data = [fact for fact in inputs if fact.level == DATA]
-    met = frozenset[Label]().union(*(fact.batch for fact in data))
-    # A penalty that is added to the loss of each example. (What a loop carries may come from uses further on.)
-    count = len(walk.uses)
-    losses = {i < count and walk.uses[i].info["mark"] for i, _ in _lives(data)} == {marks.ELEMENTS}
-    added = losses and name in ("add", "sub", "add_any")
-    own = frozenset[tuple[int, int]]()
+def _unruled(equation: Any, inputs: list[_Fact], walk: Walk) -> None:
+    """Notes the parameters that meet data in an equation of which no rule makes a use."""
     for fact in inputs:
         trail = fact.trail
         if fact.level != PARAMETERS or trail is None:
             continue
-        how = f"{trail.lost}, then {written}" if trail.lost else written
-        walk.others.setdefault(trail.path, how)
-        if not (added or trail.stopped):
-            own |= {(len(walk.uses), 0)}
-            # Entry by entry it may be the distance to other parameters.
-            sure = not trail.lost and (name in rules.RULES or min(trail.dims, default=0) < 0)
-            info = {"mark": marks.OTHER, "written": how, "sure": sure}
-            walk.uses.append(Use(trail, (), info, walk.place, loops, batch=met))
-    return [fact._replace(live=fact.live | own) for fact in outputs]
+        if trail.path not in walk.others:
+            behind = f"{trail.lost}, then " if trail.lost else ""
+            walk.others[trail.path] = behind + equations.written(equation)
+
+
+def _unseen(
+    equation: Any, inputs: Sequence[_Fact], outputs: list[_Fact], walk: Walk, loops: int
+) -> list[_Fact]:
+    """The facts of an equation's outputs, where parameters may meet data in a way that no tag sees."""
+    given, data = [fact.unseen for fact in inputs], [fact.level == DATA for fact in inputs]
+    rest, paths = unseen_rules.behind(equation, given, data)
+    outputs = [fact._replace(unseen=rest) for fact in outputs]
+    return _met(equation, paths, _lives(inputs), outputs, walk, loops)
+
+
+def _met(
+    equation: Any, paths: frozenset[Any], live: Live, outputs: list[_Fact], walk: Walk, loops: int
+) -> list[_Fact]:
+    """The facts of outputs where these parameters have met data; it counts if the loss's derivative reaches one of them."""
+    if not paths:
+        return outputs
+    info = {"mark": marks.MET, "paths": paths, "rule": equations.written(equation)}
+    met = frozenset({(len(walk.uses), 0)})
+    walk.uses.append(Use(None, (), info, walk.place, loops, live=live))
+    return [fact._replace(live=fact.live | met) for fact in outputs]
+
+
+def _open(facts: Sequence[_Fact], variables: Sequence[Any]) -> frozenset[Any]:
+    """The parameters that reach one of these values otherwise than by uses, single numbers apart."""
+    pairs = zip(facts, variables, strict=True)
+    return frozenset().union(*(fact.unseen.paths for fact, v in pairs if unseen_rules.size(v.aval) > 1))
+
+
+def _read_by(facts: Sequence[_Fact], walk: Walk) -> None:
+    """Notes that outputs of uses are read, where nothing behind that is followed."""
+    walk.readers.update(fact.linear.use for fact in facts if fact.linear is not None)
 
 
 def _mark_reached(equation: Any, inputs: Sequence[_Fact], walk: Walk, loops: int) -> _Fact:
@@ -242,12 +267,15 @@ def _loss_reached(
     equation: Any, inputs: Sequence[_Fact], info: dict[str, Any], walk: Walk, loops: int
 ) -> _Fact:
     """A registered loss: its outputs z are a use, and its elements, whose derivative reaches z and what else it is given."""
-    z, index = inputs[0], len(walk.uses)
+    _read_by(inputs, walk)
+    open_ = _open(inputs, equation.invars)
+    (z,) = _met(equation, open_, _lives(inputs), [inputs[0]], walk, loops)
+    index = len(walk.uses)
     walk.uses.append(
         Use(None, (), info | {"mark": marks.OUTPUT}, walk.place, loops, live=z.live, batch=z.batch)
     )
     if not info["elements"]:
-        return z._replace(trail=None, linear=None, live=frozenset({(index, 1)}))
+        return z._replace(trail=None, linear=None, unseen=NONE, live=frozenset({(index, 1)}))
     live = frozenset({(index, 1)}) | {(use, 0) for use, _ in _lives(inputs[1:])}
     rank = len(equation.outvars[0].aval.shape)
     batch = frozenset(label for label in z.batch if label.axis < rank)
@@ -322,20 +350,37 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
         return _while(equation, inputs, source, walk, loops)
     if name == "cond":
         results = [_walk(b.jaxpr, inputs[1:], walk, loops) for b in params["branches"]]
-        joined = []
-        for same in zip(*results, strict=True):
+        joined, chosen_of = [], []
+        for same, variable in zip(zip(*results, strict=True), equation.outvars, strict=True):
             trail = same[0].trail if all(fact.trail == same[0].trail for fact in same) else None
             chosen = origins.chosen(inputs[0].origins, _union(same))
             batch = batch_axes.joined([fact.batch for fact in same])
-            joined.append(_Fact(trail, source, chosen, _lives(same), batch))
-        return joined
+            fact = _Fact(trail, source, chosen, _lives(same), batch)
+            _read_by(same, walk)
+            if trail is not None or source != DATA:
+                fact = fact._replace(unseen=_all_unseen(same))
+            else:
+                chosen_of += [(one, variable) for one in same]
+            joined.append(fact)
+        paths = _open(*zip(*chosen_of, strict=True)) if chosen_of else frozenset()
+        return _met(equation, paths, frozenset(), joined, walk, loops)
     for program in equations.inner(equation):
         if name == "shard_map":
             # Inside is a device's share of the examples.
             inputs = [fact._replace(batch=UNKNOWN) for fact in inputs]
-        if not equations.is_rebuilt(equation):
-            inputs = [fact._replace(trail=left(fact.trail, name)) for fact in inputs]
+        paths, unknown = frozenset(), not equations.is_rebuilt(equation)
+        if unknown:
+            # Its derivative may be another one than that of its equations.
+            _read_by(inputs, walk)
+            paths, kept = _open(inputs, equation.invars), _all_unseen(inputs)
+            inputs = [
+                fact._replace(trail=left(fact.trail, name), linear=None, unseen=NONE) for fact in inputs
+            ]
         results = _walk(program, inputs, walk, loops)
+        if unknown and source == DATA:
+            results = _met(equation, paths, _lives(inputs), results, walk, loops)
+        elif unknown:
+            results = [fact._replace(unseen=kept) for fact in results]
         if name == "shard_map":
             results = [fact._replace(batch=UNKNOWN) for fact in results]
         if name.startswith("custom_"):
@@ -344,6 +389,10 @@ def _inner(equation: Any, name: str, inputs: list[_Fact], walk: Walk, loops: int
             results = [fact._replace(live=fact.live | reached) for fact in results]
         return results
     return None
+
+
+def _all_unseen(facts: Sequence[_Fact]) -> Unseen:
+    return Unseen(frozenset().union(*(fact.unseen.paths for fact in facts)))
 
 
 def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
@@ -357,7 +406,11 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
         whole = i < constants + carries
         batch = fact.batch if whole else batch_axes.sliced(fact.batch)
         behind = fact.origins if whole else origins.moved(fact.origins)
-        inner.append(_Fact(trail, level, behind, fact.live, batch))
+        # What a parameter in a carry becomes is not followed.
+        rest = NONE if constants <= i < constants + carries and source == DATA else fact.unseen
+        inner.append(_Fact(trail, level, behind, fact.live, batch, unseen=rest))
+    _read_by(inputs, walk)
+    carried = slice(constants, constants + carries)
     start = len(walk.uses)
     results = _iterate(body, inner, (constants, carries if length > 1 else 0), walk, loops)
     if not equation.params["reverse"]:
@@ -365,6 +418,7 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
             dataclasses.replace(use, loop=start + 1) if use.loops == loops + 1 else use
             for use in walk.uses[start:]
         ]
+    _read_by(results, walk)
     outputs = []
     for i, fact in enumerate(results):
         # The carry comes from the last iteration, what is stacked from all of them.
@@ -373,14 +427,24 @@ def _scan(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: in
         else:
             behind = origins.moved(_later(fact.origins, start, ANY))
             outputs.append(_Fact(None, source, behind, fact.live, batch_axes.stacked(fact.batch)))
-    return outputs
+    if source != DATA:
+        return [fact._replace(unseen=_all_unseen([*inputs, *results])) for fact in outputs]
+    live = _lives(inputs)
+    for i in range(carries, len(outputs)):
+        # NNX returns its parameters from a scan, too, where nothing reads them.
+        paths = _open(results[i : i + 1], body.outvars[i : i + 1])
+        outputs[i : i + 1] = _met(equation, paths, live, outputs[i : i + 1], walk, loops)
+    paths = _open(inputs[carried], equation.invars[carried])
+    paths |= _open(results[:carries], body.outvars[:carries])
+    return _met(equation, paths, live, outputs, walk, loops)
 
 
 def _while(equation: Any, inputs: list[_Fact], source: int, walk: Walk, loops: int) -> list[_Fact]:
     body = equation.params["body_jaxpr"].jaxpr
     skip = equation.params["cond_nconsts"]
     inner = [
-        fact._replace(trail=left(fact.trail, "while"), level=source, batch=UNKNOWN) for fact in inputs[skip:]
+        fact._replace(trail=left(fact.trail, "while"), level=source, batch=UNKNOWN, unseen=NONE)
+        for fact in inputs[skip:]
     ]
     start = len(walk.uses)
     constants = len(inner) - len(body.outvars)

@@ -17,8 +17,8 @@ from jax.interpreters import ad, batching, mlir
 OUTPUT, ELEMENTS = "output", "elements"
 """The two uses at a registered loss: its outputs z, and its elements, whose weights are counted."""
 
-OTHER = "other"
-"""A use of a parameter that no rule knows."""
+MET = "met"
+"""Where parameters meet data in a way that is no use of a layer; no mark stands there."""
 
 ROW_MASK = "kfe_row_mask"
 """The named scope of the equations in a `row_mask` inside the loss."""

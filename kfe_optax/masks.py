@@ -45,8 +45,10 @@ def row_mask(mask: Any) -> Generator[None]:
         yield
 
 
-def live(layer: Layer, mask: Any, free: tuple[int, ...]) -> jax.Array | None:
+def live(layer: Layer, mask: Any, free: tuple[int, ...], of_batch: bool = False) -> jax.Array | None:
     """The row mask for a use of a layer with positions of shape `free`, 1 or 0; None without a mask.
+
+    `of_batch`: it is that of the whole batch, not one that a part of the model was called with.
 
     Raises:
       ValueError: the mask's shape is no prefix of `free`.
@@ -60,6 +62,12 @@ def live(layer: Layer, mask: Any, free: tuple[int, ...]) -> jax.Array | None:
         raise ValueError(
             f"row_mask has shape {shape}, but layer {name} is under a vmap over the batch and sees one example: open `with "
             "kfe.row_mask(mask of this example):` inside the vmap, or call the model on the whole batch."
+        )
+    if of_batch and not layer.aligned and shape[:1] == (layer.examples,):
+        # Shapes say nothing: as many examples as steps of time, or (t n) where the mask is (n, t).
+        raise ValueError(
+            f"row_mask has shape {shape}, an entry an example first, but the leading axis of layer {name} is not shown to be the "
+            "batch: mark it with kfe.tag_dense in a `with kfe.row_mask(mask of its own rows):`, or move the batch in front."
         )
     if layer.constant:
         return jnp.ones(free, jnp.float32)

@@ -22,6 +22,7 @@ import numpy as np
 
 from kfe_optax import explicit, marks, sums, traces, varying
 from kfe_optax.kinds import Dense, Kind
+from kfe_optax.layer import WITHOUT_BIAS
 
 Roles = tuple[str, ...]
 
@@ -227,6 +228,10 @@ def additive_tag(use: Use, x: jax.Array, y: jax.Array, live: jax.Array | None, r
 def _row_values(use, x, g, live, spec):
     del spec
     values = use.kind.row_values(x, g)
+    if use.label == WITHOUT_BIAS:
+        # Of the kinds whose uses share a row (see `Kind.per_example`): the bias stands last among a feature's parameters.
+        parts = len(use.kind.parameters)
+        values["output"] = values["output"].at[..., parts - 1 :: parts].set(0)
     return values if live is None else values | {"live": live}
 
 

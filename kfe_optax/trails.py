@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from kfe_optax.layer import View
 from kfe_optax.rules import bias
 from kfe_optax.walks import Trail
@@ -27,7 +29,7 @@ def step(equation: Any, inputs: Sequence[Trail | None]) -> Trail | None:
         return dataclasses.replace(trail, lost=trail.lost or name)
     if name == "stop_gradient":
         return dataclasses.replace(trail, stopped=True)
-    if name in CARRIED:
+    if name in CARRIED and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
         return trail
     if name == "transpose":
         return dataclasses.replace(trail, dims=tuple(trail.dims[i] for i in equation.params["permutation"]))
@@ -54,6 +56,9 @@ def _broadcasted(equation: Any, trail: Trail) -> Trail:
 def _reshaped(equation: Any, trail: Trail) -> Trail:
     """The trail behind a reshape: with axes of size 1 added, or through a view of the parameter."""
     before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    order = bias.moved_first(equation)
+    before = tuple(before[axis] for axis in order)
+    trail = dataclasses.replace(trail, dims=tuple(trail.dims[axis] for axis in order))
     if [size for size in after if size != 1] == list(before):
         rest = iter(trail.dims)
         return dataclasses.replace(trail, dims=tuple(-1 if size == 1 else next(rest) for size in after))

@@ -83,6 +83,7 @@ class Walk:
       uses: the marks, in order of execution.
       others: for parameters that meet data where no rule knows their use, the first such equation.
       masked: whether a row mask of the whole batch is in force.
+      scoped: whether a call around is in a `row_mask` inside the loss, which the equations in the call do not say.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
       scope: the calls around what is being walked.
@@ -93,6 +94,7 @@ class Walk:
     uses: list[Use] = dataclasses.field(default_factory=list)
     others: dict[Any, str] = dataclasses.field(default_factory=dict)
     masked: bool = False
+    scoped: bool = False
     loss: Origins = NOWHERE
     live: Live = frozenset()
     scope: tuple[int, ...] = ()

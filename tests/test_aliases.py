@@ -133,7 +133,8 @@ def test_kinds_of_the_rest():
 def test_a_bound_goes_with_a_steps_own_length():
     layers = problems.make("plain").layers()
     with pytest.raises(
-        ValueError, match=r"^max_kl bounds a step's own length, which size='operator' replaces: take size=None"
+        ValueError,
+        match=r"^max_kl bounds a step's own length, which size='operator' replaces: take size=None",
     ):
         kfe.kfac(0.03, layers, max_kl=1e-2)
     kfe.kfac(0.03, layers, size=None, max_kl=1e-2)

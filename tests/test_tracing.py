@@ -387,3 +387,44 @@ def test_a_row_mask_of_the_batch():
         found.append(differentiate(params, X, LABELS, row_mask=mask)[2][name].covariances())
     assert_close(found[0], found[1], 1e-6)
     assert_close(found[0][0], X[:4].T @ X[:4] / 4, 1e-6)
+
+
+@pytest.mark.parametrize("flattened", [False, True])
+def test_a_row_mask_where_time_comes_first(flattened):
+    """Shapes do not say that it is transposed: as many steps as examples, or both in one axis."""
+    params, x = {"w": matrix(3, D, D), "o": matrix(1, D, 3)}, matrix(5, N, N, D)
+
+    def loss_fn(params, x, labels):
+        by_time = x.swapaxes(0, 1)
+        by_time = by_time.reshape(-1, D) if flattened else by_time
+        h = jnp.tanh(by_time @ params["w"]).reshape(N, N, D).mean(0)
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(h @ params["o"], labels).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x, LABELS)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")
+    with pytest.raises(ValueError, match="not shown to be the batch: mark it"):
+        differentiate(params, x, LABELS, row_mask=jnp.ones((N, N), bool))[2]["w"].covariances()
+
+
+@pytest.mark.parametrize("call", [jax.jit, jax.checkpoint, jax.vmap])
+def test_a_mask_inside_the_loss_around_a_call(call):
+    def loss_fn(params, x, labels):
+        with kfe.row_mask(jnp.arange(N) < 4):
+            logits = call(lambda x: x @ params["w"])(x)
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    layers = kfe.find_layers(loss_fn, {"w": matrix(1, D, 3)}, X, LABELS)
+    assert not layers and "in a row_mask inside the loss" in layers.reasons[0]
+
+
+def test_a_loss_of_the_output_without_its_bias():
+    params = {"w": matrix(1, D, 3), "b": matrix(2, 3)}
+
+    def loss_fn(params, x, labels):
+        logits = x @ params["w"]
+        losses = kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return (losses + kfe.losses.l2_loss(logits + params["b"]).sum(-1)).mean()
+
+    layers = kfe.find_layers(loss_fn, params, X, LABELS)
+    assert layers["w"].shape == (D, 3)
+    assert "which is also read without it" in layers.reasons[0]

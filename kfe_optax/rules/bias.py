@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from kfe_optax.kinds import Dense, Embedding, Norm
@@ -19,9 +20,10 @@ def moved(output: Output, equation: Any) -> Output | None:
         return output._replace(axes=tuple(output.axes[axis] for axis in equation.params["permutation"]))
     if name not in ("reshape", "squeeze"):
         return output
-    before, after = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+    after, order = equation.outvars[0].aval.shape, moved_first(equation)
+    before = [equation.invars[0].aval.shape[axis] for axis in order]
     axes = [-1] * len(after)
-    for axis, own in enumerate(output.axes):
+    for axis, own in enumerate(output.axes[axis] for axis in order):
         if own >= 0:
             ahead = math.prod(before[:axis])
             same = [
@@ -31,6 +33,12 @@ def moved(output: Output, equation: Any) -> Output | None:
                 return None
             axes[same[0]] = own
     return output._replace(axes=tuple(axes))
+
+
+def moved_first(equation: Any) -> Sequence[int]:
+    """The order in which a reshape reads the axes of its operand."""
+    order = equation.params.get("dimensions") if equation.primitive.name == "reshape" else None
+    return range(equation.invars[0].aval.ndim) if order is None else order
 
 
 def without_axes(trail: Trail, shape: tuple[int, ...], gone: list[bool]) -> Trail:
@@ -58,6 +66,7 @@ def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> 
     if (
         len(use.parameters) > 1
         or bias.stopped
+        or kernel.stopped
         or bias.path == kernel.path
         or bias.factor != 1
         or bias.route != kernel.route

@@ -47,5 +47,12 @@ class Gather(Rule):
 
     def layout(self, equation, x, operands, moves):
         del moves
-        tokens, shape = operands[x][..., 0].astype(jnp.float32), equation.outvars[0].aval.shape
+        tokens, shape = operands[x][..., 0], equation.outvars[0].aval.shape
+        last = equation.invars[0].aval.shape[0] - 1
+        if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
+            tokens = jnp.clip(tokens, 0, last)
+        elif jnp.issubdtype(tokens.dtype, jnp.signedinteger):
+            # An index that is out of bounds reads no row; a negative one would count from the end.
+            tokens = jnp.where(tokens < 0, last + 1, tokens)
+        tokens = tokens.astype(jnp.float32)
         return Layout(tokens, lambda y: y.reshape(*tokens.shape, shape[-1]), lambda y: y.reshape(shape))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kfe_optax.kinds import Norm
 from kfe_optax.rules.base import Found, Rule, shapes
+from kfe_optax.rules.bias import without_axes
 
 
 class Mul(Rule):
@@ -16,15 +17,14 @@ class Mul(Rule):
 
     def use(self, equation, side, trail):
         y = equation.outvars[0].aval
-        if (
-            len(trail.dims) != y.ndim
-            or not y.ndim
-            or trail.dims[0] >= 0
-            or max(trail.dims) < 0
-            or trail.views
-        ):
+        if len(trail.dims) != y.ndim or not y.ndim:
             return None
         shape = equation.invars[side].aval.shape
+        # Axes of size 1 that are broadcast are none of its own, as in (features, 1, 1).
+        sizes = zip(trail.dims, shape, y.shape, strict=True)
+        trail = without_axes(trail, shape, [dim >= 0 and own == 1 != wide for dim, own, wide in sizes])
+        if trail.dims[0] >= 0 or max(trail.dims) < 0:
+            return None
         features = [(dim, axis) for axis, dim in enumerate(trail.dims) if dim >= 0]
         if any(shape[axis] != y.shape[axis] for _, axis in features):
             return None
