@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.programs import instructions
-from kfe_optax.table import align, quantity
+from kfe_optax._layers.table import align, quantity
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).resolve().with_name("step_worker.py")

@@ -29,8 +29,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-from kfe_optax.devices import rows_of
-from kfe_optax.table import align, quantity
+from kfe_optax._layers.table import align, quantity
+from kfe_optax._linalg.devices import rows_of
 
 Sides = list[tuple[int, int]]
 NUMBER = 4  # bytes

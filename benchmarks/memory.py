@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 import kfe_optax as kfe
+from kfe_optax._layers.table import align, quantity
 from kfe_optax.experiments.models.vgg import VGG
-from kfe_optax.table import align, quantity
 
 NAMES = ("Adam", "K-FAC", "EKFAC, running scale", "EKFAC, batch scale", "TEKFAC")
 

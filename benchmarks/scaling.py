@@ -50,7 +50,7 @@ from benchmarks import communication
 from benchmarks.communication import PER_CUBE
 from benchmarks.programs import inner_jaxprs
 from benchmarks.traffic import Traffic, traffic
-from kfe_optax.table import align, quantity
+from kfe_optax._layers.table import align, quantity
 
 CLASSES = 10
 # The primitive that factorizes.

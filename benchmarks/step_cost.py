@@ -27,7 +27,7 @@ import optax
 import kfe_optax as kfe
 from benchmarks import checkouts
 from benchmarks.step_worker import CONFIGS
-from kfe_optax.table import align
+from kfe_optax._layers.table import align
 
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 PERIOD = 100

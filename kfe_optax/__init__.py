@@ -1,71 +1,134 @@
 """K-FAC and its family as chainable Optax transformations for unmodified Flax models."""
 
-from kfe_optax import diagnostics as diagnostics
-from kfe_optax import distributions as distributions
-from kfe_optax import factors as factors
-from kfe_optax import initializers as initializers
-from kfe_optax import kinds as kinds
-from kfe_optax import losses as losses
-from kfe_optax import polar as polar
-from kfe_optax import rules as rules
-from kfe_optax.adapters.linen import TrainState as TrainState
-from kfe_optax.adaptive import kfac_adaptive as kfac_adaptive
-from kfe_optax.diagnostics import check_layers as check_layers
-from kfe_optax.discovery import find_layers as find_layers
-from kfe_optax.distributions import Bernoulli as Bernoulli
-from kfe_optax.distributions import Categorical as Categorical
-from kfe_optax.distributions import Distribution as Distribution
-from kfe_optax.distributions import Gaussian as Gaussian
-from kfe_optax.distributions import HeteroscedasticGaussian as HeteroscedasticGaussian
-from kfe_optax.distributions import Poisson as Poisson
-from kfe_optax.gradients import value_grad_and_taps as value_grad_and_taps
-from kfe_optax.info import Info as Info
-from kfe_optax.info import info as info
-from kfe_optax.layer import Layer as Layer
-from kfe_optax.layers import Layers as Layers
-from kfe_optax.losses import register_output as register_output
-from kfe_optax.masks import row_mask as row_mask
-from kfe_optax.optimizers import METHODS as METHODS
-from kfe_optax.optimizers import NATURAL as NATURAL
-from kfe_optax.optimizers import deflation as deflation
-from kfe_optax.optimizers import ekfac as ekfac
-from kfe_optax.optimizers import kfac as kfac
-from kfe_optax.optimizers import kfac_corrected as kfac_corrected
-from kfe_optax.optimizers import kfac_tridiagonal as kfac_tridiagonal
-from kfe_optax.optimizers import kpsvd as kpsvd
-from kfe_optax.optimizers import lanczos as lanczos
-from kfe_optax.optimizers import tekfac as tekfac
-from kfe_optax.optimizers import tkfac as tkfac
-from kfe_optax.optimizers import two_level_kfac as two_level_kfac
-from kfe_optax.sharded_state import shard_state as shard_state
-from kfe_optax.sharded_state import state_bytes_per_device as state_bytes_per_device
-from kfe_optax.soap import soap as soap
-from kfe_optax.spectral import spectral_kfac as spectral_kfac
-from kfe_optax.tags import plain as plain
-from kfe_optax.tags import tag_dense as tag_dense
-from kfe_optax.taps import Taps as Taps
-from kfe_optax.transforms.adaptive_damping import adaptive_damping as adaptive_damping
-from kfe_optax.transforms.averaging import average_iterates as average_iterates
-from kfe_optax.transforms.averaging import averaged_parameters as averaged_parameters
-from kfe_optax.transforms.clip import clip_by_kl as clip_by_kl
-from kfe_optax.transforms.ekfac import scale_by_ekfac as scale_by_ekfac
-from kfe_optax.transforms.kfac import scale_by_kfac as scale_by_kfac
-from kfe_optax.transforms.kfe import KfeInfo as KfeInfo
-from kfe_optax.transforms.kfe import in_kfe as in_kfe
-from kfe_optax.transforms.kronecker import scale_by_kronecker as scale_by_kronecker
-from kfe_optax.transforms.named import scale_by_deflation as scale_by_deflation
-from kfe_optax.transforms.named import scale_by_kfac_corrected as scale_by_kfac_corrected
-from kfe_optax.transforms.named import scale_by_kpsvd as scale_by_kpsvd
-from kfe_optax.transforms.named import scale_by_lanczos as scale_by_lanczos
-from kfe_optax.transforms.named import scale_by_tkfac as scale_by_tkfac
-from kfe_optax.transforms.normalize import clip_layers as clip_layers
-from kfe_optax.transforms.normalize import graft as graft
-from kfe_optax.transforms.normalize import normalize_layers as normalize_layers
-from kfe_optax.transforms.quadratic_model import scale_by_quadratic_model as scale_by_quadratic_model
-from kfe_optax.transforms.spectral import scale_by_spectral_kfac as scale_by_spectral_kfac
-from kfe_optax.transforms.tekfac import scale_by_tekfac as scale_by_tekfac
-from kfe_optax.transforms.tridiagonal import scale_by_block_tridiagonal as scale_by_block_tridiagonal
-from kfe_optax.transforms.two_level import scale_by_two_level_kfac as scale_by_two_level_kfac
-from kfe_optax.transforms.two_level import two_level as two_level
+from kfe_optax import diagnostics, distributions, factors, initializers, losses, polar
+from kfe_optax._aliases.adaptive import kfac_adaptive
+from kfe_optax._aliases.info import Info, info
+from kfe_optax._aliases.optimizers import (
+    METHODS,
+    NATURAL,
+    deflation,
+    ekfac,
+    kfac,
+    kfac_corrected,
+    kfac_tridiagonal,
+    kpsvd,
+    lanczos,
+    tekfac,
+    tkfac,
+    two_level_kfac,
+)
+from kfe_optax._aliases.soap import soap
+from kfe_optax._aliases.spectral import spectral_kfac
+from kfe_optax._layers import kinds
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.layers import Layers
+from kfe_optax._methods.ekfac import scale_by_ekfac
+from kfe_optax._methods.kfac import scale_by_kfac
+from kfe_optax._methods.kfe import KfeInfo, in_kfe
+from kfe_optax._methods.kronecker import scale_by_kronecker
+from kfe_optax._methods.named import (
+    scale_by_deflation,
+    scale_by_kfac_corrected,
+    scale_by_kpsvd,
+    scale_by_lanczos,
+    scale_by_tkfac,
+)
+from kfe_optax._methods.spectral import scale_by_spectral_kfac
+from kfe_optax._methods.tekfac import scale_by_tekfac
+from kfe_optax._methods.tridiagonal import scale_by_block_tridiagonal
+from kfe_optax._statistics.masks import row_mask
+from kfe_optax._statistics.tags import plain, tag_dense
+from kfe_optax._taps.gradients import value_grad_and_taps
+from kfe_optax._taps.taps import Taps
+from kfe_optax._tracing import rules
+from kfe_optax._tracing.adapters.linen import TrainState
+from kfe_optax._tracing.discovery import find_layers
+from kfe_optax._wrappers.adaptive_damping import adaptive_damping
+from kfe_optax._wrappers.averaging import average_iterates, averaged_parameters
+from kfe_optax._wrappers.clip import clip_by_kl
+from kfe_optax._wrappers.normalize import clip_layers, graft, normalize_layers
+from kfe_optax._wrappers.quadratic_model import scale_by_quadratic_model
+from kfe_optax._wrappers.sharded_state import shard_state, state_bytes_per_device
+from kfe_optax.contrib.two_level import scale_by_two_level_kfac, two_level
+from kfe_optax.diagnostics import check_layers
+from kfe_optax.distributions import (
+    Bernoulli,
+    Categorical,
+    Distribution,
+    Gaussian,
+    HeteroscedasticGaussian,
+    Poisson,
+)
+from kfe_optax.losses import register_output
+
+__all__ = [
+    "METHODS",
+    "NATURAL",
+    "Bernoulli",
+    "Categorical",
+    "Distribution",
+    "Gaussian",
+    "HeteroscedasticGaussian",
+    "Info",
+    "KfeInfo",
+    "Layer",
+    "Layers",
+    "Poisson",
+    "Taps",
+    "TrainState",
+    "adaptive_damping",
+    "average_iterates",
+    "averaged_parameters",
+    "check_layers",
+    "clip_by_kl",
+    "clip_layers",
+    "deflation",
+    "diagnostics",
+    "distributions",
+    "ekfac",
+    "factors",
+    "find_layers",
+    "graft",
+    "in_kfe",
+    "info",
+    "initializers",
+    "kfac",
+    "kfac_adaptive",
+    "kfac_corrected",
+    "kfac_tridiagonal",
+    "kinds",
+    "kpsvd",
+    "lanczos",
+    "losses",
+    "normalize_layers",
+    "plain",
+    "polar",
+    "register_output",
+    "row_mask",
+    "rules",
+    "scale_by_block_tridiagonal",
+    "scale_by_deflation",
+    "scale_by_ekfac",
+    "scale_by_kfac",
+    "scale_by_kfac_corrected",
+    "scale_by_kpsvd",
+    "scale_by_kronecker",
+    "scale_by_lanczos",
+    "scale_by_quadratic_model",
+    "scale_by_spectral_kfac",
+    "scale_by_tekfac",
+    "scale_by_tkfac",
+    "scale_by_two_level_kfac",
+    "shard_state",
+    "soap",
+    "spectral_kfac",
+    "state_bytes_per_device",
+    "tag_dense",
+    "tekfac",
+    "tkfac",
+    "two_level",
+    "two_level_kfac",
+    "value_grad_and_taps",
+]
 
 __version__ = "0.1.0"

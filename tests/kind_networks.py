@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfe_optax as kfe
-from kfe_optax import chunks
+from kfe_optax._jax import chunks
 
 from . import dense_kinds as dk
 

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import kronecker
-from kfe_optax.transforms import basis as basis_lib
+from kfe_optax._linalg import kronecker
+from kfe_optax._methods import basis as basis_lib
 
 from . import problems
 

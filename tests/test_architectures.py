@@ -14,8 +14,8 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
+from kfe_optax._layers.layer import leaves_by_path
 from kfe_optax.experiments.models import VGG, CharacterTransformer, Recurrent, ResNet, VisionTransformer
-from kfe_optax.layer import leaves_by_path
 
 from . import nnx_networks
 from .methods import quick

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax.chains import find_chains
-from kfe_optax.flow import BEFORE, LAST, SAME, End, Source
+from kfe_optax._layers.chains import find_chains
+from kfe_optax._layers.flow import BEFORE, LAST, SAME, End, Source
 
 from . import problems
 from .models import cross_entropy, parameter_shapes

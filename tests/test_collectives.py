@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kfe_optax as kfe
-from kfe_optax import chunks
+from kfe_optax._jax import chunks
 
 from . import hlo, problems
 

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax.kinds import KINDS
+from kfe_optax._layers.kinds import KINDS
 
 from .methods import CASES, REFRESH, Problem, of_layer, quick
 from .test_conformance_methods import counts, described, finite, zero
@@ -168,7 +168,7 @@ def train(tx, dtype=jnp.float32):
 
 
 def test_every_kind():
-    """Every line of `kfe_optax.kinds` is a layer of the loss, and every parameter belongs to one."""
+    """Every line of `kfe_optax._layers.kinds` is a layer of the loss, and every parameter belongs to one."""
     layers = problem().layers
     assert {layer.kind.name for layer in layers.values()} == set(KINDS)
     assert not layers.rest

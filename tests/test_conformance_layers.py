@@ -12,8 +12,8 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
-from kfe_optax.kinds import Dense
-from kfe_optax.layer import leaves_by_path
+from kfe_optax._layers.kinds import Dense
+from kfe_optax._layers.layer import leaves_by_path
 
 from .dense import assert_close, relative_error
 from .methods import quick

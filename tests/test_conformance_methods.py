@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax.counts import CYCLE, LAST
+from kfe_optax._jax.counts import CYCLE, LAST
 
 from .dense import assert_close
 from .methods import (

@@ -11,10 +11,10 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import counts
-from kfe_optax.counts import CYCLE, LAST, added, following
+from kfe_optax._jax import counts
+from kfe_optax._jax.counts import CYCLE, LAST, added, following
+from kfe_optax._methods import layerwise
 from kfe_optax.factors import base
-from kfe_optax.transforms import layerwise
 
 from . import problems
 

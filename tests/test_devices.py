@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import explicit, varying
+from kfe_optax._jax import explicit, varying
 
 from . import methods, several_devices
 from .dense import assert_close

@@ -9,7 +9,7 @@ import pytest
 
 import kfe_optax as kfe
 from kfe_optax import diagnostics
-from kfe_optax.kronecker import Eigenbasis
+from kfe_optax._linalg.kronecker import Eigenbasis
 
 from .curvatures import MODELS, make
 from .dense import assert_close

@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import kfe_optax as kfe
 from benchmarks.programs import inner_jaxprs
-from kfe_optax import devices as devices_lib
-from kfe_optax import kronecker
+from kfe_optax._linalg import devices as devices_lib
+from kfe_optax._linalg import kronecker
 
 from . import hlo, problems, several_devices
 from .dense import assert_close

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfe_optax import equations
+from kfe_optax._tracing import equations
 
 pytestmark = pytest.mark.release
 

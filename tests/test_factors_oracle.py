@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import kfe_optax as kfe
+from kfe_optax._statistics.rows import Rows
 from kfe_optax.factors import operators
 from kfe_optax.factors.base import Source, Term
-from kfe_optax.statistics.rows import Rows
 
 from . import dense, problems
 from . import factor_rows as fr

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import chunks
+from kfe_optax._jax import chunks
 
 from . import dense_kinds as dk
 from .dense import assert_close

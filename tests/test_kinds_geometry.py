@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfe_optax.adapters import convolutions
+from kfe_optax._tracing.adapters import convolutions
 
 from . import dense_kinds as dk
 from .dense import assert_close

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kfe_optax as kfe
-from kfe_optax import kronecker
+from kfe_optax._linalg import kronecker
 
 from . import dense_factors as df
 from . import factor_rows as fr

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import damping
+from kfe_optax._linalg import damping
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(8, 2)) @ np.ones((2, 4)), jnp.float32)  # rank one
 PARAMS = {"kernel": jnp.ones((4, 3))}

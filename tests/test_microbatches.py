@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
-from kfe_optax import microbatches, static_values
+from kfe_optax._jax import static_values
+from kfe_optax._taps import microbatches
 
 from . import problems, several_devices
 from .dense import assert_close

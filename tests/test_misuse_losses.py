@@ -11,7 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
-from kfe_optax import static_values
+from kfe_optax._jax import static_values
 
 X, Y = jnp.ones((4, 3)), jnp.zeros(4, int)
 PARAMS = {"dense": {"kernel": jnp.ones((3, 2))}}

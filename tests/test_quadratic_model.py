@@ -11,10 +11,10 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax.transforms import damping_search
-from kfe_optax.transforms.damping_search import SEARCH_FACTOR
-from kfe_optax.transforms.layerwise import LayerwiseState
-from kfe_optax.transforms.quadratic_model import solve
+from kfe_optax._methods.layerwise import LayerwiseState
+from kfe_optax._wrappers import damping_search
+from kfe_optax._wrappers.damping_search import SEARCH_FACTOR
+from kfe_optax._wrappers.quadratic_model import solve
 
 from . import dense, problems
 from .dense import assert_close

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import kronecker
+from kfe_optax._linalg import kronecker
 
 from .dense import assert_close
 from .methods import quick

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import kfe_optax as kfe
-from kfe_optax.sharded_state import shard_state, state_bytes_per_device
+from kfe_optax._wrappers.sharded_state import shard_state, state_bytes_per_device
 
 from . import hlo, problems
 from .dense import assert_close

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax.transforms import matrices
+from kfe_optax._methods import matrices
 
 from .dense import assert_close
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import damping as damping_lib
-from kfe_optax.kinds.dense import Dense
+from kfe_optax._layers.kinds.dense import Dense
+from kfe_optax._linalg import damping as damping_lib
 
 from . import dense_factors as df
 from . import factor_rows as fr

@@ -73,7 +73,7 @@ def test_ekfac_is_the_better_approximation(kind, x64, seed, size):
 @PROPERTY
 @given(seed=st.integers(0, 2**31 - 1))
 def test_carrying_the_scale_keeps_its_trace(x64, seed):
-    from kfe_optax import kronecker
+    from kfe_optax._linalg import kronecker
 
     generator = np.random.default_rng(seed)
     orthogonal = lambda d: jnp.asarray(np.linalg.qr(generator.normal(size=(2, d, d)))[0])

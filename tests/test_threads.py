@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
-from kfe_optax import tags
+from kfe_optax._statistics import tags
 
 from . import problems
 from .dense import assert_close

@@ -12,13 +12,13 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax import chunks
-from kfe_optax.chains import find_chains
-from kfe_optax.devices import ALONE
+from kfe_optax._jax import chunks
+from kfe_optax._layers.chains import find_chains
+from kfe_optax._linalg.devices import ALONE
+from kfe_optax._methods import chain_roots
 from kfe_optax.factors import base, chained
 from kfe_optax.factors.base import Source
 from kfe_optax.factors.chained import ChainFactors
-from kfe_optax.transforms import chain_roots
 
 from . import dense, problems
 from . import dense_tridiagonal as dt

@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import kfe_optax as kfe
-from kfe_optax import chunks, kronecker
-from kfe_optax.coarse import grids, level
-from kfe_optax.transforms.two_level import scale_by_two_level_kfac, two_level
+from kfe_optax._jax import chunks
+from kfe_optax._linalg import kronecker
+from kfe_optax.contrib.coarse import grids, level
+from kfe_optax.contrib.two_level import scale_by_two_level_kfac, two_level
 
 from . import problems
 from .dense import assert_close

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax.transforms.two_level import two_level
+from kfe_optax.contrib.two_level import two_level
 
 from . import dense_optimizers, dense_two_level, problems
 from .dense import assert_close

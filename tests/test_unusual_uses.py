@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
-from kfe_optax import traces
+from kfe_optax._jax import traces
 
 from .dense import assert_close, relative_error
 from .models import cross_entropy, parameter_shapes, randomized
@@ -139,7 +139,7 @@ def test_a_mask_costs_nothing_where_nobody_listens():
 
 def test_statistics_of_a_convolution_never_hold_all_patches(monkeypatch):
     """Factors and per-example scale of a convolution whose patches take 38 MB, with pieces of 1 MB."""
-    monkeypatch.setattr("kfe_optax.chunks.BUDGET", 2**20)
+    monkeypatch.setattr("kfe_optax._jax.chunks.BUDGET", 2**20)
     model, x = nn.Conv(8, (3, 3)), jnp.ones((64, 32, 32, 16))
     params = {"conv": model.init(jax.random.key(0), x)["params"]}
 
@@ -335,7 +335,7 @@ def test_sua_has_no_zeros_in_its_patches():
 
 def test_a_new_token_between_refreshes_keeps_its_own_scale():
     """A diagonal side has no arbitrary basis: directions without curvature are not pooled there."""
-    from kfe_optax.kronecker import Eigenbasis, pool_null_directions
+    from kfe_optax._linalg.kronecker import Eigenbasis, pool_null_directions
 
     scale = jnp.arange(12.0).reshape(4, 3)
     values = jnp.array([1.0, 0.0, 0.0, 2.0])
@@ -349,7 +349,7 @@ def test_a_new_token_between_refreshes_keeps_its_own_scale():
 
 def test_a_wide_layer_in_a_loop_keeps_diagonals(monkeypatch):
     """Of a large side of a layer that is used more than once the sums hold the diagonal alone."""
-    monkeypatch.setattr("kfe_optax.layer.LARGEST_SUM", 4)
+    monkeypatch.setattr("kfe_optax._layers.layer.LARGEST_SUM", 4)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)), jnp.float32)
     params = {"kernel": jnp.ones((D, 6))}
 

@@ -10,10 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import adapters, kronecker
+from kfe_optax._layers.layer import Layer, key_path
+from kfe_optax._linalg import kronecker
+from kfe_optax._tracing import adapters
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import BUDGET, MAX_SIZE, check_size, layer_of, precise
-from kfe_optax.layer import Layer, key_path
 
 
 @precise

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfe_optax import adapters, static_values, table
-from kfe_optax.gradients import value_grad_and_taps
-from kfe_optax.layer import Layer
-from kfe_optax.layers import Layers
+from kfe_optax._jax import static_values
+from kfe_optax._layers import table
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.layers import Layers
+from kfe_optax._taps.gradients import value_grad_and_taps
+from kfe_optax._tracing import adapters
 
 
 class LayerCheck(NamedTuple):

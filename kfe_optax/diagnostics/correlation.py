@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
+from kfe_optax._layers.layer import Layer
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import MAX_SIZE, check_size, layer_of, precise
-from kfe_optax.layer import Layer
 
 
 @precise

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import kronecker
+from kfe_optax._linalg import kronecker
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import layer_of, precise
 

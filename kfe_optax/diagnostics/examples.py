@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfe_optax.kronecker import Eigenbasis
-from kfe_optax.layer import Layer
+from kfe_optax._layers.layer import Layer
+from kfe_optax._linalg.kronecker import Eigenbasis
 
 # Numbers that an intermediate result may hold: 64 MiB in float32.
 BUDGET = 2**24

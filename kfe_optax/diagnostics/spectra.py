@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import damping as damping_lib
-from kfe_optax import kronecker
+from kfe_optax._linalg import damping as damping_lib
+from kfe_optax._linalg import kronecker
 from kfe_optax.diagnostics import blocks
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import MAX_SIZE, check_size, layer_of, precise

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import checks
+from kfe_optax._jax import checks
 
 
 class Distribution(Protocol):

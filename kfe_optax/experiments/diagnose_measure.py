@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfe_optax as kfe
-from kfe_optax import kronecker
+from kfe_optax._linalg import kronecker
+from kfe_optax._linalg.kronecker import Eigenbasis
 from kfe_optax.diagnostics import eigenbasis_error, kronecker_error, spectrum_error
 from kfe_optax.experiments.batches import Batch
 from kfe_optax.experiments.diagnose_plan import Plan
 from kfe_optax.experiments.diagnose_rows import GivenRows
 from kfe_optax.experiments.task import Params, State, Task
 from kfe_optax.factors import Term
-from kfe_optax.kronecker import Eigenbasis
 
 Basis = tuple[Eigenbasis, Eigenbasis]
 Terms = tuple[Term, ...]

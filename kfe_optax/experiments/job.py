@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
-from kfe_optax import varying
+from kfe_optax._jax import varying
 from kfe_optax.experiments.batches import Batch, Batches, make_batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.optimizers import (

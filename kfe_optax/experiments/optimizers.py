@@ -15,10 +15,10 @@ import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
+from kfe_optax._methods import layerwise
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.ranges import check_settings
 from kfe_optax.experiments.schedules import Schedule, make_schedule
-from kfe_optax.transforms import layerwise
 
 
 class Method(NamedTuple):

@@ -13,13 +13,7 @@ from kfe_optax.experiments.data import load
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.progress import ProgressDisplay
-from kfe_optax.experiments.sweep_best import (
-    Setting,
-    best_config,
-    rank_settings,
-    settings_table,
-    write_config,
-)
+from kfe_optax.experiments.sweep_best import Setting, best_config, rank_settings, settings_table, write_config
 from kfe_optax.experiments.sweep_plot import plot_sweep
 from kfe_optax.experiments.sweep_program import Program, make_program
 from kfe_optax.experiments.sweep_records import Row, SweepRecords

@@ -16,12 +16,7 @@ from kfe_optax.experiments.batches import Batches, make_batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import find_layers, make_update
-from kfe_optax.experiments.optimizers import (
-    find_method,
-    make_optimizer,
-    optimizer_settings,
-    refusals,
-)
+from kfe_optax.experiments.optimizers import find_method, make_optimizer, optimizer_settings, refusals
 from kfe_optax.experiments.sweep_space import Trial, with_values
 from kfe_optax.experiments.task import Params, State, Task, make_task
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax import checks
-from kfe_optax.layer import Layer
-from kfe_optax.layers import Layers
-from kfe_optax.taps import Pulled, Taps
+from kfe_optax._jax import checks
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.layers import Layers
+from kfe_optax._taps.taps import Pulled, Taps
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 T = TypeVar("T")

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import counts
-from kfe_optax.chains import Chain, Element, Plan
+from kfe_optax._jax import counts
+from kfe_optax._layers.chains import Chain, Element, Plan
+from kfe_optax._layers.layer import Layer
+from kfe_optax._statistics import pairs
+from kfe_optax._taps.taps import Pulled
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import estimate as kfac_estimate
-from kfe_optax.layer import Layer
-from kfe_optax.statistics import pairs
-from kfe_optax.taps import Pulled
 
 
 class ChainFactors(NamedTuple):

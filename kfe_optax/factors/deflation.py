@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from kfe_optax import checks
+from kfe_optax._jax import checks
+from kfe_optax._layers.layer import Layer
 from kfe_optax.factors import terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.kpsvd import leading
 from kfe_optax.factors.operators import fisher_operator, without
 from kfe_optax.factors.singular import power
 from kfe_optax.factors.terms import TermsFactors
-from kfe_optax.layer import Layer
 
 
 def deflation(

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import checks, counts, kronecker
-from kfe_optax import damping as damping_lib
+from kfe_optax._jax import checks, counts
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.layers import Layers
+from kfe_optax._linalg import damping as damping_lib
+from kfe_optax._linalg import kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 from kfe_optax.factors.kfac import FactorsState, zeros
-from kfe_optax.layer import Layer
-from kfe_optax.layers import Layers
 
 
 class Fismo(NamedTuple):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax import checks
+from kfe_optax._jax import checks
+from kfe_optax._layers.layer import Layer
 from kfe_optax.factors import terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.operators import Operator, fisher_operator
 from kfe_optax.factors.singular import Triple, power
 from kfe_optax.factors.terms import TermsFactors
-from kfe_optax.layer import Layer
 
 
 def leading(

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import kronecker
+from kfe_optax._layers.layer import Layer
+from kfe_optax._linalg import kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import Source, Term
-from kfe_optax.layer import Layer
 
 # Above this many examples (or twice the layer's larger side) the N × N products cost more than the matrices.
 _MOST_COEFFICIENTS = 2048

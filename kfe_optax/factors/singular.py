@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import kronecker
+from kfe_optax._linalg import kronecker
 from kfe_optax.factors.operators import Operator, times
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax
 
-from kfe_optax import checks, kronecker
+from kfe_optax._jax import checks
+from kfe_optax._layers.layer import Layer
+from kfe_optax._linalg import kronecker
 from kfe_optax.factors import base, terms
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.lanczos import check_subspace, leading_terms
 from kfe_optax.factors.operators import fisher_operator, times
 from kfe_optax.factors.terms import TermsFactors
-from kfe_optax.layer import Layer
 
 
 def streaming(

@@ -8,13 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import checks, counts, kronecker
+from kfe_optax._jax import checks, counts
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.layers import Layers
+from kfe_optax._linalg import kronecker
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term, Weights
 from kfe_optax.factors.operators import Operator, times
 from kfe_optax.factors.singular import Triple, length
-from kfe_optax.layer import Layer
-from kfe_optax.layers import Layers
 
 
 class TermsState(NamedTuple):

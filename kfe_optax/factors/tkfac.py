@@ -8,12 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax import checks, counts
+from kfe_optax._jax import checks, counts
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.layers import Layers
+from kfe_optax._statistics.statistics import Pairing
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
-from kfe_optax.layer import Layer
-from kfe_optax.layers import Layers
-from kfe_optax.statistics import Pairing
 
 
 class TkfacState(NamedTuple):

@@ -1,0 +1,1 @@
+"""Optimizers ready to use, and `info`."""

@@ -1,0 +1,242 @@
+"""One forward pass of a loss with tags and riders, and where among its residuals stands what the Fisher's pull swaps."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kfe_optax._jax import checks, explicit, varying
+from kfe_optax._layers.kinds.base import TRANSPOSED
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.layers import Layers
+from kfe_optax._marks import marks, outputs
+from kfe_optax._statistics import masks, tags
+from kfe_optax._tracing import adapters, equations, rules, traced
+from kfe_optax._tracing.rebuild import Place, Rebuild, Riders
+
+
+@dataclasses.dataclass(frozen=True)
+class Swaps:
+    """Which of the pull's leaves are swapped, for each registered loss, and the pull's tree structure."""
+
+    structure: Any
+    modes: tuple[tuple[int, ...], ...]
+    seeds: tuple[tuple[int, ...], ...]
+    cotangents: tuple[tuple[int, ...], ...]  # for products with J, where the quadratic model is asked for
+    shardings: Any  # of the leaves and the cotangent, where types have them
+    start: float  # of the Fisher's pull, see `outputs.Place`
+
+
+class Pass(NamedTuple):
+    """What one forward pass leaves: the loss, and the residuals of its `jax.vjp` as leaves."""
+
+    loss: jax.Array
+    aux: Any
+    state: Any  # what NNX objects hold beside the parameters, as the pass has moved it
+    leaves: list[Any]
+    cotangent: jax.Array
+    swaps: Swaps
+
+    def pull(self) -> tuple[Any, Any]:
+        """The cotangents of parameters and riders: gradients and weights."""
+        return jax.tree.unflatten(self.swaps.structure, self.leaves)(self.cotangent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """What is static about the pass: the function (held weakly) and what of its arguments is no array.
+
+    Attributes:
+      layers: with the shapes of the batch that it is called with.
+      tangents: whether the residuals hold a cotangent for products with J.
+    """
+
+    reference: Any
+    rebuild: adapters.Rebuild
+    static: Any
+    has_aux: bool
+    layers: Layers
+    place: outputs.Place
+    tangents: bool
+
+    def loss(self, parameters: Any, arrays: Any) -> jax.Array:
+        """The loss at these parameters, without taps; mutable state moves on in a copy."""
+        call = self.rebuild(parameters, self.static(arrays))
+        return checks.loss(self._loss_fn()(call.params, *call.args, **call.kwargs), self.has_aux)[0]
+
+    def _loss_fn(self) -> Any:
+        loss_fn = self.reference()
+        if loss_fn is None:
+            raise ReferenceError(
+                "The loss function of these taps is gone: keep a reference to it as long as to the taps."
+            )
+        return loss_fn
+
+    def __call__(self, parameters: Any, arrays: Any, row_mask: Any, loss_scale: Any) -> Pass:
+        """The pass: the residuals know gradients and statistics."""
+        # Where types tell devices apart, all is local, as it is under pmap: who wants sums over devices takes them.
+        axes = varying.named(self.place.axis_name)
+        parameters = varying.over(axes, parameters)
+        place = self.place._replace(axes=axes | varying.axes_of((parameters, arrays)))
+        registered = {output.serial: output for output in self.layers.outputs}
+        zeros = varying.over(
+            place.axes, outputs.control_zeros(registered.values(), self.tangents, loss_scale)
+        )
+        controls = dict(zip(registered, zeros, strict=True))
+        riders = {
+            "layers": [self._rider(layer, arrays) for layer in self.layers.values()],
+            "outputs": [control.rider for control in controls.values()],
+        }
+
+        loss_fn, given = self._loss_fn(), (parameters, arrays, row_mask)
+        trace = traced.trace(loss_fn, self.rebuild, self.static, self.has_aux, *given, varied=axes)
+
+        def run(parameters, riders):
+            live = {
+                serial: controls[serial]._replace(rider=rider)
+                for serial, rider in zip(controls, riders["outputs"], strict=True)
+            }
+            tagger = _Tagger(self.layers, registered, live, place, row_mask)
+            given = [*jax.tree.leaves(parameters), *arrays]
+            found = tagger.rebuild(trace.program, given, dict(enumerate(riders["layers"])))
+            loss, aux, state = jax.tree.unflatten(trace.structure, found)
+            if any(output.spec.loss is not None for output in registered.values()):
+                _check_range(loss, place)
+            return loss, (aux, state)
+
+        loss, pull, (aux, state) = jax.vjp(run, parameters, varying.over(place.axes, riders), has_aux=True)
+        leaves, structure = jax.tree.flatten(pull)
+        # A loss that was averaged over the devices inside is one loss on all of them, and its cotangent is divided among
+        # them where types say so; under pmap it counts once a device.
+        devices = jax.lax.psum(1, tuple(axes - varying.axes_of(loss))) if axes else 1
+        cotangent = jnp.ones_like(loss) * jnp.asarray(devices, loss.dtype)
+        swaps = Swaps(
+            structure,
+            tuple(_find(leaves, control.mode) for control in controls.values()),
+            tuple(_find(leaves, control.seed) for control in controls.values()),
+            tuple(_find(leaves, control.cotangent) for control in controls.values()) if self.tangents else (),
+            explicit.shardings((leaves, cotangent)),
+            place.start,
+        )
+        return Pass(loss, aux, state, leaves, cotangent, swaps)
+
+    def _rider(self, layer: Layer, arrays: Any) -> dict[str, jax.Array]:
+        """Zeros for the statistics; those that have the batch's axis are divided over devices as it is."""
+        mesh = explicit.mesh_of(arrays)
+        examples = {layer.examples, *(output.examples for output in self.layers.outputs)}
+        names = None if mesh is None else explicit.batch_axes(arrays, examples)
+        rider = {name: jnp.zeros(s.shape, s.dtype) for name, s in layer.rider_shapes().items()}
+        if names is None:
+            return rider
+        for name, value in rider.items():
+            axis = layer.examples_axis(name)
+            if axis is not None:
+                rider[name] = explicit.divided(value, mesh, axis, names)
+        return rider
+
+
+class _Tagger:
+    """Puts the tags on (see `rebuild.Tagger`)."""
+
+    def __init__(
+        self,
+        layers: Layers,
+        registered: dict[int, outputs.Output],
+        controls: dict[int, Any],
+        place: outputs.Place,
+        row_mask: Any,
+    ):
+        self._layers = list(layers.values())
+        self._registered = registered
+        self._controls = controls
+        self._place = place
+        self._row_mask = row_mask
+        places = {use[0]: Place(i, *use[1:]) for i, layer in enumerate(self._layers) for use in layer.places}
+        places |= {at: Place(serial) for serial, output in registered.items() for at in output.places}
+        self.rebuild = Rebuild(places, self)
+
+    def __call__(self, place: Place, equation: Any, operands: list[Any], riders: Riders) -> Any:
+        if equation.primitive is marks.loss_mark:
+            return self._loss(place.number, equation.params, operands)
+        layer, rider = self._layers[place.number], riders[place.number]
+        if equation.primitive is not marks.layer_mark:
+            return self._used(layer, place, equation, operands, rider)
+        params = equation.params
+        roles = len(params["roles"])
+        names = list(rider)
+
+        def tagged(y, x, *rest):
+            mask = rest[0] if params["masked"] else None
+            own = dict(zip(names, rest[-len(names) :], strict=True))
+            return self._tagged(layer, place, x, y, mask, own)
+
+        y, x, *rest = operands
+        own = list(rider.values())
+        vmaps = tuple(
+            (size, (*mapped[:2], *mapped[2 + roles :], *(mapped[2],) * len(own)))
+            for size, mapped in params["vmaps"]
+        )
+        return marks.under_vmaps(tagged, vmaps, y, x, *rest[roles:], *own)
+
+    def _used(self, layer: Layer, place: Place, equation: Any, operands: list[Any], rider: Any) -> Any:
+        """The result of an equation that is itself the use."""
+        y = equations.result(equation, operands)
+        rule = rules.RULES[equation.primitive.name]
+        x, outward, back = rule.layout(equation, place.x, operands, place.moves)
+        x = jax.lax.stop_gradient(x)
+        return back(self._tagged(layer, place, x, outward(y), self._row_mask, rider, of_batch=True))
+
+    def _tagged(
+        self, layer: Layer, place: Place, x: Any, y: Any, mask: Any, rider: Any, of_batch: bool = False
+    ) -> Any:
+        kind = layer.kind  # with its approximation
+        shapes = (y.shape, x.shape) if place.label == TRANSPOSED else (x.shape, y.shape)
+        free = kind.free(*shapes)
+        live = None
+        if not kind.per_example:
+            live = masks.live(layer, mask, free, of_batch)
+        # The leading axis is the batch's, also when it is flattened with others.
+        examples = layer.examples if layer.per_example else free[0]
+        label, factor, bytes_ = place.label, place.factor, layer.row_bytes
+        use = tags.Use(kind, layer.kernel_shape, layer.bias, label, factor, examples, bytes_)
+        add = tags.row_tag if layer.has_rows else tags.additive_tag
+        return add(use, x, y, live, rider)
+
+    def _loss(self, serial: int, params: Any, operands: list[Any]) -> Any:
+        output, control = self._registered[serial], self._controls[serial]
+
+        def tagged(z, *leaves):
+            args = jax.tree.unflatten(params["structure"], leaves)
+            if output.spec.loss is None:
+                return outputs.tagged_output(output, self._place, z, args[0], control)
+            return outputs.tagged_loss(output, self._place, z, args, control)
+
+        losses = marks.under_vmaps(tagged, params["vmaps"], *operands)
+        if output.spec.loss is not None:
+            _check_range(losses, self._place)
+        return losses
+
+
+def _check_range(losses: Any, place: outputs.Place) -> None:
+    """Raises where what arrives at a registered loss in the Fisher's pull would be too small a number."""
+    dtype = jnp.result_type(losses)
+    if place.start < jnp.finfo(dtype).tiny:
+        raise ValueError(
+            f"A term of the loss is not registered, and {dtype}, in which a registered loss is computed, has too small a range "
+            "to keep that term out of the Fisher: compute the loss in float32, from outputs.astype(jnp.float32), or use "
+            "fisher='empirical'."
+        )
+
+
+def _find(leaves: list[Any], wanted: Any) -> tuple[int, ...]:
+    """Where a control's leaf stands among the pull's residuals."""
+    found = tuple(i for i, leaf in enumerate(leaves) if leaf is wanted)
+    if not found:
+        raise ValueError(
+            "The registered loss could not be reached from the gradient: its residuals hold no mode. Does the loss pass through "
+            "a custom_vjp of its own, or is its value unused? Register its outputs outside, or use fisher='empirical'."
+        )
+    return found

@@ -1,0 +1,128 @@
+"""The form of jaxprs: the programs inside an equation, how equations are evaluated, where they were written.
+
+All that JAX may change between releases.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import core
+from jax.extend.core import Literal
+
+from kfe_optax._marks.marks import layer_mark, loss_mark
+from kfe_optax._tracing.rules import RULES
+
+_CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
+
+
+def is_place(equation: Any) -> bool:
+    """Whether an equation may be a use of a layer or a registered loss."""
+    return equation.primitive in (layer_mark, loss_mark) or equation.primitive.name in RULES
+
+
+def is_rebuilt(equation: Any) -> bool:
+    """Whether uses inside an equation can be tagged: what is none of these stays as it is (see `rebuild`)."""
+    name = equation.primitive.name
+    return is_place(equation) or name in _CALLS or name in ("scan", "cond")
+
+
+def inner(equation: Any) -> list[Any]:
+    """The programs inside an equation that are run with its operands (of a loop its body, of a branch all of them)."""
+    name, params = equation.primitive.name, equation.params
+    if name == "scan":
+        return [params["jaxpr"].jaxpr]
+    if name == "while":
+        return [params["body_jaxpr"].jaxpr]
+    if name == "cond":
+        return [branch.jaxpr for branch in params["branches"]]
+    if equation.primitive is loss_mark:
+        return []
+    for value in params.values():
+        program = getattr(value, "jaxpr", value)
+        if hasattr(program, "eqns") and len(program.invars) == len(equation.invars):
+            return [program]
+    return []
+
+
+def constants(equation: Any) -> Sequence[Any]:
+    """The values that the program inside a call closes over."""
+    for value in equation.params.values():
+        if hasattr(value, "jaxpr"):
+            return value.consts
+    return ()
+
+
+def places(equation: Any) -> int:
+    """How many places an equation has: uses are told apart by theirs, counted in the order of the program."""
+    return is_place(equation) or sum(map(_places_of, inner(equation)))
+
+
+def _places_of(program: Any) -> int:
+    return sum(map(places, program.eqns))
+
+
+def scan_carry(equation: Any) -> tuple[int, int]:
+    """(number of constants, number of carries) of a scan.
+
+    Releases of JAX name these differently; the shapes say it in all of them: what is scanned over, in or out, has an axis
+    more outside the body than inside.
+    """
+    body = equation.params["jaxpr"].jaxpr
+    whole = sum(o.aval.shape == i.aval.shape for o, i in zip(equation.invars, body.invars, strict=True))
+    carries = sum(o.aval.shape == i.aval.shape for o, i in zip(equation.outvars, body.outvars, strict=True))
+    return whole - carries, carries
+
+
+def context(equation: Any) -> contextlib.AbstractContextManager[Any]:
+    """What was in force where the equation was traced (a mesh, the default precision)."""
+    own = getattr(equation, "ctx", None)
+    return contextlib.nullcontext() if own is None else own.manager
+
+
+@functools.cache
+def _empty() -> Any:
+    return jax.make_jaxpr(lambda: 0)().jaxpr
+
+
+def run(equations: Sequence[Any], wanted: Sequence[Any], known: dict[Any, Any]) -> None:
+    """Evaluates equations, and adds the wanted ones of their variables to the known ones."""
+    read: dict[Any, None] = {}
+    made: set[Any] = set()
+    for equation in equations:
+        read.update(dict.fromkeys(v for v in equation.invars if not isinstance(v, Literal) and v not in made))
+        made.update(equation.outvars)
+    effects = frozenset().union(*(equation.effects for equation in equations))
+    program = _empty().replace(eqns=list(equations), invars=list(read), outvars=list(wanted), effects=effects)
+    results = core.eval_jaxpr(program, (), *(known[v] for v in read))
+    known.update(zip(wanted, results, strict=True))
+
+
+def result(equation: Any, operands: Sequence[Any]) -> Any:
+    """The value of an equation of one output at these operands."""
+    known = {
+        v: value for v, value in zip(equation.invars, operands, strict=True) if not isinstance(v, Literal)
+    }
+    run([equation], equation.outvars, known)
+    return known[equation.outvars[0]]
+
+
+def in_scope(equation: Any, name: str) -> bool:
+    """Whether an equation was traced in the `jax.named_scope` of this name."""
+    return name in str(equation.source_info.name_stack).split("/")
+
+
+def written(equation: Any) -> str:
+    """The primitive, with the line of the user's program that it comes from, where it is known."""
+    name = equation.primitive.name
+    traceback = equation.source_info.traceback
+    for frame in () if traceback is None else traceback.frames:
+        parts = Path(frame.file_name).parts
+        if not {"jax", "flax", "optax", "kfe_optax"} & set(parts[-6:-1]):
+            return f"{name} at {parts[-1]}:{frame.line_num}"
+    return name

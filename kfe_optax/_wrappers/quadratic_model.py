@@ -1,0 +1,292 @@
+"""`scale_by_quadratic_model`: step size and momentum from the exact Fisher's quadratic model, instead of a learning rate."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from kfe_optax._jax import checks, counts, explicit, static_values
+from kfe_optax._layers.layer import leaves_by_path
+from kfe_optax._layers.layers import Layers
+from kfe_optax._methods import given as given_lib
+from kfe_optax._methods import layerwise, matrices
+from kfe_optax._methods.layerwise import ScalarOrSchedule
+from kfe_optax._taps.taps import Taps, symmetric
+from kfe_optax._wrappers import damping_search
+
+
+class QuadraticModelState(NamedTuple):
+    """State of `scale_by_quadratic_model`.
+
+    Attributes:
+      inner: the preconditioner's state.
+      count: int32, the number of steps taken.
+      previous: δ₀, the last update, in float32 at least.
+      inner_damping: γ², the damping that the preconditioner is given; 0 before the first step.
+      step_size: α of the last step.
+      momentum: μ of the last step.
+      model_change: M(δ) − M(0) of the last step, λ included.
+      squared_norm: δᵀδ of the last step; 0 where the update was not taken, and δ₀ has no part in the next one.
+      l2: η of the last step; its own before the first.
+    """
+
+    inner: Any
+    count: jax.Array
+    previous: Any
+    inner_damping: jax.Array
+    step_size: jax.Array
+    momentum: jax.Array
+    model_change: jax.Array
+    squared_norm: jax.Array
+    l2: jax.Array
+
+
+def scale_by_quadratic_model(
+    inner: optax.GradientTransformation,
+    damping: ScalarOrSchedule,
+    *,
+    l2: float = 0.0,
+    momentum: bool = True,
+    max_change: ScalarOrSchedule | None = None,
+    search_period: int | None = None,
+    search_floor: float = 1e-8,
+    search_ceiling: float = 1e8,
+) -> optax.GradientTransformationExtraArgs:
+    """The update δ = αΔ + μδ₀ that minimizes the quadratic model (Martens & Grosse 2015, sections 6.4, 6.6 and 7).
+
+    Δ = −F̂⁻¹∇h is the preconditioner's proposal, δ₀ the last update, h the loss plus ½η‖θ‖², and
+
+      M(δ) = h(θ) + ∇hᵀδ + ½ δᵀ(F + (λ + η)I)δ
+
+    with F the exact Fisher of the batch, through products J v at the model's outputs. At the minimum M(δ) − M(0) = ½∇hᵀδ.
+    The update is ready to be added to the parameters: no learning rate, momentum or KL clip belongs behind it.
+
+    Args:
+      inner: a preconditioner, such as `kfe.scale_by_kfac(...)`. Its damping becomes λ + η (or γ², see `search_period`). The
+        parameters outside its layers share the step size α: Adam's steps as its `rest`, of the size of one each, make α small
+        for all; `optax.identity()`, the gradient itself, goes with it better.
+      damping: λ > 0, a scalar or a schedule; `adaptive_damping` around it replaces it.
+      l2: η ≥ 0, the strength of an ℓ2 penalty that is added here to the loss and its gradient (and not by the loss function).
+      momentum: whether δ₀ takes part.
+      max_change: a bound c on √(d_in/d_out) ‖δ_l‖₂ of every layer's matrix, as of `kfe.clip_layers`: the whole of δ is
+        shortened until it holds, to νδ with M(νδ) − M(0) = (2ν − ν²) (M(δ) − M(0)); None for no bound.
+      search_period: steps T₂ between searches for the preconditioner's own damping γ²: of γ·ω₂, γ and γ/ω₂ the one whose
+        update has the lowest M(δ), ω₂ = (19/20)^(T₂/2), starting at γ² = λ + η. All three have the inverses of the present
+        factors: the preconditioner forms them three times at such a step, and once more where it would not have refreshed
+        them anyway, so T₂ had better be a multiple of its `inverse_update_period`. None: γ² = λ + η always.
+      search_floor: the least γ².
+      search_ceiling: the largest γ².
+
+    Returns:
+      A transformation with `update(grads, state, params, *, taps)`, for taps of
+      `kfe.value_grad_and_taps(..., quadratic_model=True)`. A proposal that is not finite gives a zero update, or −δ₀ where the
+      extra argument `back` (a boolean array of `adaptive_damping`) says that the last update led astray.
+
+    Raises:
+      ValueError: numbers out of their ranges, a search around anything but a preconditioner that has a damping; in `update`: no
+        taps, taps without the quadratic model, no `params` where l2 is not zero.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, kfe_optax as kfe
+      >>> def loss_fn(params, x, y):
+      ...     z = kfe.tag_dense(x, x @ params["kernel"], params)
+      ...     return kfe.losses.l2_loss(z, y).sum(-1).mean()
+      >>> params, x, y = {"kernel": jnp.ones((3, 2))}, jnp.eye(3), jnp.zeros((3, 2))
+      >>> layers = kfe.find_layers(loss_fn, params, x, y)
+      >>> tx = kfe.scale_by_quadratic_model(kfe.scale_by_kfac(layers, damping=1e-6), damping=1e-6)
+      >>> differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
+      >>> loss, grads, taps = differentiate(params, x, y)
+      >>> updates, _ = tx.update(grads, tx.init(params), params, taps=taps)
+      >>> bool(jnp.allclose(params["kernel"] + updates["kernel"], 0, atol=1e-4))   # the minimum, in one step
+      True
+    """
+    if search_period is not None:
+        checks.period("search_period", search_period)
+    checks.positive(damping=damping)
+    checks.not_negative(l2=l2)
+    if max_change is not None:
+        checks.bound(max_change=max_change)
+    checks.interval("search_floor", search_floor, "search_ceiling", search_ceiling)
+    preconditioner = optax.with_extra_args_support(inner)
+    own_damping, own_l2 = damping, l2
+
+    def init(params):
+        previous = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+        zeros = (jnp.zeros((), jnp.result_type(float)) for _ in range(5))
+        numbers = (*zeros, jnp.asarray(own_l2, jnp.result_type(float)))
+        state = preconditioner.init(params)
+        if search_period is not None and not layerwise.can_retry(state):
+            raise ValueError(
+                f"search_period searches for the damping of a preconditioner of this package, and a {type(state).__name__} has "
+                "none: give scale_by_quadratic_model the preconditioner itself (clips and chains go around it), or leave "
+                "search_period=None."
+            )
+        return QuadraticModelState(state, jnp.zeros((), jnp.int32), previous, *numbers)
+
+    def update(updates, state, params=None, *, taps=None, damping=None, l2=None, back=None, **extra):
+        checks.state(state, QuadraticModelState)
+        taps = checked_taps(taps)
+        arrays, static = static_values.split_static(extra)
+        penalty = own_l2 if l2 is None else l2
+        penalty = None if isinstance(penalty, float | int) and not penalty else penalty
+        return _step(static, arrays, updates, state, params, taps, damping, penalty, back)
+
+    # Compiled, so that a caller that does not compile the whole step does not trace the transposed pull again each time.
+    @functools.partial(jax.jit, static_argnums=0)
+    def _step(static, arrays, updates, state, params, taps, damping, l2, back):
+        extra = static(arrays)
+        strength = layerwise.value(own_damping if damping is None else damping, state.count, "damping")
+        strength = strength if l2 is None else strength + l2
+        gradient = regularized(updates, params, l2)
+        vectors = [state.previous] if momentum else []
+        tangents = [taps.tangent(vector) for vector in vectors]
+
+        def propose(inner_state, inner_damping, **retry):
+            result: Any = preconditioner.update(
+                gradient, inner_state, params, taps=taps, damping=inner_damping, **retry, **extra
+            )
+            direction, inner_state = result
+            both = [direction, *vectors]
+            fisher = taps.fisher_products(taps.tangent(direction), *tangents)
+            taken = jnp.stack([jnp.ones((), bool), *[state.squared_norm != 0 for _ in vectors]])
+            return damping_search.Proposal(
+                direction, *_minimum(fisher, both, gradient, strength, taken)
+            ), inner_state
+
+        inner_damping = strength
+        if search_period is not None:
+            inner_damping = jnp.where(state.inner_damping > 0, state.inner_damping, strength)
+        best, inner_state = propose(state.inner, inner_damping)
+        if search_period is not None:
+            due = (state.count > 0) & layerwise.due(state.count, search_period)
+            others = damping_search.neighbors(inner_damping, search_period, search_floor, search_ceiling)
+            fresh = inner_state.method.last_refresh == state.count
+            best, inner_state, inner_damping = damping_search.searched(
+                due, propose, best, inner_state, inner_damping, others, fresh
+            )
+        good = jnp.isfinite(best.coefficients).all() & jnp.isfinite(best.change)
+        good = good if back is None else good & ~back
+        coefficients = jnp.where(good, best.coefficients, 0)
+        direction = jax.tree.map(lambda d: jnp.where(good, d, 0), best.direction)
+        shorter = jnp.ones((), best.change.dtype)
+        if max_change is not None:
+            bound = layerwise.value(max_change, state.count, "max_change")
+            shorter = _shortened(taps.layers, _sum(coefficients, [direction, *vectors]), bound)
+            coefficients = coefficients * shorter
+        delta = _sum(*_taking_back(back, coefficients, [direction, *vectors], state))
+        change = jnp.where(good, best.change * (2 - shorter) * shorter, 0)
+        squared_norm = jnp.where(good, best.squared_norm * shorter**2, 0)
+        eta = jnp.asarray(0 if l2 is None else l2)
+        numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm, eta)
+        new_state = QuadraticModelState(
+            inner_state,
+            counts.following(state.count),
+            delta,
+            *(number.astype(state.step_size.dtype) for number in numbers),
+        )
+        # What is taken back stays δ₀: `adaptive_damping` may find that the batch is to blame, and not the update.
+        sign = jnp.where(False if back is None else back, -1, 1)
+        return jax.tree.map(
+            lambda d, u: layerwise.narrowed(d * sign.astype(d.dtype), u.dtype), delta, updates
+        ), new_state
+
+    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+
+
+def _shortened(layers: Layers, delta: Any, bound: jax.Array) -> jax.Array:
+    """ν: the largest number, at most 1, with which no layer's matrix is beyond the bound."""
+    leaves = leaves_by_path(delta)
+    changes = [
+        matrices.change(layer.gather({role: leaves[path] for role, path in layer.paths})).max()
+        for layer in given_lib.present_layers(layers, leaves)
+    ]
+    largest = jnp.stack(changes).max()
+    return jnp.where(largest > bound, bound / jnp.where(largest > 0, largest, 1), 1).astype(largest.dtype)
+
+
+def _taking_back(
+    back: jax.Array | None, coefficients: jax.Array, vectors: list[Any], state: QuadraticModelState
+) -> tuple[jax.Array, list[Any]]:
+    """The coefficients of δ₀, if it was taken, where that is to be taken `back`, and the vectors with δ₀ the last of them."""
+    if back is None:
+        return coefficients, vectors
+    if len(vectors) == 1:
+        coefficients, vectors = jnp.pad(coefficients, (0, 1)), [*vectors, state.previous]
+    last = (state.squared_norm != 0).astype(coefficients.dtype)
+    return jnp.where(back, jnp.stack([jnp.zeros_like(last), last]), coefficients), vectors
+
+
+def _minimum(
+    fisher: jax.Array, vectors: list[Any], gradient: Any, strength: jax.Array, taken: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The coefficients x of δ = Σ xᵢ vᵢ that minimizes the model, M(δ) − M(0) = ½ xᵀb with b = (∇hᵀvᵢ), and δᵀδ.
+
+    Vectors that are not `taken` count as zero.
+    """
+    pairs = taken[None, :] & taken[:, None]
+    fisher, norms = (jnp.where(pairs, m, 0) for m in (fisher, symmetric(inner_product, vectors)))
+    slope = jnp.where(taken, jnp.stack([inner_product(gradient, v) for v in vectors]), 0)
+    x = solve(fisher + strength * norms, -slope)
+    # Of two vectors that are nearly parallel the sum may be lost in rounding, but not that there is one.
+    squared = jnp.where((x != 0).any(), jnp.maximum(x @ norms @ x, jnp.finfo(x.dtype).tiny), 0)
+    return x, x @ slope / 2, squared
+
+
+def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
+    """x with M x = b for a positive semi-definite M (k, k), k ≤ 2: zero for a zero vector, one of two parallel ones alone."""
+    size = jnp.diagonal(matrix)
+    scale = jnp.where(size > 0, jax.lax.rsqrt(jnp.where(size > 0, size, 1)), 0)
+    scaled = scale * right
+    if len(right) == 1:
+        return scale * scaled
+    cosine = matrix[0, 1] * scale[0] * scale[1]
+    rest = 1 - cosine**2
+    independent = (scale > 0).all() & (rest > 8 * jnp.finfo(matrix.dtype).eps)
+    both = (scaled - cosine * scaled[::-1]) / jnp.where(independent, rest, 1)
+    alone = jnp.where(scale[0] > 0, jnp.stack([scaled[0], jnp.zeros_like(cosine)]), scaled)
+    return scale * jnp.where(independent, both, alone)
+
+
+def regularized(gradient: Any, params: Any, l2: Any) -> Any:
+    """∇ + ηθ, with None for η = 0."""
+    if l2 is None:
+        return gradient
+    if params is None:
+        raise ValueError("l2 needs the parameters: call tx.update(grads, opt_state, params, taps=taps).")
+    return jax.tree.map(lambda g, p: g + jnp.asarray(l2, g.dtype) * p, gradient, params)
+
+
+def checked_taps(taps: Any) -> Taps:
+    """The taps, if the quadratic model can be evaluated with them.
+
+    Raises:
+      ValueError: there are none, or they were not asked for it.
+    """
+    if not isinstance(taps, Taps):
+        raise ValueError(
+            "The quadratic model needs the taps of the step: call tx.update(grads, opt_state, params, taps=taps) with what "
+            "kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True) returned."
+        )
+    taps.check_quadratic_model()
+    return taps
+
+
+def inner_product(a: Any, b: Any) -> jax.Array:
+    """aᵀb of two trees, in float32 at least."""
+    products = jax.tree.map(lambda x, y: jnp.vdot(x.astype(_wide(x)), y.astype(_wide(y))), a, b)
+    return jnp.stack(jax.tree.leaves(products)).sum()
+
+
+def _sum(coefficients: jax.Array, vectors: list[Any]) -> Any:
+    def leaf(*parts):
+        return sum(c.astype(_wide(p)) * p.astype(_wide(p)) for c, p in zip(coefficients, parts, strict=True))
+
+    return jax.tree.map(leaf, *vectors)
+
+
+def _wide(leaf: Any) -> Any:
+    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)

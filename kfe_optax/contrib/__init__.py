@@ -1,0 +1,1 @@
+"""Research: the coarse-space correction of two-level K-FAC."""

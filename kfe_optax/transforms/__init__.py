@@ -1,1 +1,0 @@
-"""Optax gradient transformations, one a file; all take `taps=` in `update`."""

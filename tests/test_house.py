@@ -1,0 +1,89 @@
+"""The rooms of the package: each imports only rooms before it, and no file imports another in a circle."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import pathlib
+
+import kfe_optax
+
+ROOT = pathlib.Path(kfe_optax.__file__).parent
+ROOMS = [
+    "_jax",
+    "polar",
+    "initializers",
+    "distributions",
+    "_linalg",
+    "_layers",
+    "_marks",
+    "_statistics",
+    "_tracing",
+    "losses",
+    "_taps",
+    "factors",
+    "diagnostics",
+    "_methods",
+    "_wrappers",
+    "contrib",
+    "_aliases",
+    "__init__",
+    "experiments",
+]
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """{module: the modules of the package that it imports}, by dotted names behind `kfe_optax.`."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in ROOT.rglob("*.py")
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                named = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                named = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                continue
+            for full in named:
+                if full.startswith("kfe_optax."):
+                    inside = full.removeprefix("kfe_optax.")
+                    found[name].add(inside if inside in files else inside.rpartition(".")[0] or "__init__")
+    return found
+
+
+def test_rooms_import_one_way():
+    upward = [
+        f"{name} imports {other}"
+        for name, others in imports().items()
+        for other in others
+        if ROOMS.index(name.split(".")[0]) < ROOMS.index(other.split(".")[0])
+    ]
+    assert not upward
+
+
+def test_no_file_imports_another_in_a_circle():
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join((*above[above.index(name) :], name))
+        if name not in done:
+            for other in imports().get(name, ()):
+                visit(other, (*above, name))
+            done.add(name)
+
+    for name in imports():
+        visit(name, ())
+
+
+def test_public_names():
+    """What `import *` gives is there, and is what the package's own names are."""
+    for name in kfe_optax.__all__:
+        assert hasattr(kfe_optax, name)
+    own = {name for name in vars(kfe_optax) if not name.startswith("_")}
+    rooms = {path.stem for path in ROOT.iterdir()} - {"py"}
+    assert own - rooms <= set(kfe_optax.__all__)
