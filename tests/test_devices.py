@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import kfe_optax as kfe
-from kfe_optax._jax import explicit, varying
+from kfe_optax._jax import explicit_axes, varying_axes
 
 from . import methods, several_devices
 from .dense import assert_close
@@ -229,8 +229,8 @@ def test_types_of_two_axes():
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("member", "data"))
 
     def inside(x):
-        assert varying.axes_of(x) == {"member"}
-        assert varying.axes_of(varying.over(frozenset({"member", "data"}), x)) == {"member", "data"}
+        assert varying_axes.axes_of(x) == {"member"}
+        assert varying_axes.axes_of(varying_axes.over(frozenset({"member", "data"}), x)) == {"member", "data"}
         return x
 
     spec = jax.sharding.PartitionSpec("member")
@@ -355,7 +355,7 @@ def test_what_is_divided_stays_divided():
     """Updates and state of parameters that the devices of an Explicit mesh have in pieces keep their types."""
     mesh = jax.make_mesh((4,), (AXIS,), (jax.sharding.AxisType.Explicit,))
     pieces = jax.device_put(jnp.ones(8), jax.sharding.NamedSharding(mesh, DIVIDED))
-    update = explicit.on_any_mesh(lambda updates, state, params: (2 * updates, state + updates))
+    update = explicit_axes.on_any_mesh(lambda updates, state, params: (2 * updates, state + updates))
     for found in jax.eval_shape(update, pieces, pieces, pieces):
         assert found.sharding.spec == DIVIDED
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
-from kfe_optax._jax import traces
+from kfe_optax._jax import retracing
 
 from .dense import assert_close, relative_error
 from .models import cross_entropy, parameter_shapes, randomized
@@ -117,7 +117,7 @@ def test_what_is_traced_under_fresh_is_traced_anew():
     inner = jax.jit(lambda x: seen.append(surrounding[-1]) or x)
     for name in ("one", "other"):
         surrounding.append(name)
-        with traces.fresh():
+        with retracing.fresh():
             jax.eval_shape(inner, jnp.zeros(N))
     assert seen == ["one", "other"]
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import varying
+from kfe_optax._jax import varying_axes
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ def fold(function: Callable[[Any], T], batch: Any, chunk: int) -> T:
     whole, rest = divmod(n, chunk)
     pieces = _pieces(batch, whole, chunk)
     shapes = jax.eval_shape(function, jax.tree.map(lambda v: v[0], pieces))
-    zeros = jax.tree.map(varying.zeros, shapes)
+    zeros = jax.tree.map(varying_axes.zeros, shapes)
 
     def add(total, piece):
         return jax.tree.map(jnp.add, total, function(piece)), None

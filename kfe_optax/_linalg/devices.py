@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
-from kfe_optax._jax import varying
+from kfe_optax._jax import varying_axes
 
 Distribute = Literal["none", "inverses", "inverses_and_apply"]
 Function = Callable[..., Any]
@@ -76,7 +76,7 @@ def present(axis_name: Any = None) -> Devices:
     (`jax.set_mesh`); a mesh with axes that a `shard_map` around has taken is none. Where there is neither, the device is alone.
     """
     if axis_name is not None:
-        axes = varying.names(axis_name)
+        axes = varying_axes.names(axis_name)
         return Devices(math.prod(jax.lax.axis_size(axis) for axis in axes), axes)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size < 2 or AxisType.Manual in mesh.axis_types:
@@ -193,7 +193,7 @@ def _padded(leaf: jax.Array, length: int, index: Any) -> jax.Array:
 
 def _zeros(shape: tuple[int, ...], dtype: Any, index: Any) -> jax.Array:
     """Zeros whose type says, as that of the results does, that they differ from device to device."""
-    return varying.like(jnp.zeros(shape, dtype), index)
+    return varying_axes.like(jnp.zeros(shape, dtype), index)
 
 
 def _everybodys(
@@ -219,7 +219,7 @@ def _everybodys(
 
 def _all_gather(leaf: jax.Array, axes: tuple[Any, ...]) -> jax.Array:
     """(n, ...), of a type that says that it is the same on all devices where types say such things."""
-    if not varying.axes_of(leaf):
+    if not varying_axes.axes_of(leaf):
         return jax.lax.all_gather(leaf, axes)
     if hasattr(jax.lax, "all_gather_invariant"):  # JAX 0.8 and 0.9
         return jax.lax.all_gather_invariant(leaf, axes)

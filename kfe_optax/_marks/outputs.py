@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import explicit, varying
+from kfe_optax._jax import explicit_axes, varying_axes
 from kfe_optax.distributions import Distribution
 
 GRADIENT, SAMPLED, EXACT, SILENT, TANGENT = range(5)
@@ -128,7 +128,7 @@ class Place(NamedTuple):
     axis_name: Any
     microbatches: int
     examples: int = 0
-    axes: varying.Axes = frozenset()
+    axes: varying_axes.Axes = frozenset()
     start: float = 1.0
 
 
@@ -148,9 +148,11 @@ def _loss_backward(output, place, residuals, c):
     _, args, control = residuals
     floats, rebuild = _float_args(args)
     backward = functools.partial(_loss_cotangents, output, place)
-    dz, dfloats, weights = explicit.automatic(backward, (residuals[0], floats, explicit.WHOLE), *residuals, c)
+    dz, dfloats, weights = explicit_axes.automatic(
+        backward, (residuals[0], floats, explicit_axes.WHOLE), *residuals, c
+    )
     arguments = jax.tree.map(lambda a: None, args) if not floats else rebuild(dfloats, missing=None)
-    return dz, arguments, _cotangents(control, varying.over(place.axes, weights))
+    return dz, arguments, _cotangents(control, varying_axes.over(place.axes, weights))
 
 
 def _loss_cotangents(output, place, z, args, control, c):
@@ -190,9 +192,9 @@ def _output_forward(output, place, z, weights, control):
 def _output_backward(output, place, residuals, g):
     z, weights, control = residuals
     backward = functools.partial(_output_cotangents, output, place)
-    dz, sums = explicit.automatic(backward, (z, explicit.WHOLE), *residuals, g)
+    dz, sums = explicit_axes.automatic(backward, (z, explicit_axes.WHOLE), *residuals, g)
     no_weights = None if weights is None else jnp.zeros_like(weights)
-    return dz, no_weights, _cotangents(control, varying.over(place.axes, sums))
+    return dz, no_weights, _cotangents(control, varying_axes.over(place.axes, sums))
 
 
 def _output_cotangents(output, place, z, weights, control, g):
@@ -244,7 +246,7 @@ def _by_mode(output, place, z, control, gradient, fisher):
         return fisher(lambda root: root[expand] * _column(output, wide, control.mode[1]))
 
     def silent():
-        return jax.tree.map(varying.zeros, jax.eval_shape(sampled))
+        return jax.tree.map(varying_axes.zeros, jax.eval_shape(sampled))
 
     def tangent():
         return fisher(lambda root: root[expand] * distribution.root_transpose(wide, control.cotangent))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit, static_values, varying
+from kfe_optax._jax import checks, counts, explicit_axes, static_values, varying_axes
 from kfe_optax._layers.layer import Layer, Path, leaves_by_path, path_name
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import devices as devices_lib
@@ -141,7 +141,7 @@ def refreshed(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -
     The branch is taken on the count alone: under a vmap over seeds, where the count is one and `finite` is one a seed, it
     stays a branch.
     """
-    old = varying.like(old, finite)
+    old = varying_axes.like(old, finite)
 
     def branch() -> T:
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new(), old)
@@ -257,7 +257,7 @@ def layerwise(
         given_lib.check_method_state(method, present, method_state)
         return method.update(method_state, Step(*given, static(arrays), damping, again, division))
 
-    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
 
 
 def axis_of(taps: Any) -> Any:

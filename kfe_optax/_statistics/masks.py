@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import traces
+from kfe_optax._jax import retracing
 from kfe_optax._layers.layer import Layer
 from kfe_optax._marks import marks
 from kfe_optax._statistics import tags
@@ -43,7 +43,7 @@ def row_mask(mask: Any) -> Generator[None]:
         yield
         return
     # A function of the model that was traced under another mask must be traced again.
-    with tags.masked_rows(mask), traces.fresh(), jax.named_scope(marks.ROW_MASK):
+    with tags.masked_rows(mask), retracing.fresh(), jax.named_scope(marks.ROW_MASK):
         yield
 
 

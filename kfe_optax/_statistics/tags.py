@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kfe_optax._jax import explicit, traces, varying
+from kfe_optax._jax import explicit_axes, retracing, varying_axes
 from kfe_optax._layers.kinds import Dense, Kind
 from kfe_optax._layers.layer import WITHOUT_BIAS
 from kfe_optax._marks import marks
@@ -35,7 +35,7 @@ class Listener:
     What is the same on all devices along `axes` (an average over them, say) is drawn from on each of them.
     """
 
-    def __init__(self, axes: varying.Axes = frozenset()):
+    def __init__(self, axes: varying_axes.Axes = frozenset()):
         self.axes = axes
         self.registered: list[tuple[Any, tuple[int, ...], bool]] = []  # spec, the outputs' shape, unweighted
 
@@ -54,7 +54,7 @@ def listening(active: Listener) -> Generator[None]:
     """A context in which layers and losses leave marks; restored on every exit, private to the thread."""
     token = _listener.set(active)
     try:
-        with traces.fresh():
+        with retracing.fresh():
             yield
     finally:
         _listener.reset(token)
@@ -113,7 +113,7 @@ def mark_loss(spec: Any, z: Any, args: tuple[Any, ...]) -> Any:
     serial = len(active.registered)
     # `register_output` has weights of its own, 1/n where it is given none.
     active.registered.append((spec, z.shape, spec.loss is None and args[0] is None))
-    z, args = varying.over(active.axes, (z, args))
+    z, args = varying_axes.over(active.axes, (z, args))
     leaves, structure = jax.tree.flatten(args)
 
     def function(z, *leaves):
@@ -257,8 +257,8 @@ def _backward(static, residuals, g):
         return _fit(values(use, scaled, g, live, spec), spec)
 
     kinds = dict(spec)
-    riders = explicit.automatic(fitted, kinds, *residuals, g)
-    return None, g, None, {name: varying.like(rider, kinds[name]) for name, rider in riders.items()}
+    riders = explicit_axes.automatic(fitted, kinds, *residuals, g)
+    return None, g, None, {name: varying_axes.like(rider, kinds[name]) for name, rider in riders.items()}
 
 
 _tag.defvjp(_forward, _backward)

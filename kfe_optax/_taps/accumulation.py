@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import static_values, varying
+from kfe_optax._jax import static_values, varying_axes
 from kfe_optax._taps import microbatches
 from kfe_optax._taps.forward import Forward
 
@@ -65,7 +65,7 @@ def accumulated(
 
     start = list(arrays[:num_state])
     sums, after, _ = jax.eval_shape(one, start, jax.tree.map(lambda v: v[0], (parts, row_mask)))
-    start = [varying.over(varying.axes_of(new), old) for old, new in zip(start, after, strict=True)]
+    start = [varying_axes.over(varying_axes.axes_of(new), old) for old, new in zip(start, after, strict=True)]
     # What no pass moves (keys, a frozen model) is neither carried nor kept for each of them.
     moving, fixed = microbatches.separate(moves, start)
 
@@ -74,7 +74,7 @@ def accumulated(
         new, moved, aux = one(microbatches.merge(moves, moving, fixed), part)
         return (jax.tree.map(jnp.add, total, new), microbatches.separate(moves, moved)[0]), (moving, aux)
 
-    zeros = jax.tree.map(varying.zeros, sums)
+    zeros = jax.tree.map(varying_axes.zeros, sums)
     (total, moving), (met, aux) = jax.lax.scan(add, (zeros, moving), (parts, row_mask))
     _, fixed = microbatches.separate(moves, arrays[:num_state])
     state = rebuild[-1](microbatches.merge(moves, moving, fixed))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import checks, explicit, varying
+from kfe_optax._jax import checks, explicit_axes, varying_axes
 from kfe_optax._layers.kinds.base import TRANSPOSED
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
@@ -78,11 +78,11 @@ class Forward:
     def __call__(self, parameters: Any, arrays: Any, row_mask: Any, loss_scale: Any) -> Pass:
         """The pass: the residuals know gradients and statistics."""
         # Where types tell devices apart, all is local, as it is under pmap: who wants sums over devices takes them.
-        axes = varying.named(self.place.axis_name)
-        parameters = varying.over(axes, parameters)
-        place = self.place._replace(axes=axes | varying.axes_of((parameters, arrays)))
+        axes = varying_axes.named(self.place.axis_name)
+        parameters = varying_axes.over(axes, parameters)
+        place = self.place._replace(axes=axes | varying_axes.axes_of((parameters, arrays)))
         registered = {output.serial: output for output in self.layers.outputs}
-        zeros = varying.over(
+        zeros = varying_axes.over(
             place.axes, outputs.control_zeros(registered.values(), self.tangents, loss_scale)
         )
         controls = dict(zip(registered, zeros, strict=True))
@@ -107,34 +107,36 @@ class Forward:
                 _check_range(loss, place)
             return loss, (aux, state)
 
-        loss, pull, (aux, state) = jax.vjp(run, parameters, varying.over(place.axes, riders), has_aux=True)
+        loss, pull, (aux, state) = jax.vjp(
+            run, parameters, varying_axes.over(place.axes, riders), has_aux=True
+        )
         leaves, structure = jax.tree.flatten(pull)
         # A loss that was averaged over the devices inside is one loss on all of them, and its cotangent is divided among
         # them where types say so; under pmap it counts once a device.
-        devices = jax.lax.psum(1, tuple(axes - varying.axes_of(loss))) if axes else 1
+        devices = jax.lax.psum(1, tuple(axes - varying_axes.axes_of(loss))) if axes else 1
         cotangent = jnp.ones_like(loss) * jnp.asarray(devices, loss.dtype)
         swaps = Swaps(
             structure,
             tuple(_find(leaves, control.mode) for control in controls.values()),
             tuple(_find(leaves, control.seed) for control in controls.values()),
             tuple(_find(leaves, control.cotangent) for control in controls.values()) if self.tangents else (),
-            explicit.shardings((leaves, cotangent)),
+            explicit_axes.shardings((leaves, cotangent)),
             place.start,
         )
         return Pass(loss, aux, state, leaves, cotangent, swaps)
 
     def _rider(self, layer: Layer, arrays: Any) -> dict[str, jax.Array]:
         """Zeros for the statistics; those that have the batch's axis are divided over devices as it is."""
-        mesh = explicit.mesh_of(arrays)
+        mesh = explicit_axes.mesh_of(arrays)
         examples = {layer.examples, *(output.examples for output in self.layers.outputs)}
-        names = None if mesh is None else explicit.batch_axes(arrays, examples)
+        names = None if mesh is None else explicit_axes.batch_axes(arrays, examples)
         rider = {name: jnp.zeros(s.shape, s.dtype) for name, s in layer.rider_shapes().items()}
         if names is None:
             return rider
         for name, value in rider.items():
             axis = layer.examples_axis(name)
             if axis is not None:
-                rider[name] = explicit.divided(value, mesh, axis, names)
+                rider[name] = explicit_axes.divided(value, mesh, axis, names)
         return rider
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax._jax import checks, static_values, varying
+from kfe_optax._jax import checks, static_values, varying_axes
 from kfe_optax._layers.layers import Layers, same_layers
 from kfe_optax._marks.outputs import FAINT, Place
 from kfe_optax._taps import accumulation
@@ -213,9 +213,9 @@ def _checked_scale(loss_scale: Any) -> jax.Array:
 
 def _check_axes(parameters: Any, arrays: Any, axis_name: Any) -> None:
     """Raises where types say that the batch, but not the parameters, differs along an axis that `axis_name` leaves out."""
-    varying.named(axis_name)  # raises where an axis is not bound
-    known = frozenset(varying.names(axis_name)) | varying.axes_of(parameters)
-    unnamed = varying.axes_of(arrays) - known
+    varying_axes.named(axis_name)  # raises where an axis is not bound
+    known = frozenset(varying_axes.names(axis_name)) | varying_axes.axes_of(parameters)
+    unnamed = varying_axes.axes_of(arrays) - known
     if unnamed:
         axis = min(map(str, unnamed))
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import static_values, varying
+from kfe_optax._jax import static_values, varying_axes
 
 T = TypeVar("T")
 BatchArguments = int | str | Sequence[int | str] | None
@@ -119,4 +119,4 @@ def total(function: Callable[[Any], T], parts: Any) -> T:
     def add(sums, part):
         return jax.tree.map(jnp.add, sums, function(part)), None
 
-    return jax.lax.scan(add, jax.tree.map(varying.zeros, shapes), parts)[0]
+    return jax.lax.scan(add, jax.tree.map(varying_axes.zeros, shapes), parts)[0]

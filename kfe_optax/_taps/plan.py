@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from kfe_optax._jax import explicit
+from kfe_optax._jax import explicit_axes
 from kfe_optax._layers.layers import Layers
 from kfe_optax._taps.forward import Forward, Swaps
 
@@ -30,7 +30,7 @@ class Passage(NamedTuple):
             return jax.tree.unflatten(structure, leaves)(cotangent)
 
         shardings = None if known is None else (known[-1], *known[:-1])
-        return explicit.as_typed(run, shardings, self.cotangent * start, *swapped)
+        return explicit_axes.as_typed(run, shardings, self.cotangent * start, *swapped)
 
 
 class Given(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import explicit
-from kfe_optax._taps.pulled import Draws
+from kfe_optax._jax import explicit_axes
+from kfe_optax._taps.reductions import Draws
 
 
 @jax.tree_util.register_pytree_node_class
@@ -66,7 +66,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @jax.jit
     def compiled(*arguments):
-        return explicit.automatic(function, explicit.WHOLE, *arguments)
+        return explicit_axes.automatic(function, explicit_axes.WHOLE, *arguments)
 
     return compiled
 

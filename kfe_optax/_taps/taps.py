@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax._jax import varying
+from kfe_optax._jax import varying_axes
 from kfe_optax._layers.layer import leaves_by_path
 from kfe_optax._layers.layers import Layers
 from kfe_optax._marks import outputs
 from kfe_optax._statistics.statistics import Statistics, make_statistics
 from kfe_optax._taps import microbatches
 from kfe_optax._taps.plan import Given, Passage, Plan
-from kfe_optax._taps.pulled import Pulled
+from kfe_optax._taps.reductions import Pulled
 from kfe_optax._taps.tap import Tap
 
 T = TypeVar("T")
@@ -140,9 +140,9 @@ class Taps:
                     mode = jnp.stack([jnp.asarray(outputs.SAMPLED), jnp.asarray(passage.microbatch)])
                 folded = jax.random.fold_in(jax.random.fold_in(key, output.serial), index)
                 for leaf in modes:
-                    leaves[leaf] = varying.like(mode.astype(jnp.int32), leaves[leaf])
+                    leaves[leaf] = varying_axes.like(mode.astype(jnp.int32), leaves[leaf])
                 for leaf in seeds:
-                    leaves[leaf] = varying.like(jax.random.key_data(folded), leaves[leaf])
+                    leaves[leaf] = varying_axes.like(jax.random.key_data(folded), leaves[leaf])
         _, riders = passage.pull(leaves, start)
         empirical = plan.fisher == "empirical"
         return {
@@ -267,13 +267,13 @@ def _tangent(passage: Passage, vector: Any) -> list[jax.Array]:
         leaves = list(passage.leaves)
         for new, modes, places in zip(cotangents, swaps.modes, swaps.cotangents, strict=True):
             for leaf in modes:
-                leaves[leaf] = varying.like(jnp.array([outputs.TANGENT, 0], jnp.int32), leaves[leaf])
+                leaves[leaf] = varying_axes.like(jnp.array([outputs.TANGENT, 0], jnp.int32), leaves[leaf])
             for leaf in places:
                 leaves[leaf] = new
         return passage.pull(leaves, swaps.start)[0]
 
     zeros = [passage.leaves[places[0]] for places in swaps.cotangents]
-    vector = varying.like(vector, zeros)
+    vector = varying_axes.like(vector, zeros)
     return jax.linear_transpose(pull, zeros)(vector)[0]
 
 

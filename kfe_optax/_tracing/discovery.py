@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kfe_optax._jax import static_values, varying
+from kfe_optax._jax import static_values, varying_axes
 from kfe_optax._jax.static_values import Static
 from kfe_optax._layers.layer import Layer, Path, leaves_by_path, path_name
 from kfe_optax._layers.layers import Layers
@@ -67,7 +67,7 @@ def find_layers(
     parameters, given, rebuild, _ = adapters.partition(params, args, kwargs)
     arrays, static = static_values.split_call(given)
     classes = nnx_adapter.class_names(params) if nnx_adapter.is_module(params) else {}
-    axes = tuple((name, 1) for name in varying.names(axis_name))
+    axes = tuple((name, 1) for name in varying_axes.names(axis_name))
     return discover(loss_fn, has_aux, parameters, arrays, rebuild, static, classes, axes=axes)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kfe_optax._jax import checks, varying
+from kfe_optax._jax import checks, varying_axes
 from kfe_optax._statistics import tags
 from kfe_optax._tracing import adapters
 
@@ -34,7 +34,7 @@ def trace(
     arrays: list[Any],
     row_mask: Any,
     axes: tuple[tuple[Any, int], ...] = (),
-    varied: varying.Axes = frozenset(),
+    varied: varying_axes.Axes = frozenset(),
     alone: bool = False,
 ) -> Traced:
     """Traces the loss with marks (see `marks`).

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit
+from kfe_optax._jax import checks, counts, explicit_axes
 from kfe_optax._methods import layerwise
 from kfe_optax._wrappers.quadratic_model import QuadraticModelState, checked_taps, inner_product, regularized
 
@@ -208,7 +208,7 @@ def adaptive_damping(
     def _compiled(updates, result, state, params, taps, before, astray, penalty):
         return _taken(updates, result, state, params, taps, before, astray, penalty, taps.loss_at)
 
-    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
 
 
 def _is_model(node: Any) -> bool:

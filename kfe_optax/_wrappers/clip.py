@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit
+from kfe_optax._jax import checks, counts, explicit_axes
 from kfe_optax._layers.layers import Layers
 from kfe_optax._methods import layerwise, matrices
 from kfe_optax._methods.layerwise import ScalarOrSchedule
@@ -108,4 +108,4 @@ def clip_by_kl(
         rejected = counts.added(state.rejected, least == 0)
         return new, KlClipState(inner_state, counts.following(state.count), least, rejected)
 
-    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit
+from kfe_optax._jax import checks, counts, explicit_axes
 from kfe_optax._layers.layers import Layers
 from kfe_optax._methods import layerwise, matrices
 from kfe_optax._methods.layerwise import ScalarOrSchedule
@@ -70,7 +70,7 @@ def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransf
         del params
         return matrices.rescaled(layers, factor, updates), state
 
-    return optax.GradientTransformation(init, explicit.on_any_mesh(update))
+    return optax.GradientTransformation(init, explicit_axes.on_any_mesh(update))
 
 
 def clip_layers(layers: Layers, max_change: ScalarOrSchedule) -> optax.GradientTransformation:
@@ -122,7 +122,7 @@ def clip_layers(layers: Layers, max_change: ScalarOrSchedule) -> optax.GradientT
             counts.following(state.count)
         )
 
-    return optax.GradientTransformation(init, explicit.on_any_mesh(update))
+    return optax.GradientTransformation(init, explicit_axes.on_any_mesh(update))
 
 
 class GraftState(NamedTuple):
@@ -185,7 +185,7 @@ def graft(
         new = matrices.rescaled(layers, of_matrix, delta, other, outside=of_leaf)
         return new, GraftState(first_state, second_state)
 
-    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
 
 
 def _inverse(number: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit, static_values
+from kfe_optax._jax import checks, counts, explicit_axes, static_values
 from kfe_optax._layers.layer import leaves_by_path
 from kfe_optax._layers.layers import Layers
 from kfe_optax._methods import given as given_lib
@@ -194,7 +194,7 @@ def scale_by_quadratic_model(
             lambda d, u: layerwise.narrowed(d * sign.astype(d.dtype), u.dtype), delta, updates
         ), new_state
 
-    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
 
 
 def _shortened(layers: Layers, delta: Any, bound: jax.Array) -> jax.Array:

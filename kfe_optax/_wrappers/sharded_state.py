@@ -18,7 +18,7 @@ import optax
 from jax import core
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from kfe_optax._jax import static_values, varying
+from kfe_optax._jax import static_values, varying_axes
 
 
 def shard_state(
@@ -157,7 +157,7 @@ def _division(mesh: Any, axis_names: Any, min_size: int) -> _Division:
         raise TypeError(
             f"mesh must be a jax.sharding.Mesh, as jax.make_mesh makes it, not a {type(mesh).__name__}."
         )
-    names: tuple[Any, ...] = varying.names(mesh.axis_names if axis_names is None else axis_names)
+    names: tuple[Any, ...] = varying_axes.names(mesh.axis_names if axis_names is None else axis_names)
     for name in names:
         if name not in mesh.axis_names:
             raise ValueError(f"The mesh has no axis {name!r}; its axes are {', '.join(mesh.axis_names)}.")

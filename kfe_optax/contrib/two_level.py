@@ -10,7 +10,7 @@ import optax
 from jax import core
 
 from kfe_optax import factors as factors_lib
-from kfe_optax._jax import checks, explicit
+from kfe_optax._jax import checks, explicit_axes
 from kfe_optax._layers.layer import leaves_by_path
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import devices as devices_lib
@@ -260,7 +260,7 @@ def _added(
         step = Step(count, gradients, finite, taps, None, {}, None, retry, division)
         return level.update(state, step, fine_updates)
 
-    return optax.GradientTransformationExtraArgs(init, explicit.on_any_mesh(update))
+    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
 
 
 def scale_by_two_level_kfac(

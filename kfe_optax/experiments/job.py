@@ -13,7 +13,7 @@ import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
-from kfe_optax._jax import varying
+from kfe_optax._jax import varying_axes
 from kfe_optax.experiments.batches import Batch, Batches, make_batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.optimizers import (
@@ -176,7 +176,7 @@ def make_update(
         if layers is None:
             differentiate = jax.value_and_grad(task.loss_fn, has_aux=task.has_state)
             # As varying as the batch, so that the gradient is this device's own.
-            found, grads = differentiate(varying.like(params, batch), batch, model_state, own_key)
+            found, grads = differentiate(varying_axes.like(params, batch), batch, model_state, own_key)
             taps = {}
         else:
             found, grads, found_taps = collect(params, batch, model_state, own_key, key=key)

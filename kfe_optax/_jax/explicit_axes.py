@@ -15,7 +15,7 @@ import jax
 from jax import core
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from kfe_optax._jax import static_values, varying
+from kfe_optax._jax import static_values, varying_axes
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def on_any_mesh(update: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(update)
     def wrapped(updates, state, params=None, **extra):
-        state = varying.like(state, updates)
+        state = varying_axes.like(state, updates)
         given = (updates, state, params, extra)
         if mesh_of(given) is None:
             return update(updates, state, params, **extra)
