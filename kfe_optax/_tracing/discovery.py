@@ -21,6 +21,7 @@ from kfe_optax._layers.layers import Layers
 from kfe_optax._marks import marks
 from kfe_optax._marks.outputs import Output
 from kfe_optax._tracing import adapters, grouping, jaxprs, traced
+from kfe_optax._tracing import uses as uses_lib
 from kfe_optax._tracing.adapters import nnx as nnx_adapter
 
 
@@ -108,7 +109,7 @@ def discover(
     taken = {path for layer in layers for _, path in layer.paths}
     rest = tuple(path for path in shapes if path not in taken)
     unused = _unused(jaxpr, list(shapes))
-    others = grouping.unseen(walk) | walk.others
+    others = uses_lib.unseen(walk) | walk.others
     explained = tuple(_reason(path, reasons, unused, classes, others) for path in rest)
     outside = tuple(tuple(shapes[path].shape) for path in rest)
     unregistered = any(uses[i].info["mark"] is marks.layer_mark for i, _ in walk.live)
@@ -174,7 +175,7 @@ def _needed(jaxpr: Any, wanted: list[bool]) -> list[bool]:
 
 def _outputs(walk: jaxprs.Walk, registered: list[Any]) -> tuple[Output, ...]:
     """The registered losses that the traced loss really reaches."""
-    indices = grouping.outputs_of(walk)
+    indices = uses_lib.outputs_of(walk)
     reached = [walk.uses[i] for i in sorted(indices)]
     times = collections.Counter(use.info["serial"] for use in reached)
     signs = collections.defaultdict(set)
