@@ -90,7 +90,7 @@ def test_parameters_are_no_layers():
 
     def function(params, x):
         h = call(params, "b", x) * params["scale"]["kernel"].sum()
-        return call(params, "c", h) + jnp.sum(params["a"]["kernel"] ** 2) * call(params, "a", x)
+        return call(params, "c", h) + call(params, "a", x) + jnp.sum(params["a"]["kernel"] ** 2)
 
     layers = layers_of(function, plain("a", "b", "c", "scale"))
     assert feeds(layers) == {"b": set(), "c": {"b"}, "a": set()}
@@ -364,11 +364,11 @@ def test_ends_move_when_layers_are_left_out():
 
 
 def test_layers_that_are_none_are_operations():
-    """A layer whose kernel is scaled goes to `rest`; what it feeds is fed by what feeds it."""
+    """A layer whose kernel is replaced goes to `rest`; what it feeds is fed by what feeds it."""
 
     def function(params, x):
-        scaled = {"b": {**params["b"], "kernel": 2 * params["b"]["kernel"]}}
-        return call(params, "c", call(scaled, "b", call(params, "a", x)))
+        replaced = {"b": {**params["b"], "kernel": jnp.sin(params["b"]["kernel"])}}
+        return call(params, "c", call(replaced, "b", call(params, "a", x)))
 
     layers = layers_of(function, plain(*"abc"))
     assert feeds(layers) == {"a": set(), "c": {"a"}}

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-import kfe_optax as kfe
+from kfe_optax._jax import checks
 from kfe_optax.experiments import settings
 from kfe_optax.experiments.compare import compare
 from kfe_optax.experiments.config_files import load_config
@@ -85,7 +85,7 @@ def test_defects_keep_their_traceback():
         ),
         refusals("adam", settings.adam(1e-3)),
     ):
-        kfe.checks.period("x", 0)
+        checks.period("x", 0)
 
 
 @pytest.mark.parametrize("name", ["value", "end"])
