@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import kfe_optax as kfe
-from kfe_optax._layers.layer import leaves_by_path
+from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax.experiments.models import VGG, CharacterTransformer, Recurrent, ResNet, VisionTransformer
 
 from . import nnx_networks

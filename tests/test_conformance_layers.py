@@ -13,7 +13,7 @@ from flax import nnx
 
 import kfe_optax as kfe
 from kfe_optax._layers.kinds import Dense
-from kfe_optax._layers.layer import leaves_by_path
+from kfe_optax._layers.paths import leaves_by_path
 
 from .dense import assert_close, relative_error
 from .methods import quick

@@ -100,7 +100,7 @@ def test_equal_to_the_sum_over_exact_columns(framework, kind, x64):
     only = jax.tree.map(jnp.zeros_like, grads)
     wanted = {path for _, path in layers[name].paths}
     leaves = jax.tree.leaves(grads)
-    from kfe_optax._layers.layer import leaves_by_path
+    from kfe_optax._layers.paths import leaves_by_path
 
     new = [
         leaf if path in wanted else jnp.zeros_like(leaf)

@@ -11,8 +11,8 @@ import optax
 
 from kfe_optax._aliases.spectral import adam_of_rest, spectral_kfac
 from kfe_optax._jax import checks
-from kfe_optax._layers.layer import key_path
 from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.paths import key_path
 from kfe_optax._methods.ekfac import scale_by_ekfac
 from kfe_optax._methods.kfac import scale_by_kfac
 from kfe_optax._methods.layerwise import ScalarOrSchedule

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ import numpy as np
 from kfe_optax._layers.flow import Flow
 from kfe_optax._layers.kinds import Kind
 from kfe_optax._layers.kinds.base import TRANSPOSED
+from kfe_optax._layers.paths import Path, leaves_by_path, path_name
+from kfe_optax._layers.views import Views
 
 LARGEST_SUM = 8192
 """Of a larger side of a layer that is used more than once, the sums hold the diagonal of its factor alone."""
@@ -20,56 +22,7 @@ LARGEST_SUM = 8192
 WITHOUT_BIAS = "without bias"
 """The label of a use of a layer with a bias that does not add it."""
 
-Path = tuple[str | int, ...]
 Use = tuple[tuple[int, ...], tuple[int, ...], str, str, str]
-
-
-def key_path(path: tuple[Any, ...]) -> Path:
-    """A JAX key path as plain names, the same for a dict, an `nnx.State` and an attribute."""
-    names: list[str | int] = []
-    for key in path:
-        for field in ("key", "name", "idx"):
-            if hasattr(key, field):
-                names.append(getattr(key, field))
-                break
-        else:
-            names.append(str(key))
-    # An NNX variable is a node with one child, its value.
-    if names and names[-1] == "value" and isinstance(path[-1], jax.tree_util.GetAttrKey):
-        names.pop()
-    return tuple(names)
-
-
-def path_name(path: Path) -> str:
-    return "/".join(map(str, path))
-
-
-class View(NamedTuple):
-    """A parameter with its axes moved and joined or split, as a layer uses it; stacked axes stand in front and stay.
-
-    Attributes:
-      axes: the order of its axes.
-      before: its shape, in their first order.
-      shape: what it is reshaped to behind that.
-    """
-
-    axes: tuple[int, ...]
-    before: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    def of(self, leaf: jax.Array) -> jax.Array:
-        lead = leaf.ndim - len(self.axes)
-        moved = leaf.transpose(*range(lead), *(lead + axis for axis in self.axes))
-        return moved.reshape(*leaf.shape[:lead], *self.shape)
-
-    def back(self, leaf: jax.Array) -> jax.Array:
-        lead = leaf.ndim - len(self.shape)
-        moved = leaf.reshape(*leaf.shape[:lead], *(self.before[axis] for axis in self.axes))
-        inverse = sorted(range(len(self.axes)), key=lambda i: self.axes[i])
-        return moved.transpose(*range(lead), *(lead + i for i in inverse))
-
-
-Views = tuple[tuple[str, tuple[View, ...]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,8 +290,3 @@ class Layer:
             else value.reshape(*self.stacked, n, value.shape[lead] // n, *value.shape[lead + 1 :])
             for name, value in rider.items()
         }
-
-
-def leaves_by_path(tree: Any) -> dict[Path, Any]:
-    """{key path: leaf} of a parameter-shaped tree."""
-    return {key_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

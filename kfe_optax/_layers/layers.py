@@ -11,7 +11,8 @@ from typing import Any
 
 from kfe_optax._layers import table
 from kfe_optax._layers.kinds import KINDS, Kind
-from kfe_optax._layers.layer import Layer, Path, path_name
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.paths import Path, path_name
 
 
 class Layers(Mapping[str, Layer]):

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax._layers.layer import Layer, Path, leaves_by_path, path_name
+from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers, same_layers
+from kfe_optax._layers.paths import Path, leaves_by_path, path_name
 from kfe_optax._taps.taps import Taps
 
 

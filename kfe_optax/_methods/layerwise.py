@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax._jax import checks, counts, explicit_axes, static_values, varying_axes
-from kfe_optax._layers.layer import Layer, Path, leaves_by_path, path_name
+from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.paths import Path, leaves_by_path, path_name
 from kfe_optax._linalg import devices as devices_lib
 from kfe_optax._linalg.devices import Distribute, Division
 from kfe_optax._methods import given as given_lib

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._layers.layer import leaves_by_path
 from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._methods import given as given_lib
 
 Rescale = Callable[..., jax.Array]

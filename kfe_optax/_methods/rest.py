@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._layers.layer import Path, path_name
 from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.paths import Path, path_name
 
 T = TypeVar("T")
 

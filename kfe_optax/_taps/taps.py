@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import core
 
 from kfe_optax._jax import varying_axes
-from kfe_optax._layers.layer import leaves_by_path
 from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._marks import outputs
 from kfe_optax._statistics.statistics import Statistics, make_statistics
 from kfe_optax._taps import microbatches

@@ -16,8 +16,9 @@ import numpy as np
 
 from kfe_optax._jax import static_values, varying_axes
 from kfe_optax._jax.static_values import Static
-from kfe_optax._layers.layer import Layer, Path, leaves_by_path, path_name
+from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.paths import Path, leaves_by_path, path_name
 from kfe_optax._marks import marks
 from kfe_optax._marks.outputs import Output
 from kfe_optax._tracing import adapters, grouping, jaxprs, traced

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kfe_optax._layers.flow import SAME, End, Flow, Source
-from kfe_optax._layers.layer import Layer, Path, path_name
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.paths import Path, path_name
 from kfe_optax._marks import marks
 from kfe_optax._tracing import troubles
 from kfe_optax._tracing.origins import Origins

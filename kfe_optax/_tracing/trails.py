@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kfe_optax._layers.layer import View
+from kfe_optax._layers.views import View
 from kfe_optax._tracing.rules import bias
 from kfe_optax._tracing.walks import Trail
 

@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any, NamedTuple
 
 from kfe_optax._layers.kinds import Embedding
-from kfe_optax._layers.layer import WITHOUT_BIAS, Path
+from kfe_optax._layers.layer import WITHOUT_BIAS
+from kfe_optax._layers.paths import Path
 from kfe_optax._marks import marks
 from kfe_optax._tracing.orientation import oriented
 from kfe_optax._tracing.walks import Use, Walk

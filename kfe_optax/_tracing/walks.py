@@ -6,7 +6,7 @@ import collections
 import dataclasses
 from typing import Any
 
-from kfe_optax._layers.layer import View
+from kfe_optax._layers.views import View
 from kfe_optax._tracing.batch_axes import UNKNOWN, Labels
 from kfe_optax._tracing.origins import NOWHERE, Origins
 

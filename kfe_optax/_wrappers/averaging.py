@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax._jax import checks, counts
-from kfe_optax._layers.layer import leaves_by_path, path_name
+from kfe_optax._layers.paths import leaves_by_path, path_name
 from kfe_optax._methods import layerwise
 from kfe_optax._methods.layerwise import ScalarOrSchedule
 from kfe_optax._taps.taps import Taps

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax._jax import checks, counts, explicit_axes, static_values
-from kfe_optax._layers.layer import leaves_by_path
 from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._methods import given as given_lib
 from kfe_optax._methods import layerwise, matrices
 from kfe_optax._methods.layerwise import ScalarOrSchedule

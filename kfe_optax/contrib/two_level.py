@@ -11,8 +11,8 @@ from jax import core
 
 from kfe_optax import factors as factors_lib
 from kfe_optax._jax import checks, explicit_axes
-from kfe_optax._layers.layer import leaves_by_path
 from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._linalg import devices as devices_lib
 from kfe_optax._linalg.devices import Distribute
 from kfe_optax._methods import given, layerwise

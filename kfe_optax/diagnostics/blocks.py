@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._layers.layer import Layer, key_path
+from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.paths import key_path
 from kfe_optax._linalg import kronecker
 from kfe_optax._tracing import adapters
 from kfe_optax.diagnostics import examples as examples_lib

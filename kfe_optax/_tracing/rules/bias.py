@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from kfe_optax._layers.kinds import Dense, Embedding, Norm
-from kfe_optax._layers.layer import View
+from kfe_optax._layers.views import View
 from kfe_optax._tracing.rules.base import Output
 from kfe_optax._tracing.walks import Trail, Use
 

@@ -9,7 +9,7 @@ import jax
 
 from kfe_optax._layers.kinds import Conv
 from kfe_optax._layers.kinds.patches import Geometry
-from kfe_optax._layers.layer import View
+from kfe_optax._layers.views import View
 from kfe_optax._tracing.rules.base import Found, Rule, moved, shapes
 
 
