@@ -109,3 +109,14 @@ def test_training():
     assert found[-1] < found[0]
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a != b).any()), params, start)))
     assert int(kfe.info(state).nonfinite) == 0
+
+
+def test_a_kernel_times_an_imaginary_number():
+    params, x = {"w": jnp.ones((D, H), jnp.complex64), "o": jnp.ones((H, C))}, jnp.ones((N, D))
+
+    def loss_fn(params, x):
+        return kfe.losses.l2_loss(jnp.abs(x @ (2j * params["w"])) @ params["o"]).sum(-1).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    assert list(layers) == ["o"]
+    assert "mul" in layers.reasons[0]

@@ -82,7 +82,9 @@ def _walk(jaxpr: Any, facts: Sequence[Fact], walk: Walk, loops: int) -> list[Fac
         if isinstance(variable, Literal):
             # An array that the loss closes over may stand in the program itself; it is data, where a number is not.
             number = variable.val
-            return met(GIVEN, variable) if np.ndim(number) else Fact(None, NOTHING, number=number)
+            if np.ndim(number):
+                return met(GIVEN, variable)
+            return Fact(None, NOTHING, number=None if np.iscomplexobj(number) else number)
         return known.get(variable, Fact(None, NOTHING))
 
     scope, ahead = walk.scope, walk.place
