@@ -157,3 +157,23 @@ def test_natural(x64):
         assert_close(mine, theirs, 1e-12)
     with pytest.raises(TypeError):
         kfe.NATURAL["size"] = "rms"
+
+
+@pytest.mark.parametrize("name", ["kfac", "ekfac", "spectral_kfac"])
+def test_blocks_and_stacked_layers(name):
+    """Experts, and a stack of layers: each has a damping of its own. The step is that of each by itself."""
+    key = jax.random.key(0)
+    params = {"w": jax.random.normal(key, (2, 4, 5)), "o": jax.random.normal(key, (5, 3))}
+    x, labels = jax.random.normal(jax.random.key(1), (6, 2, 4)), jnp.arange(6) % 3
+
+    def loss_fn(params, x, labels):
+        logits = jnp.tanh(jnp.einsum("nbi,bio->nbo", x, params["w"])).sum(1) @ params["o"]
+        return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x, labels)
+    assert layers["w"].shape == (2, 4, 5)
+    tx = getattr(kfe, name)(0.1, layers)
+    _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x, labels)
+    updates, _ = tx.update(grads, tx.init(params), params, taps=taps)
+    sizes = np.sqrt(np.mean(np.square(updates["w"]), (1, 2)))
+    np.testing.assert_allclose(sizes, 0.1 * 4**0.5 / 4, rtol=1e-5)

@@ -85,7 +85,8 @@ def appendix_c(
     root = jnp.sqrt(damping).astype(values_in.dtype)
     inputs = values_in * (root / ratio)[..., None]
     outputs = values_out * (root * ratio)[..., None]
-    return jnp.maximum(damping.astype(values_in.dtype) + inputs[..., :, None] + outputs[..., None, :], floor)
+    own = damping.astype(values_in.dtype)[..., None, None]  # one for all blocks, or one each
+    return jnp.maximum(own + inputs[..., :, None] + outputs[..., None, :], floor)
 
 
 def trace_tuned(
