@@ -43,7 +43,7 @@ class FeaturesFirst(kfe.rules.Rule):
         kind = kfe.kinds.Dense(kernel="ab", inputs="...b", outputs="...a", bias="a")
         return kfe.rules.Found(kind, trail, 0, kfe.rules.shapes(x, y), axes=(0, -1), order=(1, 0))
 
-    def layout(self, equation, x, operands, moves):
+    def layout(self, equation, x, operands):
         return kfe.rules.Layout(operands[x].T, jnp.transpose, jnp.transpose)
 
 
@@ -55,6 +55,7 @@ def test_a_rule_of_ones_own(x64):
 
     def loss_fn(params, x, labels):
         logits = (features_first.bind(x.T, params["w"]) + params["b"]).T
+        logits = logits + jnp.sin(x) @ params["w"].T  # the same kernel in another layout, by another rule
         return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     assert (

@@ -187,7 +187,8 @@ class _Tagger:
         """The result of an equation that is itself the use."""
         y = equations.result(equation, operands)
         rule = rules.RULES[equation.primitive.name]
-        x, outward, back = rule.layout(equation, place.x, operands, place.moves)
+        layout = rule.layout(equation, place.x, operands)
+        x, outward, back = layout if place.moves is None else layout.then(place.moves)
         x = jax.lax.stop_gradient(x)
         return back(self._tagged(layer, place, x, outward(y), self._row_mask, rider, of_batch=True))
 

@@ -44,7 +44,7 @@ class Trail:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One use of a layer, one of a parameter by no rule (`marks.OTHER`), or a registered loss.
+    """One use of a layer, one of a parameter by no rule (`marks.MET`), or a registered loss.
 
     Attributes:
       trail: that of its kernel (its first parameter); None where none reaches it.

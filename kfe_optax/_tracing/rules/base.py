@@ -79,6 +79,15 @@ class Layout(NamedTuple):
     outward: Callable[[jax.Array], jax.Array]
     back: Callable[[jax.Array], jax.Array]
 
+    def then(self, moves: Moves) -> Layout:
+        """With the axes of the kind's input and output in the order of a layer that is used in several layouts."""
+        behind = moved(self.input, *moves)
+        return Layout(
+            behind.input,
+            lambda y: behind.outward(self.outward(y)),
+            lambda y: self.back(behind.back(y)),
+        )
+
 
 class Rule(abc.ABC):
     """One primitive that uses a parameter as a layer does; one object a file, one line in `RULES`.
@@ -99,17 +108,16 @@ class Rule(abc.ABC):
           trail: what happened to the parameter so far; `trail.dims` are the parameter's own axes, −1 for one that was added.
         """
 
-    def layout(self, equation: Any, x: int, operands: list[Any], moves: Moves | None) -> Layout:
+    def layout(self, equation: Any, x: int, operands: list[Any]) -> Layout:
         """How the use looks to its kind: as it is, unless a rule says otherwise.
 
         Args:
           equation: as before.
           x: which operand is the layer's input.
           operands: their values.
-          moves: the order of axes of a dense layer that is used in several layouts.
         """
         del equation
-        return Layout(operands[x], _same, _same) if moves is None else moved(operands[x], *moves)
+        return Layout(operands[x], _same, _same)
 
 
 def moved(x: jax.Array, inputs: tuple[int, ...], outputs: tuple[int, ...]) -> Layout:

@@ -50,8 +50,7 @@ class ConvGeneralDilated(Rule):
         axes = tuple(features if axis == numbers.out_spec[1] else -1 for axis in range(y.ndim))
         return Found(kind, trail, 0, shapes(x, y), axes, inputs)
 
-    def layout(self, equation, x, operands, moves):
-        del moves
+    def layout(self, equation, x, operands):
         numbers = equation.params["dimension_numbers"]
         return moved(operands[x], _layout(numbers.lhs_spec), _layout(numbers.out_spec))
 

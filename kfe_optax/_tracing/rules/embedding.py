@@ -45,8 +45,7 @@ class Gather(Rule):
             tuple(range(rank)),
         )
 
-    def layout(self, equation, x, operands, moves):
-        del moves
+    def layout(self, equation, x, operands):
         tokens, shape = operands[x][..., 0], equation.outvars[0].aval.shape
         last = equation.invars[0].aval.shape[0] - 1
         if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:

@@ -34,6 +34,6 @@ class Mul(Rule):
         x = jax.ShapeDtypeStruct(y.shape, equation.invars[1 - side].aval.dtype)
         return Found(kind, trail, 1 - side, shapes(x, y), axes, tuple(range(y.ndim)), "scale")
 
-    def layout(self, equation, x, operands, moves):
+    def layout(self, equation, x, operands):
         given = jnp.broadcast_to(operands[x], equation.outvars[0].aval.shape)
-        return super().layout(equation, 0, [given], moves)
+        return super().layout(equation, 0, [given])
