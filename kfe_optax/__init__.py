@@ -2,21 +2,12 @@
 
 from kfe_optax import diagnostics, distributions, factors, initializers, losses, polar
 from kfe_optax._aliases.adaptive import kfac_adaptive
+from kfe_optax._aliases.assembly import NATURAL
+from kfe_optax._aliases.ekfac import ekfac, tekfac
 from kfe_optax._aliases.info import Info, info
-from kfe_optax._aliases.optimizers import (
-    METHODS,
-    NATURAL,
-    deflation,
-    ekfac,
-    kfac,
-    kfac_corrected,
-    kfac_tridiagonal,
-    kpsvd,
-    lanczos,
-    tekfac,
-    tkfac,
-    two_level_kfac,
-)
+from kfe_optax._aliases.kfac import kfac, kfac_tridiagonal, two_level_kfac
+from kfe_optax._aliases.named import deflation, kfac_corrected, kpsvd, lanczos, tkfac
+from kfe_optax._aliases.registry import METHODS
 from kfe_optax._aliases.soap import soap
 from kfe_optax._aliases.spectral import spectral_kfac
 from kfe_optax._layers import kinds

@@ -366,7 +366,9 @@ def test_aliases_with_hyperparameters_in_the_state(trainer):
         state.hyperparams[name] = jnp.full_like(state.hyperparams[name], value)
     ours, *others = state.inner_state
     ours = ours._replace(count=jnp.asarray(REFRESH, jnp.int32))
-    second, state = step(state._replace(inner_state=(ours, *others)), 1)
+    # Schedules among the injected have counts of their own.
+    schedules = jax.tree.map(lambda n: jnp.full_like(n, REFRESH), state.hyperparams_states)
+    second, state = step(state._replace(inner_state=(ours, *others), hyperparams_states=schedules), 1)
     expected = trainer.step(trainer.first.state, problem.batch(1), REFRESH)
     assert_close(second, jax.tree.map(lambda u: -0.3 * u, expected.updates), 1e-5)
     assert update._cache_size() == 1

@@ -228,8 +228,9 @@ def test_a_first_try_with_small_batches():
     """The bound of `kfe.NATURAL` keeps a step of noisy curvature from ruining a layer; where it is left out, one does."""
     last, highest, of_all = last_losses()
     assert last < 0.1 and of_all < 0.1 and highest < 5
-    last, highest, _ = last_losses(max_change=None)
-    assert last > 0.15 and highest > 5
+    # Without it the run is chaotic: how much worse it is depends on the rounding of the machine.
+    unbounded, risen, _ = last_losses(max_change=None)
+    assert unbounded > 10 * last and risen > highest
 
 
 def test_float16_stays_float16(problem):

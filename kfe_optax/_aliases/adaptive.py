@@ -7,11 +7,13 @@ from typing import Any
 
 import optax
 
-from kfe_optax._aliases.optimizers import METHODS
+from kfe_optax._aliases.registry import METHODS
 from kfe_optax._jax import checks
 from kfe_optax._layers.layers import Layers
+from kfe_optax._linalg.devices import Distribute
 from kfe_optax._methods.kfac import scale_by_kfac
 from kfe_optax._methods.layerwise import ScalarOrSchedule
+from kfe_optax._methods.roots import DampingType
 from kfe_optax._wrappers.adaptive_damping import adaptive_damping
 from kfe_optax._wrappers.averaging import average_iterates
 from kfe_optax._wrappers.quadratic_model import scale_by_quadratic_model
@@ -35,7 +37,13 @@ def kfac_adaptive(
     search_ceiling: float = 1e8,
     averaging: ScalarOrSchedule | None = 0.99,
     rest: optax.GradientTransformation | None = None,
-    **options: Any,
+    damping_type: DampingType | None = None,
+    decay: ScalarOrSchedule | None = None,
+    factor_update_period: int | None = None,
+    inverse_update_period: int | None = None,
+    initial_refreshes: int | None = None,
+    max_dim: int | None = None,
+    distribute: Distribute | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """K-FAC that finds its step size, its momentum and its damping itself (Martens & Grosse 2015, sections 6 and 7).
 
@@ -49,8 +57,9 @@ def kfac_adaptive(
       initial_damping: λ₀, in units of the loss's curvature: about 1 for a classifier, 150 for a sum over an image's pixels. Too
         large costs some steps at the start, in which λ falls.
       l2: η, the strength of a penalty ½η‖θ‖² that is added here, and not by the loss function.
-      preconditioner: `kfe.scale_by_kfac` (the default) or another `kfe.scale_by_...` of layers and damping; of
-        `scale_by_two_level_kfac` the fine level's damping is adapted, and the coarse one's is its own.
+      preconditioner: `kfe.scale_by_kfac` (the default) or another `kfe.scale_by_...` of layers and damping, with options of its
+        own through `functools.partial`; of `scale_by_two_level_kfac` the fine level's damping is adapted, and the coarse one's
+        is its own.
       momentum: whether the last update takes part.
       max_change: a bound on every layer's part of the update, see `scale_by_quadratic_model`. A small batch's model foretells
         that batch's own loss, noise and all, so that λ falls without end and nothing else bounds the step. None for no bound:
@@ -69,15 +78,15 @@ def kfac_adaptive(
         by some 1/(1 − ξ) steps: for runs of a few hundred 0.9 is better.
       rest: the transformation of the parameters outside the layers, whose step size is α too: by default `optax.identity()`,
         their gradient itself.
-      **options: further options of the preconditioner.
+      damping_type, decay, factor_update_period, inverse_update_period, initial_refreshes, max_dim, distribute: the
+        preconditioner's, see `scale_by_kfac`; None leaves its own default.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)` for taps of
       `kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)`; what it returns is added to the parameters as it is.
 
     Raises:
-      TypeError: a `damping` or a learning rate, which it finds itself; an alias such as `kfe.kfac` for a preconditioner; a number
-        for `momentum`, a schedule for `initial_damping`.
+      TypeError: an alias such as `kfe.kfac` for a preconditioner; a number for `momentum`, a schedule for `initial_damping`.
       ValueError: numbers out of their ranges; in `update`: no taps, taps without the quadratic model, no parameters.
 
     Example:
@@ -104,9 +113,17 @@ def kfac_adaptive(
       >>> losses[-1] < losses[0] / 2
       True
     """
-    # `optax.inject_hyperparams` hands the further options over as one dictionary of that name.
-    options = {**options.pop("options", {}), **options}
-    _check(options, preconditioner, momentum)
+    given: dict[str, Any] = {
+        "damping_type": damping_type,
+        "decay": decay,
+        "factor_update_period": factor_update_period,
+        "inverse_update_period": inverse_update_period,
+        "initial_refreshes": initial_refreshes,
+        "max_dim": max_dim,
+        "distribute": distribute,
+    }
+    options = {name: option for name, option in given.items() if option is not None}
+    _check(preconditioner, momentum)
     _check_initial(initial_damping, damping_floor, damping_ceiling)
     checks.number(damping_factor=damping_factor)
     checks.period("damping_period", damping_period)
@@ -136,16 +153,7 @@ def kfac_adaptive(
     return tx if averaging is None else optax.chain(average_iterates(averaging), tx)
 
 
-def _check(options: dict[str, Any], preconditioner: Any, momentum: Any) -> None:
-    found = {"damping", "learning_rate", "max_kl"} & options.keys()
-    if found:
-        raise TypeError(
-            f"kfac_adaptive takes no {found.pop()}: it finds step sizes and damping itself; initial_damping is where it starts."
-        )
-    if "weight_decay" in options:
-        raise TypeError(
-            "kfac_adaptive takes no weight_decay: give the penalty ½η‖θ‖² as l2=η, so that the model has it too."
-        )
+def _check(preconditioner: Any, momentum: Any) -> None:
     if not isinstance(momentum, bool):
         raise TypeError(
             f"momentum says whether the last update takes part, True or False, not {momentum!r}: the model finds how much."

@@ -28,7 +28,7 @@ def soap(
     rotate_second_moment: bool = False,
     weight_decay: float = 0.0,
     mask: Any = None,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -48,7 +48,7 @@ def soap(
         the basis, v ← (R_L∘R_L) v (R_R∘R_R)ᵀ.
       weight_decay: decoupled weight decay.
       mask: the parameters it acts on, as in `optax.adamw`.
-      max_dim: a side larger than this keeps the identity as its basis.
+      max_dim: a side larger than this keeps the identity as its basis; None: 8192.
       distribute: how devices share the factorizations, see `kfe.in_kfe`.
       rest: the transformation of the parameters outside the layers, before the learning rate; the same Adam by default.
 

@@ -9,6 +9,7 @@ import jax
 import optax
 
 from kfe_optax import polar
+from kfe_optax._aliases.assembly import adam_of_rest
 from kfe_optax._jax import checks
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg.devices import Distribute
@@ -16,11 +17,6 @@ from kfe_optax._methods.layerwise import ScalarOrSchedule
 from kfe_optax._methods.spectral import MomentumOf, scale_by_spectral_kfac
 from kfe_optax._wrappers.normalize import Size, normalize_layers
 from kfe_optax.factors.base import Factors
-
-
-def adam_of_rest() -> optax.GradientTransformation:
-    """What the optimizers do to the parameters outside the layers: a tenth of Adam's step."""
-    return optax.chain(optax.scale_by_adam(b2=0.99), optax.scale(0.1))
 
 
 def spectral_kfac(
@@ -45,7 +41,7 @@ def spectral_kfac(
     factor_update_period: int = 25,
     inverse_update_period: int = 50,
     initial_refreshes: int = 1,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
     """`scale_by_spectral_kfac`, `normalize_layers`, decoupled weight decay and a learning rate in one call.

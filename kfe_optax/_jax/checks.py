@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,21 @@ def is_whole(number: Any) -> bool:
     if isinstance(number, bool | np.bool_) or not isinstance(number, numbers.Real | np.generic):
         return False
     return math.isfinite(number) and number == int(number)
+
+
+def one_of(name: str, chosen: Any, choices: Any) -> None:
+    """Raises unless this is one of a `Literal`'s values."""
+    *others, last = map(repr, get_args(choices))
+    if chosen not in get_args(choices):
+        raise ValueError(f"{name} must be {', '.join(others)} or {last}, not {chosen!r}.")
+
+
+def fraction(why: str, **given: Any) -> None:
+    """Raises for a number outside (0, 1]; `why` says what it is good for there."""
+    number(**given)
+    for name, value in given.items():
+        if not isinstance(value, jax.Array) and not 0 < value <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], where it {why}; it is {value!r}.")
 
 
 def number(**given: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from kfe_optax._layers.flow import BEFORE, LAST, SAME, End, Source
-from kfe_optax._layers.layer import Layer
+from kfe_optax._layers.layer import Layer, largest_side
 from kfe_optax._layers.layers import Layers
 
 Chains = Literal["whole", "split"] | Sequence[Sequence[str]]
@@ -57,7 +57,7 @@ class Plan(NamedTuple):
         return Plan(tuple(pieces), tuple(name for name in self.alone if name in present))
 
 
-def find_chains(layers: Layers, chains: Chains, max_dim: int) -> Plan:
+def find_chains(layers: Layers, chains: Chains, max_dim: int | None) -> Plan:
     """The chains of a network.
 
     Args:
@@ -179,7 +179,9 @@ def _refuse(reason: str) -> None:
     )
 
 
-def _split(layers: Layers, elements: list[Element], before: Graph, fed: Graph, max_dim: int) -> list[Chain]:
+def _split(
+    layers: Layers, elements: list[Element], before: Graph, fed: Graph, max_dim: int | None
+) -> list[Chain]:
     chains: list[list[Element]] = []
     ends: dict[Element, list[Element]] = {}
     for element in elements:
@@ -231,7 +233,7 @@ def _check_order(layers: Layers, names: Any) -> None:
             )
 
 
-def _check_pairs(layers: Layers, chain: Chain, max_dim: int) -> None:
+def _check_pairs(layers: Layers, chain: Chain, max_dim: int | None) -> None:
     for first, second in itertools.pairwise(chain):
         trouble = _trouble(layers[first.layer], layers[second.layer], max_dim)
         if trouble:
@@ -242,7 +244,7 @@ def _check_pairs(layers: Layers, chain: Chain, max_dim: int) -> None:
             )
 
 
-def _trouble(first: Layer, second: Layer, max_dim: int) -> str | None:
+def _trouble(first: Layer, second: Layer, max_dim: int | None) -> str | None:
     """Why the statistics of two layers cannot be paired row by row."""
     for layer in (first, second):
         trouble = _own_trouble(layer, max_dim)
@@ -256,7 +258,7 @@ def _trouble(first: Layer, second: Layer, max_dim: int) -> str | None:
     return None
 
 
-def _own_trouble(layer: Layer, max_dim: int) -> str | None:
+def _own_trouble(layer: Layer, max_dim: int | None) -> str | None:
     kind = layer.kind
     if not layer.has_rows:
         return f"{layer.why_sums}, so that its statistics are sums"
@@ -268,6 +270,6 @@ def _own_trouble(layer: Layer, max_dim: int) -> str | None:
         return "consists of blocks (groups)"
     if layer.stacked and not layer.flow.loop:
         return "is stacked by a vmap, by several scans or by one that runs backwards"
-    if max(layer.sides) > max_dim:
-        return f"has a side of {max(layer.sides)} > max_dim={max_dim}, which is kept as a diagonal"
+    if max(layer.sides) > (largest := largest_side(max_dim)):
+        return f"has a side of {max(layer.sides)} > max_dim={largest}, which is kept as a diagonal"
     return None

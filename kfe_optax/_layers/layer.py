@@ -16,11 +16,17 @@ from kfe_optax._layers.kinds.base import TRANSPOSED
 from kfe_optax._layers.paths import Path, leaves_by_path, path_name
 from kfe_optax._layers.views import Views
 
-LARGEST_SUM = 8192
-"""Of a larger side of a layer that is used more than once, the sums hold the diagonal of its factor alone."""
+LARGEST_SIDE = 8192
+"""Of a larger side the factor is a diagonal where `max_dim` says nothing else, and sums over a layer's uses hold that alone."""
 
 WITHOUT_BIAS = "without bias"
 """The label of a use of a layer with a bias that does not add it."""
+
+
+def largest_side(max_dim: int | None) -> int:
+    """The largest side whose factor is a matrix."""
+    return LARGEST_SIDE if max_dim is None else max_dim
+
 
 Use = tuple[tuple[int, ...], tuple[int, ...], str, str, str]
 
@@ -152,9 +158,9 @@ class Layer:
 
         return max(of_use(x, y) for x, y, *_ in self.uses)
 
-    def is_diagonal(self, side: int, max_dim: int) -> bool:
+    def is_diagonal(self, side: int, max_dim: int | None) -> bool:
         """Whether A (side 0) or G (1) is kept as a diagonal."""
-        return self.kind.diagonal[side] or self.sides[side] > max_dim
+        return self.kind.diagonal[side] or self.sides[side] > largest_side(max_dim)
 
     def _positions(self, ndim: int) -> tuple[int, ...]:
         # A stacked axis stands at the same place in every leaf, except where a leaf has too few axes (an axis of −1).
@@ -261,11 +267,11 @@ class Layer:
         in_blocks, out_blocks = self.kind.side_blocks(self.kernel_shape)
         shapes = {"count": (1,)}
         moments = self.kind.moments_shape(self.kernel_shape, self.bias)
-        if max(moments) > LARGEST_SUM and not self.kind.diagonal[0]:
+        if max(moments) > LARGEST_SIDE and not self.kind.diagonal[0]:
             shapes["input_squares"] = (*in_blocks, d_in)
         else:
             shapes["inputs"] = moments
-        if d_out > LARGEST_SUM:
+        if d_out > LARGEST_SIDE:
             shapes["output_squares"] = (*out_blocks, d_out)
         else:
             shapes["outputs"] = (*out_blocks, d_out, d_out)

@@ -7,12 +7,15 @@ import fnmatch
 import glob
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
+from kfe_optax._jax import checks
 from kfe_optax._layers import table
 from kfe_optax._layers.kinds import KINDS, Kind
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.paths import Path, path_name
+
+Sharing = Literal["expand", "reduce"]
 
 
 class Layers(Mapping[str, Layer]):
@@ -76,7 +79,7 @@ class Layers(Mapping[str, Layer]):
         pattern: str = "*",
         *,
         approximation: str | None = None,
-        sharing: str | None = None,
+        sharing: Sharing | None = None,
         **options: Any,
     ) -> Layers:
         """The layers with another approximation, or another treatment of shared positions, for some of them.
@@ -87,9 +90,8 @@ class Layers(Mapping[str, Layer]):
             `num_groups=`; of dense layers "joint" or "heads"; of norms "full" or "diagonal". Matching layers of other kinds
             stay as they are.
           sharing: of dense layers, convolutions and embeddings. "expand": A = E[mean_t ā āᵀ], G = E[Σ_t g gᵀ], exact for deep
-          linear
-            networks with a loss at each position. "reduce": A = E[(mean_t ā)(mean_t ā)ᵀ], G = E[(Σ_t g)(Σ_t g)ᵀ], exact for
-            deep linear networks that average over the positions; cheaper (Eschenhagen et al. 2023).
+            linear networks with a loss at each position. "reduce": A = E[(mean_t ā)(mean_t ā)ᵀ], G = E[(Σ_t g)(Σ_t g)ᵀ], exact
+            for deep linear networks that average over the positions; cheaper (Eschenhagen et al. 2023).
           **options: further options of the approximation.
 
         Raises:
@@ -196,10 +198,18 @@ class Layers(Mapping[str, Layer]):
 
         return kept._with(map(like, kept._layers))
 
-    def table(self, max_dim: int = 8192) -> str:
+    def table(self, max_dim: int | None = None) -> str:
         """The layers as an aligned table, with the bytes of state and the cost of a refresh under `max_dim`."""
         sizes = tuple(map(math.prod, self._shapes))
         return table.layer_table(self._layers, self.rest, self.reasons, sizes, max_dim)
+
+
+def require_layers(layers: Any) -> None:
+    """Raises TypeError for what are no layers."""
+    if not isinstance(layers, Layers):
+        raise TypeError(
+            f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
+        )
 
 
 def check_kinds(kinds: Iterable[str]) -> tuple[str, ...]:
@@ -225,8 +235,7 @@ def _configured(layer: Layer, approximation: str, options: Mapping[str, Any]) ->
 
 
 def _check_sharing(layer: Layer) -> None:
-    if layer.sharing not in ("expand", "reduce"):
-        raise ValueError(f"sharing must be 'expand' or 'reduce', not {layer.sharing!r}.")
+    checks.one_of("sharing", layer.sharing, Sharing)
     if layer.sharing == "expand":
         return
     trouble = None

@@ -32,7 +32,7 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.3g} T{unit}"
 
 
-def state_bytes(layer: Any, max_dim: int) -> int:
+def state_bytes(layer: Any, max_dim: int | None) -> int:
     """Bytes of the two factors and their inverses (or bases) of one layer; a diagonal side keeps vectors."""
     item = jnp.dtype(layer.factor_dtype).itemsize
     elements = (
@@ -42,7 +42,7 @@ def state_bytes(layer: Any, max_dim: int) -> int:
     return 2 * item * sum(elements)
 
 
-def refresh_flops(layer: Any, max_dim: int) -> float:
+def refresh_flops(layer: Any, max_dim: int | None) -> float:
     """Floating-point operations of one basis refresh: about 9 d³ for the eigendecomposition of a d × d factor."""
     return 9.0 * sum(
         math.prod(layer.side_stack(side)) * d**3
@@ -59,7 +59,11 @@ def _kind(layer: Any) -> str:
 
 
 def layer_table(
-    layers: Sequence[Any], rest: Sequence[Any], reasons: Sequence[str], sizes: Sequence[int], max_dim: int
+    layers: Sequence[Any],
+    rest: Sequence[Any],
+    reasons: Sequence[str],
+    sizes: Sequence[int],
+    max_dim: int | None,
 ) -> str:
     """One row a layer, a line of totals, and below it the parameters outside every layer with the reason for each."""
     header = ("layer", "kind", "parameters", "matrix", "stacked", "positions", "state", "refresh")

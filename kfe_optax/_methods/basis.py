@@ -33,8 +33,7 @@ def init(layers: Layers, terms: Terms) -> Basis:
 
 def check(refresh: Any, tolerance: Any) -> None:
     """Raises ValueError for an unknown refresh or a tolerance that is none."""
-    if refresh not in ("eigh", "qr"):
-        raise ValueError(f"refresh must be 'eigh' or 'qr', not {refresh!r}.")
+    checks.one_of("refresh", refresh, Refresh)
     if tolerance is not None:
         checks.number(refresh_tolerance=tolerance)
     if tolerance is not None and not isinstance(tolerance, jax.Array) and not 0 <= tolerance < 1:

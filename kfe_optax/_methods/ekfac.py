@@ -23,6 +23,9 @@ from kfe_optax._methods.roots import where_alive
 from kfe_optax.factors import base
 from kfe_optax.factors.base import Factors, Source
 
+ScaleFrom = Literal["batch", "running"]
+ScaleDamping = Literal["plain", "appendix_c", "trace"]
+OnRefresh = Literal["carry", "restart"]
 Scales = tuple[Matrices, jax.Array]  # the scales, and the failures
 
 
@@ -50,8 +53,8 @@ def scale_by_ekfac(
     layers: Layers,
     damping: ScalarOrSchedule,
     *,
-    scale: Literal["batch", "running"] = "running",
-    damping_type: Literal["plain", "appendix_c", "trace"] = "plain",
+    scale: ScaleFrom = "running",
+    damping_type: ScaleDamping = "plain",
     relative_damping: bool = False,
     trace_floor: float = 0.01,
     factors: Factors | None = None,
@@ -61,11 +64,11 @@ def scale_by_ekfac(
     basis_update_period: int = 50,
     scale_update_period: int = 1,
     initial_refreshes: int = 1,
-    on_refresh: Literal["carry", "restart"] = "carry",
+    on_refresh: OnRefresh = "carry",
     refresh: Refresh = "eigh",
     refresh_tolerance: float | None = None,
     null_threshold: float = 1e-5,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -99,7 +102,7 @@ def scale_by_ekfac(
       refresh_tolerance: a side of the basis with ‖offdiag(UᵀAU)‖_F ≤ tolerance ‖A‖_F is not refreshed; None: all are.
       null_threshold: directions whose eigenvalue is below this fraction of the largest share one mean scale, since eigh's
         basis of a null space is arbitrary; 0 turns it off.
-      max_dim: a side larger than this keeps the identity as its basis.
+      max_dim: a side larger than this keeps the identity as its basis; None: 8192.
       distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
         results; "inverses_and_apply": likewise each device takes its share of the gradients into the basis and
         back in every step. See `scale_by_kronecker`.
@@ -137,13 +140,9 @@ def scale_by_ekfac(
             "Factors of the mean gradient are in other units than EKFAC's scale; run a transformation in their basis with "
             "kfe.in_kfe(inner, layers, basis=kfe.factors.gradient())."
         )
-    for name, chosen, known in (
-        ("scale", scale, ("batch", "running")),
-        ("damping_type", damping_type, ("plain", "appendix_c", "trace")),
-        ("on_refresh", on_refresh, ("carry", "restart")),
-    ):
-        if chosen not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
+    checks.one_of("scale", scale, ScaleFrom)
+    checks.one_of("damping_type", damping_type, ScaleDamping)
+    checks.one_of("on_refresh", on_refresh, OnRefresh)
     checks.refreshes(
         initial_refreshes,
         factor_update_period=factor_update_period,
@@ -190,7 +189,7 @@ class _Ekfac(NamedTuple):
     refresh: Refresh
     refresh_tolerance: Any
     null_threshold: float
-    max_dim: int
+    max_dim: int | None
 
     needs_taps = True
     reads_parameters = False

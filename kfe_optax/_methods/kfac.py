@@ -22,7 +22,7 @@ def scale_by_kfac(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -43,7 +43,7 @@ def scale_by_kfac(
       factor_update_period: steps between updates of A and G, each one more backward pass.
       inverse_update_period: steps between refreshes of the inverses (or eigenbases).
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      max_dim: a side larger than this is treated as diagonal.
+      max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
         results; "inverses_and_apply": likewise each device preconditions its share in every step. See `scale_by_kronecker`.
       rest: the transformation of the parameters outside the layers; `optax.scale_by_adam()` by default.

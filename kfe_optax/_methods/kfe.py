@@ -88,7 +88,7 @@ def in_kfe(
     initial_refreshes: int = 1,
     refresh: Refresh = "eigh",
     refresh_tolerance: float | None = None,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -117,7 +117,7 @@ def in_kfe(
       initial_refreshes: the first steps, in each of which factors and basis are refreshed.
       refresh: "eigh", or "qr": after the first eigh, one power step and a QR with sorted columns, U ← qr(A U).
       refresh_tolerance: a side of the basis with ‖offdiag(UᵀAU)‖_F ≤ tolerance ‖A‖_F is not refreshed; None: all are.
-      max_dim: a side larger than this keeps the identity as its basis.
+      max_dim: a side larger than this keeps the identity as its basis; None: 8192.
       distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
         results; "inverses_and_apply": likewise each device takes its share of the gradients into the basis and
         back in every step. See `scale_by_kronecker`. The devices of a `pmap` or `shard_map` are known from the taps: pass them
@@ -183,7 +183,7 @@ class _InKfe(NamedTuple):
     initial_refreshes: int
     refresh: Refresh
     refresh_tolerance: Any
-    max_dim: int
+    max_dim: int | None
 
     reads_parameters = True
 

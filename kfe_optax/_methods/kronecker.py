@@ -51,7 +51,7 @@ def scale_by_kronecker(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -80,7 +80,7 @@ def scale_by_kronecker(
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       inverse_update_period: steps between refreshes of the inverses.
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      max_dim: a side larger than this is treated as diagonal.
+      max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: how devices that take the same step share its linear algebra. "none": each does all of it. "inverses": each has
         1/n of the factorizations of a refresh, and the results are gathered in the refresh. "inverses_and_apply": each also
         preconditions its share of the layers, and the updates are gathered in every step. The devices are those of the taps'
@@ -143,15 +143,9 @@ def _form(factors: Factors, damping_type: Any, relative: bool, denominators: Any
             f"A sum of {factors.rank} Kronecker products has no inverse in closed form; choose factors of rank 1 or 2 here, "
             "or take the basis of their leading term with kfe.in_kfe."
         )
-    for name, chosen, known in (
-        ("damping_type", damping_type, ("factored", "sqrt", "linear", "exact")),
-        ("denominators", denominators, ("clip", "absolute")),
-    ):
-        if chosen not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
-    checks.number(floor=floor)
-    if not isinstance(floor, jax.Array) and not 0 < floor <= 1:
-        raise ValueError(f"floor must lie in (0, 1], where it keeps the inverse positive; it is {floor!r}.")
+    checks.one_of("damping_type", damping_type, DampingType)
+    checks.one_of("denominators", denominators, Denominators)
+    checks.fraction("keeps the inverse positive", floor=floor)
     if relative and damping_type not in ("factored", "exact"):
         raise ValueError(
             "relative_damping goes with damping_type='factored' or 'exact': "
@@ -178,7 +172,7 @@ class _Kronecker(NamedTuple):
     factor_update_period: Any
     inverse_update_period: Any
     initial_refreshes: int
-    max_dim: int
+    max_dim: int | None
 
     reads_parameters = False
 

@@ -16,7 +16,7 @@ import optax
 
 from kfe_optax._jax import checks, counts, explicit_axes, static_values, varying_axes
 from kfe_optax._layers.layer import Layer
-from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._layers.paths import Path, leaves_by_path, path_name
 from kfe_optax._linalg import devices as devices_lib
 from kfe_optax._linalg.devices import Distribute, Division
@@ -175,10 +175,7 @@ def layerwise(
     Raises:
       TypeError, ValueError: see `kfe_optax._methods.given`; each says what to do.
     """
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
-        )
+    require_layers(layers)
     if not layers:
         raise ValueError(f"The loss has no layer to precondition: {given_lib.reasons(layers)}.")
     devices_lib.check_distribute(distribute)

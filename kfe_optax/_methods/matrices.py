@@ -16,14 +16,6 @@ from kfe_optax._methods import given as given_lib
 Rescale = Callable[..., jax.Array]
 
 
-def check_layers(layers: Any) -> None:
-    """Raises TypeError for what are no layers."""
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
-        )
-
-
 def rescaled(
     layers: Layers, factor: Rescale, updates: Any, *others: Any, outside: Rescale | None = None
 ) -> Any:

@@ -13,7 +13,7 @@ from kfe_optax import factors as factors_lib
 from kfe_optax import polar
 from kfe_optax._jax import checks, counts
 from kfe_optax._layers.layer import Layer
-from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Distribute
 from kfe_optax._methods import layerwise
@@ -61,7 +61,7 @@ def scale_by_spectral_kfac(
     factor_update_period: int = 25,
     inverse_update_period: int = 50,
     initial_refreshes: int = 1,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
     rest_kinds: Sequence[str] = ("embedding", "norm"),
     rest: optax.GradientTransformation | None = None,
@@ -89,7 +89,7 @@ def scale_by_spectral_kfac(
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       inverse_update_period: steps between refreshes of the powers of the factors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      max_dim: a side larger than this is treated as diagonal.
+      max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: how devices that take the same step share its linear algebra, see `kfe.scale_by_kronecker`.
       rest_kinds: layers of these kinds go through `rest`: a matrix of vectors that are looked up one by one, and a vector, have
         no singular values to speak of. Their factors are not computed.
@@ -135,11 +135,11 @@ def scale_by_spectral_kfac(
             "factors must be one Kronecker product, such as kfe.factors.kfac(): a sum of several has no root of this form; it "
             f"is {factors!r}."
         )
-    if momentum_of not in ("gradient", "whitened"):
-        raise ValueError(f"momentum_of must be 'gradient' or 'whitened', not {momentum_of!r}.")
+    checks.one_of("momentum_of", momentum_of, MomentumOf)
     exponents = _pair("exponents", exponents)
     back = exponents if exponents_back is None else _pair("exponents_back", exponents_back)
-    inside = layers.without(kinds=rest_kinds) if isinstance(layers, Layers) else layers
+    require_layers(layers)
+    inside = layers.without(kinds=rest_kinds)
     method = _Spectral(
         layers=inside,
         factors=factors,
@@ -180,7 +180,7 @@ class _Spectral(NamedTuple):
     factor_update_period: Any
     inverse_update_period: Any
     initial_refreshes: int
-    max_dim: int
+    max_dim: int | None
 
     reads_parameters = False
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
-
 import optax
 
 from kfe_optax import factors as factors_lib
 from kfe_optax._layers.layers import Layers
-from kfe_optax._methods.ekfac import scale_by_ekfac
+from kfe_optax._linalg.devices import Distribute
+from kfe_optax._methods.basis import Refresh
+from kfe_optax._methods.ekfac import OnRefresh, ScaleDamping, scale_by_ekfac
 from kfe_optax._methods.layerwise import ScalarOrSchedule
 from kfe_optax._statistics.statistics import Pairing
 
@@ -17,14 +17,23 @@ def scale_by_tekfac(
     layers: Layers,
     damping: ScalarOrSchedule,
     *,
-    damping_type: Literal["trace", "plain", "appendix_c"] = "trace",
+    damping_type: ScaleDamping = "trace",
     trace_floor: float = 0.01,
     decay: ScalarOrSchedule = 0.95,
     pairing: Pairing = "position",
+    relative_damping: bool = False,
+    scale_decay: ScalarOrSchedule | None = None,
     factor_update_period: int = 10,
     basis_update_period: int = 50,
     scale_update_period: int = 10,
-    **options: Any,
+    initial_refreshes: int = 1,
+    on_refresh: OnRefresh = "carry",
+    refresh: Refresh = "eigh",
+    refresh_tolerance: float | None = None,
+    null_threshold: float = 1e-5,
+    max_dim: int | None = None,
+    distribute: Distribute = "none",
+    rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions each layer's gradient V as U_Φ[(U_Φᵀ V U_Ψ) ⊘ (Θ + λ)]U_Ψᵀ (Gao et al. 2020, section 3.2).
 
@@ -43,7 +52,8 @@ def scale_by_tekfac(
       factor_update_period: T_FIM, steps between updates of Φ and Ψ (the paper: 50).
       basis_update_period: T_EIG, steps between eigendecompositions (the paper: 50).
       scale_update_period: T_RE, steps between updates of Θ.
-      **options: further options of `scale_by_ekfac`.
+      relative_damping, scale_decay, initial_refreshes, on_refresh, refresh, refresh_tolerance, null_threshold, max_dim,
+        distribute, rest: see `scale_by_ekfac`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -64,16 +74,5 @@ def scale_by_tekfac(
       >>> updates["kernel"].shape
       (3, 2)
     """
-    return scale_by_ekfac(
-        layers,
-        damping,
-        scale="batch",
-        damping_type=damping_type,
-        trace_floor=trace_floor,
-        factors=factors_lib.tkfac(decay, pairing),
-        decay=decay,
-        factor_update_period=factor_update_period,
-        basis_update_period=basis_update_period,
-        scale_update_period=scale_update_period,
-        **{**options.pop("options", {}), **options},
-    )
+    options = locals()
+    return scale_by_ekfac(scale="batch", factors=factors_lib.tkfac(decay, options.pop("pairing")), **options)

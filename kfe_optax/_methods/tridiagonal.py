@@ -12,7 +12,7 @@ import optax
 from kfe_optax._jax import checks, counts
 from kfe_optax._layers.chains import Chains, Element, Plan, find_chains
 from kfe_optax._layers.layer import Layer
-from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Devices, Distribute
 from kfe_optax._methods import chain_roots, layerwise
@@ -64,8 +64,8 @@ def scale_by_block_tridiagonal(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
-    floor: Any = 1e-4,
-    max_dim: int = 8192,
+    floor: float = 1e-4,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -98,7 +98,8 @@ def scale_by_block_tridiagonal(
       initial_refreshes: the first steps, in each of which everything is refreshed.
       floor: in (0, 1]: of Σ_i at least floor · A_ii⊗G_ii is inverted. In deep linear networks without damping Σ_i has a null
         space: the next layer explains all of this one.
-      max_dim: a side larger than this is treated as diagonal, and its layer is a chain of one.
+      max_dim: a side larger than this is treated as diagonal, and its layer is a chain of one; None:
+        8192.
       distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
         results; "inverses_and_apply": likewise each device preconditions its share in every step. See `scale_by_kronecker`.
       rest: the transformation of the parameters outside the layers; `optax.scale_by_adam()` by default.
@@ -138,15 +139,9 @@ def scale_by_block_tridiagonal(
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
     )
-    if not isinstance(floor, jax.Array) and not 0 < floor <= 1:
-        raise ValueError(
-            f"floor must lie in (0, 1], where it keeps the inverse positive and bounded; it is {floor!r}."
-        )
+    checks.fraction("keeps the inverse positive and bounded", floor=floor)
     base.check_max_dim(max_dim)
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
-        )
+    require_layers(layers)
     plan = find_chains(layers, chains, max_dim)
     method = _Tridiagonal(
         layers,
@@ -173,7 +168,7 @@ class _Tridiagonal(NamedTuple):
     factor_update_period: Any
     inverse_update_period: Any
     initial_refreshes: int
-    max_dim: int
+    max_dim: int | None
 
     needs_taps = True
     reads_parameters = False

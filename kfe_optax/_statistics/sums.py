@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kfe_optax._layers.kinds.base import TRANSPOSED, gram
-from kfe_optax._layers.layer import LARGEST_SUM, Layer
+from kfe_optax._layers.layer import LARGEST_SIDE, Layer
 from kfe_optax._statistics.rows import over_stack
 
 
@@ -183,6 +183,6 @@ class Sums:
 def _check_diagonal(layer: Layer, diagonal: bool) -> None:
     if not diagonal:
         raise ValueError(
-            f"Layer {layer.name!r} is used more than once and has a side of more than {LARGEST_SUM}, of whose factor the sums "
-            f"over its uses hold the diagonal alone: choose max_dim={LARGEST_SUM} or less."
+            f"Layer {layer.name!r} is used more than once and has a side of more than {LARGEST_SIDE}, of whose factor the sums "
+            f"over its uses hold the diagonal alone: choose max_dim={LARGEST_SIDE} or less."
         )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import core
 
 from kfe_optax._jax import checks, static_values, varying_axes
-from kfe_optax._layers.layers import Layers, same_layers
+from kfe_optax._layers.layers import Layers, require_layers, same_layers
 from kfe_optax._marks.outputs import FAINT, Place
 from kfe_optax._taps import accumulation
 from kfe_optax._taps import microbatches as microbatches_lib
@@ -99,10 +99,8 @@ def value_grad_and_taps(
       >>> a.shape, g.shape
       ((8, 1, 6), (8, 1, 3))
     """
-    if fisher not in ("sampled", "empirical", "exact"):
-        raise ValueError(f"fisher must be 'sampled', 'empirical' or 'exact', not {fisher!r}.")
-    if not isinstance(layers, Layers):
-        raise TypeError(f"layers must be what kfe.find_layers returns, not a {type(layers).__name__}.")
+    checks.one_of("fisher", fisher, Fisher)
+    require_layers(layers)
     if not checks.is_whole(num_samples) or num_samples < 1 or (num_samples > 1 and fisher != "sampled"):
         raise ValueError(
             f"num_samples counts the draws of fisher='sampled', a positive whole number, not {num_samples!r}; leave it at 1 "

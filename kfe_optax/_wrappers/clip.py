@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax._jax import checks, counts, explicit_axes
-from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._methods import layerwise, matrices
 from kfe_optax._methods.layerwise import ScalarOrSchedule
 
@@ -68,7 +68,7 @@ def clip_by_kl(
     checks.bound(max_kl=max_kl)
     checks.not_negative(learning_rate=learning_rate)
     if layers is not None:
-        matrices.check_layers(layers)
+        require_layers(layers)
     inner = optax.with_extra_args_support(inner)
 
     def init(params):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax._jax import checks, counts, explicit_axes
-from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._methods import layerwise, matrices
 from kfe_optax._methods.layerwise import ScalarOrSchedule
 from kfe_optax._methods.matrices import root_mean_square
@@ -51,9 +51,8 @@ def normalize_layers(layers: Layers, size: Size = "rms") -> optax.GradientTransf
       >>> updates["kernel"][0].tolist()
       [1.0, 1.0]
     """
-    matrices.check_layers(layers)
-    if size not in ("rms", "fan_in", "operator", "spectral"):
-        raise ValueError(f"size must be 'rms', 'fan_in', 'operator' or 'spectral', not {size!r}.")
+    require_layers(layers)
+    checks.one_of("size", size, Size)
 
     def init(params):
         del params
@@ -103,7 +102,7 @@ def clip_layers(layers: Layers, max_change: ScalarOrSchedule) -> optax.GradientT
       >>> [round(float(number), 3) for number in jnp.diag(updates["kernel"])]
       [0.5, 0.25]
     """
-    matrices.check_layers(layers)
+    require_layers(layers)
     checks.bound(max_change=max_change)
 
     def init(params):
@@ -165,7 +164,7 @@ def graft(
       >>> round(float(jnp.linalg.norm(updates["kernel"])), 4)
       1.4142
     """
-    matrices.check_layers(layers)
+    require_layers(layers)
     first, second = map(optax.with_extra_args_support, (direction, magnitude))
 
     def init(params):

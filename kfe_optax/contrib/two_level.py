@@ -11,7 +11,7 @@ from jax import core
 
 from kfe_optax import factors as factors_lib
 from kfe_optax._jax import checks, explicit_axes
-from kfe_optax._layers.layers import Layers
+from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._linalg import devices as devices_lib
 from kfe_optax._linalg.devices import Distribute
@@ -66,7 +66,7 @@ def two_level(
     factor_update_period: int = 10,
     inverse_update_period: int = 100,
     initial_refreshes: int = 3,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
     """Adds a coarse correction to a fine preconditioner: F̂⁻¹∇ + Zᵀ F_c⁻¹ Z∇, F_c = Z F Zᵀ + λI (Tselepidis et al. 2020).
@@ -109,7 +109,7 @@ def two_level(
       factor_update_period: steps between updates of the averages, each one more backward pass.
       inverse_update_period: steps between eigendecompositions of F_c, and refreshes of the coarse vectors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      max_dim: a side larger than this has unit vectors for eigenvectors, for "eigenvectors".
+      max_dim: a side larger than this has unit vectors for eigenvectors, for "eigenvectors"; None: 8192.
       distribute: how devices share the eigendecompositions of A and G, for "eigenvectors"; see `scale_by_kronecker`. `fine` has
         an option of its own, and F_c is one small matrix, which is not divided.
 
@@ -142,10 +142,7 @@ def two_level(
         raise TypeError(
             f"fine must be a preconditioner such as kfe.scale_by_kfac(layers, ...), not {fine!r}; the layers come second."
         )
-    if not isinstance(layers, Layers):
-        raise TypeError(
-            f"layers must be what kfe.find_layers(loss_fn, params, ...) returns, not a {type(layers).__name__}."
-        )
+    require_layers(layers)
     checks.positive(damping=damping)
     checks.decay("decay", decay)
     checks.refreshes(
@@ -174,7 +171,10 @@ def two_level(
     return _added(optax.with_extra_args_support(fine), layers, level, distribute)
 
 
-def _space(coarse: Any, groups: Any, count: Any, decay: ScalarOrSchedule, max_dim: int) -> spaces.Space:
+def _space(
+    coarse: Any, groups: Any, count: Any, decay: ScalarOrSchedule, max_dim: int | None
+) -> spaces.Space:
+    checks.one_of("coarse", coarse, SpaceName)
     for name, number, owner in (("groups", groups, "outputs"), ("count", count, "eigenvectors")):
         if number is None:
             continue
@@ -191,20 +191,14 @@ def _space(coarse: Any, groups: Any, count: Any, decay: ScalarOrSchedule, max_di
         return spaces.Groups(1 if coarse == "constant" else int(groups or 4))
     if coarse == "eigenvectors":
         return spaces.Eigenvectors(int(count or 4), factors_lib.kfac(decay), max_dim)
-    if coarse == "residual":
-        return spaces.Residual()
-    raise ValueError(f"coarse must be 'constant', 'outputs', 'eigenvectors' or 'residual', not {coarse!r}.")
+    return spaces.Residual()
 
 
 def _form(space: spaces.Space, coarse: str, form: Any, grid: Any) -> fisher.Form:
     if form is None:
         form = "factored" if space.rank_one else "exact"
-    for name, chosen, known in (
-        ("form", form, ("factored", "exact")),
-        ("grid", grid, ("finest", "coarsest")),
-    ):
-        if chosen not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
+    checks.one_of("form", form, FormName)
+    checks.one_of("grid", grid, Choice)
     if form == "exact":
         return fisher.Exact()
     if not space.rank_one:
@@ -279,7 +273,7 @@ def scale_by_two_level_kfac(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
-    max_dim: int = 8192,
+    max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -58,7 +58,7 @@ class Factors(Protocol):
     def needs_taps(self) -> bool:
         """Whether it reads taps, or gradients alone."""
 
-    def init(self, layers: Sequence[Layer], max_dim: int) -> Any:
+    def init(self, layers: Sequence[Layer], max_dim: int | None) -> Any:
         """The state before the first batch; a side larger than `max_dim` is diagonal."""
 
     def update(self, state: Any, source: Source, count: jax.Array) -> Any:
@@ -70,7 +70,7 @@ class Factors(Protocol):
 
 
 def estimate(
-    factors: Factors, taps: Taps, names: Sequence[str] | None = None, *, max_dim: int = 8192
+    factors: Factors, taps: Taps, names: Sequence[str] | None = None, *, max_dim: int | None = None
 ) -> dict[str, tuple[Term, ...]]:
     """The Kronecker terms of one step's taps alone, without a running average: what `kfe.diagnostics` judges.
 
@@ -78,7 +78,7 @@ def estimate(
       factors: one of `kfe.factors` that reads taps.
       taps: what `kfe.value_grad_and_taps` returned.
       names: for which layers; all by default.
-      max_dim: a side larger than this is treated as diagonal.
+      max_dim: a side larger than this is treated as diagonal; None: 8192.
 
     Returns:
       {layer: ((A, B), ...)} with F ≈ A⊗B + ..., for use inside or outside `jit`.
@@ -115,7 +115,8 @@ def check_max_dim(max_dim: Any) -> None:
             "max_dim fixes the shapes of the state and cannot be traced: give optax.inject_hyperparams "
             "static_args=('max_dim',), or call tx.init outside jit."
         )
-    checks.whole("max_dim", max_dim)
+    if max_dim is not None:
+        checks.whole("max_dim", max_dim)
 
 
 def check_own_factors(layers: Sequence[Layer], factors: str, starts_with_kfac: bool = False) -> None:
@@ -139,12 +140,12 @@ def check_own_factors(layers: Sequence[Layer], factors: str, starts_with_kfac: b
             )
 
 
-def zero_term(layer: Layer, max_dim: int) -> Term:
+def zero_term(layer: Layer, max_dim: int | None) -> Term:
     """Zeros in the shapes of a layer's factors."""
     return Term(*(jnp.zeros(_side_shape(layer, side, max_dim), layer.factor_dtype) for side in (0, 1)))
 
 
-def _side_shape(layer: Layer, side: int, max_dim: int) -> tuple[int, ...]:
+def _side_shape(layer: Layer, side: int, max_dim: int | None) -> tuple[int, ...]:
     d = layer.sides[side]
     stack = layer.side_stack(side)
     return (*stack, d) if layer.is_diagonal(side, max_dim) else (*stack, d, d)

@@ -57,7 +57,7 @@ class Chained(NamedTuple):
     plan: Plan
     decay: ScalarOrSchedule
 
-    def init(self, layers: Sequence[Layer], max_dim: int) -> ChainedState:
+    def init(self, layers: Sequence[Layer], max_dim: int | None) -> ChainedState:
         """Zeros."""
         base.check_max_dim(max_dim)
         known = {layer.name: layer for layer in layers}

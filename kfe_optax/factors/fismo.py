@@ -27,7 +27,7 @@ class Fismo(NamedTuple):
     rank = 1
     needs_taps = False
 
-    def init(self, layers: Sequence[Layer], max_dim: int) -> FactorsState:
+    def init(self, layers: Sequence[Layer], max_dim: int | None) -> FactorsState:
         base.check_own_factors(layers, "kfe.factors.fismo")
         empty = zeros(layers, max_dim)
         stacked = {layer.name: len(layer.stack_shape) for layer in layers}

@@ -25,7 +25,7 @@ class Gradient(NamedTuple):
     rank = 1
     needs_taps = False
 
-    def init(self, layers: Sequence[Layer], max_dim: int) -> FactorsState:
+    def init(self, layers: Sequence[Layer], max_dim: int | None) -> FactorsState:
         base.check_own_factors(layers, "kfe.factors.gradient")
         return zeros(layers, max_dim)
 

@@ -31,7 +31,7 @@ class FactorsState(NamedTuple):
     failures: jax.Array
 
 
-def zeros(layers: Sequence[Layer], max_dim: int) -> FactorsState:
+def zeros(layers: Sequence[Layer], max_dim: int | None) -> FactorsState:
     """Zero factors."""
     base.check_max_dim(max_dim)
     terms = {layer.name: base.zero_term(layer, max_dim) for layer in layers}
@@ -81,7 +81,7 @@ class Kfac(NamedTuple):
     rank = 1
     needs_taps = True
 
-    def init(self, layers: Sequence[Layer], max_dim: int) -> FactorsState:
+    def init(self, layers: Sequence[Layer], max_dim: int | None) -> FactorsState:
         return zeros(layers, max_dim)
 
     def update(self, state: FactorsState, source: Source, count: jax.Array) -> FactorsState:

@@ -33,7 +33,10 @@ def leading_terms(
 
 
 def lanczos(
-    decay: ScalarOrSchedule = 0.95, tolerance: float = 1e-4, subspace: int = 8, max_restarts: int = 10
+    decay: ScalarOrSchedule = 0.95,
+    tolerance: float = 1e-4,
+    subspace: int | None = None,
+    max_restarts: int = 10,
 ) -> TermsFactors:
     """Two Kronecker terms by Lanczos: F ≈ R⊗S + P⊗Q, the best symmetric Kronecker rank 2 (Koroko et al. 2022, section 3.3).
 
@@ -44,7 +47,8 @@ def lanczos(
       decay: ρ of the running averages of R, S, P and Q, each by itself after (P, Q) has been given the sign that agrees with the
         old pair; a scalar or a schedule of the step; the k-th update uses min(1 − 1/k, ρ).
       tolerance: the cycles end when ‖Zᵀu − σ v‖ ≤ tolerance · σ for both triples (‖Z v − σ u‖ vanishes by construction).
-      subspace: the size of the bidiagonal matrix, above 2; as many vectors of each side are kept while it runs.
+      subspace: the size of the bidiagonal matrix, above 2; as many vectors of each side are kept while it runs;
+        None: 8.
       max_restarts: cycles after the first, at most; the products with Z used are in the state's `iterations`.
 
     Returns:
@@ -62,12 +66,13 @@ def lanczos(
     checks.decay("decay", decay)
     checks.number(max_restarts=max_restarts)
     terms.check_iteration(tolerance, 1 + max_restarts)
-    check_subspace(subspace, 2)
+    size = 8 if subspace is None else subspace
+    check_subspace(size, 2)
 
     def estimate(source: Source, layer: Layer, old: tuple[Term, ...], own: Weights):
         del own
         operator = fisher_operator(source, layer, old[0])
-        return leading_terms(operator, old, len(layer.stack_shape), tolerance, subspace, max_restarts)
+        return leading_terms(operator, old, len(layer.stack_shape), tolerance, size, max_restarts)
 
     return TermsFactors(2, decay, estimate)
 

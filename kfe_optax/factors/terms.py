@@ -62,7 +62,7 @@ class TermsFactors(NamedTuple):
     def needs_taps(self) -> bool:
         return True
 
-    def init(self, layers: Sequence[Layer], max_dim: int) -> TermsState:
+    def init(self, layers: Sequence[Layer], max_dim: int | None) -> TermsState:
         base.check_max_dim(max_dim)
         base.check_own_factors(layers, "this method", self.starts_with_kfac)
         return TermsState(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ class Tkfac(NamedTuple):
     rank = 1
     needs_taps = True
 
-    def init(self, layers: Sequence[Layer], max_dim: int) -> TkfacState:
+    def init(self, layers: Sequence[Layer], max_dim: int | None) -> TkfacState:
         base.check_max_dim(max_dim)
         base.check_own_factors(layers, "TKFAC")
         terms = {layer.name: base.zero_term(layer, max_dim) for layer in layers}
@@ -104,6 +104,5 @@ def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Tkfa
       1
     """
     checks.decay("decay", decay)
-    if pairing not in ("position", "example"):
-        raise ValueError(f"pairing must be 'position' or 'example', not {pairing!r}.")
+    checks.one_of("pairing", pairing, Literal["position", "example"])
     return Tkfac(decay, pairing)

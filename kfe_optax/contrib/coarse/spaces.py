@@ -177,7 +177,7 @@ class Eigenvectors(NamedTuple):
 
     count: int
     factors: Kfac
-    max_dim: int
+    max_dim: int | None
 
     moves = True
     rank_one = True
