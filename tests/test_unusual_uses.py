@@ -349,7 +349,7 @@ def test_a_new_token_between_refreshes_keeps_its_own_scale():
 
 def test_a_wide_layer_in_a_loop_keeps_diagonals(monkeypatch):
     """Of a large side of a layer that is used more than once the sums hold the diagonal alone."""
-    monkeypatch.setattr("kfe_optax._layers.layer.LARGEST_SIDE", 4)
+    monkeypatch.setattr("kfe_optax._statistics.riders.LARGEST_SIDE", 4)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(N, D)), jnp.float32)
     params = {"kernel": jnp.ones((D, 6))}
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kfe_optax._layers.flow import Flow
 from kfe_optax._layers.kinds import Kind
@@ -234,65 +233,3 @@ class Layer:
                 f"Layer {self.name!r} was given the tap of {tap.name!r}; pass taps[{self.name!r}]."
             )
         return tap.rows()
-
-    def rider_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the layer's rider for the calls that were traced."""
-        dtypes = dict.fromkeys(("input", "output"), np.dtype(self.factor_dtype).name)
-        if self.has_rows and not self.kind.per_example and self.kind.statistics == "rows":
-            dtypes = {"input": self.uses[0][2], "output": self.uses[0][3]}
-        return {
-            name: jax.ShapeDtypeStruct(
-                (*self.stacked, *shape), jnp.dtype(dtypes.get(name, np.dtype(self.factor_dtype).name))
-            )
-            for name, shape in self._rider_parts().items()
-        }
-
-    def examples_axis(self, part: str) -> int | None:
-        """Which axis of a part of the rider runs over the examples, the first of what they are flattened with; None: none."""
-        if not self.has_rows and part != "examples":
-            return None
-        return len(self.stacked)
-
-    def _rider_parts(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the rider's parts as the kind has them, of one layer."""
-        x, y, *_ = self.uses[0]
-        if self.has_rows:
-            live = (
-                {"live": (self.examples, self.positions)} if self.masked and not self.kind.per_example else {}
-            )
-            return self.kind.row_shapes(x, y) | live
-        n = self.examples
-        d_in, d_out = self.sides
-        blocks = self.kind.blocks(self.kernel_shape)
-        in_blocks, out_blocks = self.kind.side_blocks(self.kernel_shape)
-        shapes = {"count": (1,)}
-        moments = self.kind.moments_shape(self.kernel_shape, self.bias)
-        if max(moments) > LARGEST_SIDE and not self.kind.diagonal[0]:
-            shapes["input_squares"] = (*in_blocks, d_in)
-        else:
-            shapes["inputs"] = moments
-        if d_out > LARGEST_SIDE:
-            shapes["output_squares"] = (*out_blocks, d_out)
-        else:
-            shapes["outputs"] = (*out_blocks, d_out, d_out)
-        if self.mixed:
-            shapes |= {f"{TRANSPOSED}_{name}": shape for name, shape in shapes.items()}
-        if self.per_example:
-            shapes["examples"] = (n, *blocks, d_in, d_out)
-        if self.sharing == "reduce":
-            shapes |= {
-                "input_sums": (*in_blocks, n, d_in),
-                "output_sums": (*out_blocks, n, d_out),
-                "example_counts": (n,),
-            }
-        return shapes
-
-    def parts(self, rider: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """A row rider's cotangent with its leading axis split, (*stacked, n, e, ...); live positions (*stacked, n, t)."""
-        lead, n = len(self.stacked), self.examples
-        return {
-            name: value
-            if name == "live"
-            else value.reshape(*self.stacked, n, value.shape[lead] // n, *value.shape[lead + 1 :])
-            for name, value in rider.items()
-        }

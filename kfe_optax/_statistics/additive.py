@@ -1,9 +1,4 @@
-"""What one use of a layer adds to the sums of all its uses.
-
-"inputs": Σ ā āᵀ (or what the kind makes A of), "outputs": Σ g gᵀ, "count": how many rows; "examples": Σ_t ā gᵀ of each example;
-with sharing="reduce" "input_sums" and "output_sums": Σ_t ā and Σ_t g of each example, "example_counts": its positions. A
-transposed use u = v Wᵀ, with ∂L/∂u in the place of ā and v in that of g, adds to "transposed_inputs" and so on.
-"""
+"""What one use of a layer adds to the sums of all its uses (see `riders`)."""
 
 from __future__ import annotations
 

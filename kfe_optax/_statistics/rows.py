@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from kfe_optax._jax import chunks
 from kfe_optax._layers.kinds.base import gram, masked
 from kfe_optax._layers.layer import Layer
+from kfe_optax._statistics import riders
 
 
 class Rows:
@@ -24,7 +25,7 @@ class Rows:
 
     def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: Any):
         self.layer = layer
-        self._parts = layer.parts(rider)
+        self._parts = riders.split(layer, rider)
         self._scale = scale
 
     def _a(self, parts: Any) -> jax.Array:

@@ -24,7 +24,7 @@ from kfe_optax._jax import explicit_axes, retracing, varying_axes
 from kfe_optax._layers.kinds import Dense, Kind
 from kfe_optax._layers.layer import WITHOUT_BIAS
 from kfe_optax._marks import marks
-from kfe_optax._statistics import additive as sums
+from kfe_optax._statistics import additive, riders
 
 Roles = tuple[str, ...]
 
@@ -186,10 +186,6 @@ def plain(params: Any) -> Any:
     return params
 
 
-Rider = dict[str, jax.Array]
-_Spec = tuple[tuple[str, Any], ...]
-
-
 class Use(NamedTuple):
     """What is static about one use of a layer: enough to form its statistics."""
 
@@ -202,29 +198,16 @@ class Use(NamedTuple):
     row_bytes: int
 
 
-def _spec(rider: Rider) -> _Spec:
-    # Types are static: the zeros themselves need not wait among the residuals for the backward pass.
-    return tuple((name, jax.typeof(zeros)) for name, zeros in sorted(rider.items()))
-
-
-def _fit(values: dict[str, jax.Array], spec: _Spec) -> Rider:
-    """The rider's cotangent: the values in the rider's shapes (see `Layer.rider_shapes`), zeros for what this use has not."""
-    return {
-        name: values[name].reshape(kind.shape).astype(kind.dtype)
-        if name in values
-        else jnp.zeros(kind.shape, kind.dtype)
-        for name, kind in spec
-    }
-
-
-def row_tag(use: Use, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: Rider) -> jax.Array:
+def row_tag(use: Use, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: riders.Rider) -> jax.Array:
     """The identity on y; the rider receives x and g = ∂L/∂y as they are (the kind's `row_values`), and which rows are live."""
-    return _tag((_row_values, use, _spec(rider)), x, y, live, rider)
+    return _tag((_row_values, use, riders.spec(rider)), x, y, live, rider)
 
 
-def additive_tag(use: Use, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: Rider) -> jax.Array:
-    """The identity on y; the rider receives sums (see `sums`), which is what JAX makes of cotangents of a broadcast variable."""
-    return _tag((sums.of_use, use, _spec(rider)), x, y, live, rider)
+def additive_tag(
+    use: Use, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: riders.Rider
+) -> jax.Array:
+    """The identity on y; the rider receives sums (see `additive`), as JAX adds up the cotangents of a broadcast variable."""
+    return _tag((additive.of_use, use, riders.spec(rider)), x, y, live, rider)
 
 
 def _row_values(use, x, g, live, spec):
@@ -238,7 +221,7 @@ def _row_values(use, x, g, live, spec):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tag(static: Any, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: Rider) -> jax.Array:
+def _tag(static: Any, x: jax.Array, y: jax.Array, live: jax.Array | None, rider: riders.Rider) -> jax.Array:
     del static, x, live, rider
     return y
 
@@ -254,11 +237,11 @@ def _backward(static, residuals, g):
     def fitted(x, live, g):
         # y = x (cW) is (cx) W.
         scaled = x if use.factor == 1 else x * jnp.asarray(use.factor, x.dtype)
-        return _fit(values(use, scaled, g, live, spec), spec)
+        return riders.fit(values(use, scaled, g, live, spec), spec)
 
     kinds = dict(spec)
-    riders = explicit_axes.automatic(fitted, kinds, *residuals, g)
-    return None, g, None, {name: varying_axes.like(rider, kinds[name]) for name, rider in riders.items()}
+    found = explicit_axes.automatic(fitted, kinds, *residuals, g)
+    return None, g, None, {name: varying_axes.like(value, kinds[name]) for name, value in found.items()}
 
 
 _tag.defvjp(_forward, _backward)

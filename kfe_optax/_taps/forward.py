@@ -13,7 +13,7 @@ from kfe_optax._layers.kinds.base import TRANSPOSED
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._marks import marks, outputs
-from kfe_optax._statistics import masks, tags
+from kfe_optax._statistics import masks, riders, tags
 from kfe_optax._tracing import adapters, equations, rules, traced
 from kfe_optax._tracing.rebuild import Place, Rebuild, Riders
 
@@ -130,11 +130,11 @@ class Forward:
         mesh = explicit_axes.mesh_of(arrays)
         examples = {layer.examples, *(output.examples for output in self.layers.outputs)}
         names = None if mesh is None else explicit_axes.batch_axes(arrays, examples)
-        rider = {name: jnp.zeros(s.shape, s.dtype) for name, s in layer.rider_shapes().items()}
+        rider = riders.zeros(layer)
         if names is None:
             return rider
         for name, value in rider.items():
-            axis = layer.examples_axis(name)
+            axis = riders.examples_axis(layer, name)
             if axis is not None:
                 rider[name] = explicit_axes.divided(value, mesh, axis, names)
         return rider
