@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 Coefficients = Sequence[tuple[float, float, float]]
 
@@ -102,7 +106,9 @@ _MARGIN = 1.01
 
 
 def msign(
-    matrix: jax.Array, coefficients: Coefficients | None = None, dtype: jax.typing.DTypeLike | None = None
+    matrix: Float[Array, "*stack d_in d_out"],
+    coefficients: Coefficients | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
     """U Vᵀ of X = U diag(s) Vᵀ, to the accuracy of the coefficients: X ← a X + (b X Xᵀ + c (X Xᵀ)²) X from X/‖X‖_F.
 

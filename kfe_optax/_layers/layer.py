@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from kfe_optax._layers.kinds import Kind
 from kfe_optax._layers.kinds.base import TRANSPOSED
 from kfe_optax._layers.paths import Path, leaves_by_path, path_name
 from kfe_optax._layers.views import Views
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 LARGEST_SIDE = 8192
 """Of a larger side the factor is a diagonal where `max_dim` says nothing else, and sums over a layer's uses hold that alone."""
@@ -175,7 +178,7 @@ class Layer:
         stacked = self._positions(leaf.ndim)
         return jnp.moveaxis(leaf, range(len(stacked)), stacked) if stacked else leaf
 
-    def to_matrix(self, tree: Any) -> jax.Array:
+    def to_matrix(self, tree: Any) -> Float[Array, "*stack d_in d_out"]:
         """The layer's W̄ (*stack, d_in, d_out) out of a parameter-shaped tree; the bias is the last row.
 
         Raises:
@@ -190,7 +193,7 @@ class Layer:
             )
         return self.gather({role: leaves[path] for role, path in self.paths})
 
-    def gather(self, leaves: Mapping[str, jax.Array]) -> jax.Array:
+    def gather(self, leaves: Mapping[str, jax.Array]) -> Float[Array, "*stack d_in d_out"]:
         """{role: leaf} → W̄ (*stack, d_in, d_out)."""
         seen = {role: self.stack_first(leaf) for role, leaf in leaves.items()}
         for role, views in self.views:
@@ -198,7 +201,7 @@ class Layer:
                 seen[role] = view.of(seen[role])
         return self.kind.to_matrix(seen)
 
-    def from_matrix(self, matrix: jax.Array) -> dict[Path, jax.Array]:
+    def from_matrix(self, matrix: Float[Array, "*stack d_in d_out"]) -> dict[Path, jax.Array]:
         """W̄ (*stack, d_in, d_out) → {key path: parameter-shaped array}, the inverse of `to_matrix`.
 
         Raises:
@@ -218,7 +221,7 @@ class Layer:
         leaves = jax.eval_shape(lambda m: list(self.from_matrix(m).values()), matrix)
         return {path: leaf.shape for (_, path), leaf in zip(self.paths, leaves, strict=True)}
 
-    def rows(self, tap: Any) -> tuple[jax.Array, jax.Array]:
+    def rows(self, tap: Any) -> tuple[Float[Array, "*stack n t d_in"], Float[Array, "*stack n t d_out"]]:
         """ā (*stack, n, t, d_in) and g (*stack, n, t, d_out) of a tap, n examples with t shared positions each.
 
         g carries √N, so that the layer's Fisher block is (1/N) Σ over the rows' outer products; with `fisher="empirical"`

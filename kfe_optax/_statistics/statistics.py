@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from kfe_optax._statistics.rows import Rows
 from kfe_optax._statistics.sums import Sums
 from kfe_optax._statistics.tokens import Tokens
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 # Whether TKFAC weights each position with its own traces, or each example with those of its whole gradient; "use": each use of a
 # layer that has two of different kinds (a tied embedding).
 Pairing = Literal["position", "example", "use"]
@@ -27,7 +30,7 @@ Pairing = Literal["position", "example", "use"]
 class Statistics(Protocol):
     layer: Layer
 
-    def rows(self) -> tuple[jax.Array, jax.Array]:
+    def rows(self) -> tuple[Float[Array, "*stack n t d_in"], Float[Array, "*stack n t d_out"]]:
         """ā (..., n, t, d_in), g (..., n, t, d_out)."""
 
     def input_factor(self, diagonal: bool = False) -> jax.Array:
@@ -50,24 +53,26 @@ class Statistics(Protocol):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """σ (...,), σΦ and σΨ of TKFAC (see `factors.tkfac`), or their diagonals."""
 
-    def example_gradients(self) -> jax.Array:
+    def example_gradients(self) -> Float[Array, "*stack n d_in d_out"]:
         """M_n, (..., n, d_in, d_out)."""
 
     # Projections for coarse spaces, on v matrices of rank one p qᵀ in each block: p (..., v, d_in), q (..., v, d_out).
 
-    def project_inputs(self, p: jax.Array) -> jax.Array:
+    def project_inputs(self, p: Float[Array, "*stack v d_in"]) -> Float[Array, "*stacked n t v blocks"]:
         """α = pᵀā, (*stacked, n, t, v, blocks), scaled so that a Gram matrix over n and t is E[mean_t α αᵀ]."""
 
-    def project_outputs(self, q: jax.Array) -> jax.Array:
+    def project_outputs(self, q: Float[Array, "*stack v d_out"]) -> Float[Array, "*stacked n t v blocks"]:
         """γ = qᵀg, (*stacked, n, t, v, blocks), scaled so that a Gram matrix over n and t is E[Σ_t γ γᵀ]."""
 
-    def project(self, p: jax.Array, q: jax.Array) -> jax.Array:
+    def project(
+        self, p: Float[Array, "*stack v d_in"], q: Float[Array, "*stack v d_out"]
+    ) -> Float[Array, "*stacked n v"]:
         """ζ = Σ over the blocks of pᵀ M_n q, (*stacked, n, v)."""
 
-    def inner(self, matrix: jax.Array) -> jax.Array:
+    def inner(self, matrix: Float[Array, "*stack d_in d_out"]) -> Float[Array, "*stacked n"]:
         """⟨Z, M_n⟩ over all blocks, (*stacked, n), for Z (..., d_in, d_out)."""
 
-    def weighted_gradient(self, weights: jax.Array) -> jax.Array:
+    def weighted_gradient(self, weights: Float[Array, " n"]) -> Float[Array, "*stack d_in d_out"]:
         """Σ_n w_n M_n, (..., d_in, d_out), for w (n,)."""
 
 

@@ -14,7 +14,7 @@ import contextvars
 import functools
 import warnings
 from collections.abc import Generator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from kfe_optax._layers.kinds import Dense, Kind
 from kfe_optax._layers.layer import WITHOUT_BIAS
 from kfe_optax._marks import marks
 from kfe_optax._statistics import additive, riders
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Num
 
 Roles = tuple[str, ...]
 
@@ -124,13 +127,13 @@ def mark_loss(spec: Any, z: Any, args: tuple[Any, ...]) -> Any:
 
 
 def tag_dense(
-    x: jax.Array,
-    y: jax.Array,
+    x: Num[Array, " n *positions d_in"],
+    y: Float[Array, " n *positions d_out"],
     params: Mapping[str, Any],
     *,
     kernel: str = "kernel",
     bias: str | None = "bias",
-) -> jax.Array:
+) -> Float[Array, " n *positions d_out"]:
     """Marks y = x @ params[kernel] + params[bias] as a dense layer in a plain JAX function; returns y unchanged.
 
     Args:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from kfe_optax._jax import explicit_axes
 from kfe_optax._taps.reductions import Draws
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 @jax.tree_util.register_pytree_node_class
@@ -27,7 +30,7 @@ class Tap:
     def tree_unflatten(cls, name, children):
         return cls(children[0], name)
 
-    def rows(self) -> tuple[jax.Array, jax.Array]:
+    def rows(self) -> tuple[Float[Array, "*stack n t d_in"], Float[Array, "*stack n t d_out"]]:
         """(ā, g), see `Layer.rows`."""
         layer = self.taps.layers[self.name]
         if not layer.has_rows:
@@ -37,26 +40,30 @@ class Tap:
             )
         return _rows(self)
 
-    def covariances(self) -> tuple[jax.Array, jax.Array]:
+    def covariances(self) -> tuple[Float[Array, "*stack d_in d_in"], Float[Array, "*stack d_out d_out"]]:
         """(A, G): A (*stack, d_in, d_in) = E[mean_t ā āᵀ], G (*stack, d_out, d_out) = E[Σ_t g gᵀ]."""
         return _covariances(self)
 
-    def second_moment_in(self, basis_in: jax.Array | None, basis_out: jax.Array | None) -> jax.Array | None:
+    def second_moment_in(
+        self,
+        basis_in: Float[Array, "*stack d_in d_in"] | None,
+        basis_out: Float[Array, "*stack d_out d_out"] | None,
+    ) -> Float[Array, "*stack d_in d_out"] | None:
         """S* = E[(U_Aᵀ ∇W̄ U_G)²] over per-example gradients, (*stack, d_in, d_out); None is the identity basis."""
         return _second_moment(self, basis_in, basis_out)
 
-    def contract_output(self, v: jax.Array) -> jax.Array:
+    def contract_output(self, v: Float[Array, "*stack d_out d_out"]) -> Float[Array, "*stack d_in d_in"]:
         """MAT(Z(F) v) = E[M V Mᵀ], (*stack, d_in, d_in), M = Σ_t ā gᵀ per example; V (*stack, d_out, d_out).
 
         Z(F) is F rearranged so that Z(A⊗G) = vec(A) vec(G)ᵀ (Koroko et al. 2022, section 3); F is never formed.
         """
         return _contract_output(self, v)
 
-    def contract_input(self, u: jax.Array) -> jax.Array:
+    def contract_input(self, u: Float[Array, "*stack d_in d_in"]) -> Float[Array, "*stack d_out d_out"]:
         """MAT(Z(F)ᵀ u) = E[Mᵀ U M], (*stack, d_out, d_out), for U (*stack, d_in, d_in); see `contract_output`."""
         return _contract_input(self, u)
 
-    def example_gradients(self) -> jax.Array:
+    def example_gradients(self) -> Float[Array, "*stack n d_in d_out"]:
         """Σ_t ā gᵀ of each example, (*stack, n, d_in, d_out), of one draw."""
         return _example_gradients(self)
 

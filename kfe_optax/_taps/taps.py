@@ -8,7 +8,7 @@ loss's mode swapped, inside its own `lax.cond`, so that a step that refreshes no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from kfe_optax._taps import microbatches
 from kfe_optax._taps.plan import Given, Passage, Plan
 from kfe_optax._taps.reductions import Pulled
 from kfe_optax._taps.tap import Tap
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 T = TypeVar("T")
 
@@ -151,12 +154,12 @@ class Taps:
         }
 
     @property
-    def loss(self) -> jax.Array:
+    def loss(self) -> Float[Array, ""]:
         """The loss at the step's parameters, averaged over devices."""
         self._checked()
         return self.mean_over_devices(self._loss)
 
-    def loss_at(self, parameters: Any) -> jax.Array:
+    def loss_at(self, parameters: Any) -> Float[Array, ""]:
         """The loss of the step's batch at other parameters, averaged over devices.
 
         They are a tree like the gradient; what is not in it (as under `optax.masked`) stays as it was.
@@ -244,7 +247,7 @@ class Taps:
             devices, total, square = jax.lax.psum((1, total, square), self.plan.axis_name)
         return devices * total / jnp.maximum(square, jnp.finfo(jnp.float32).tiny)
 
-    def examples_of(self, name: str) -> jax.Array:
+    def examples_of(self, name: str) -> Float[Array, ""]:
         """N, the examples that a layer saw in all microbatches and on all devices: its `gradient_weight` for a mean over them."""
         here = jnp.asarray(self.layers[name].examples * self.plan.microbatches, jnp.float32)
         return here if self.plan.axis_name is None else jax.lax.psum(here, self.plan.axis_name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,14 @@ from kfe_optax._tracing import adapters
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import BUDGET, MAX_SIZE, check_size, layer_of, precise
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 
 @precise
-def fisher_block(tap: Any, *, max_size: int = MAX_SIZE, chunk_size: int | None = None) -> jax.Array:
+def fisher_block(
+    tap: Any, *, max_size: int = MAX_SIZE, chunk_size: int | None = None
+) -> Float[Array, "*stacked size size"]:
     """F = (1/N) Σ_n vec(M_n) vec(M_n)ᵀ, (*stack, d, d) with d = d_in d_out, over row-major vec.
 
     Exact columns are summed, samples averaged, one draw after another; M_n = Σ_t ā_{n,t} g_{n,t}ᵀ.
@@ -171,7 +176,9 @@ def gauss_newton_block(
 
 
 @precise
-def kronecker_matrix(terms: Any, *, stacked: int = 0, max_size: int = MAX_SIZE) -> jax.Array:
+def kronecker_matrix(
+    terms: Any, *, stacked: int = 0, max_size: int = MAX_SIZE
+) -> Float[Array, "*stacked size size"]:
     """A⊗B + C⊗D + ... as a dense matrix (*stack, d_in d_out, d_in d_out).
 
     Args:
@@ -206,7 +213,9 @@ def kronecker_matrix(terms: Any, *, stacked: int = 0, max_size: int = MAX_SIZE) 
 
 
 @precise
-def eigenbasis_matrix(basis: Any, scale: jax.Array, *, max_size: int = MAX_SIZE) -> jax.Array:
+def eigenbasis_matrix(
+    basis: Any, scale: Float[Array, "*stack d_in d_out"], *, max_size: int = MAX_SIZE
+) -> Float[Array, "*stacked size size"]:
     """(U_A⊗U_G) diag(vec S) (U_A⊗U_G)ᵀ as a dense matrix (*stack, d_in d_out, d_in d_out).
 
     Args:

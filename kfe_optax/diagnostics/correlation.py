@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from jax import core
 from kfe_optax._layers.layer import Layer
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import MAX_SIZE, check_size, layer_of, precise
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 @precise
@@ -122,7 +125,7 @@ def _coordinates(layer: Layer, statistics: Any, basis: Any, indices: Any) -> jax
     return jax.lax.scan(add, zeros, (a, g))[0]
 
 
-def mean_absolute_correlation(correlation: jax.Array) -> jax.Array:
+def mean_absolute_correlation(correlation: Float[Array, "*stacked size size"]) -> Float[Array, "*stacked"]:
     """The mean of |correlation| off the diagonal, (*stack,): 0 when coordinates are uncorrelated, 1 when they move as one.
 
     Args:

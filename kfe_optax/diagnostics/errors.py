@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,12 @@ from kfe_optax._linalg import kronecker
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import layer_of, precise
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 
 @precise
-def fisher_trace(tap: Any) -> jax.Array:
+def fisher_trace(tap: Any) -> Float[Array, "*stacked"]:
     """tr F = E‖M‖², (*stack,).
 
     Args:
@@ -47,7 +50,7 @@ def _trace(tap: Any) -> jax.Array:
 
 
 @precise
-def fisher_norm(tap: Any, *, chunk_size: int | None = None) -> jax.Array:
+def fisher_norm(tap: Any, *, chunk_size: int | None = None) -> Float[Array, "*stacked"]:
     """‖F‖_F, (*stack,), from the inner products of the per-example gradients: n²‖F‖² = Σ_nm ⟨M_n, M_m⟩².
 
     With one position an example ⟨M_n, M_m⟩ = (ā_n·ā_m)(g_n·g_m), which costs n²(d_in + d_out). With t shared positions it is
@@ -100,7 +103,9 @@ def _norm(tap: Any, chunk_size: int | None) -> jax.Array:
 
 
 @precise
-def kronecker_error(tap: Any, terms: Any, *, norm: jax.Array | None = None) -> jax.Array:
+def kronecker_error(
+    tap: Any, terms: Any, *, norm: Float[Array, "*stacked"] | None = None
+) -> Float[Array, "*stacked"]:
     """‖F − F̂‖_F / ‖F‖_F for F̂ = A⊗B + C⊗D + ..., without F or F̂ (Koroko et al. 2022, section 4.1).
 
     ‖F − F̂‖² = ‖F‖² − 2 Σ_k ⟨A_k, MAT(Z(F) vec B_k)⟩ + Σ_kl ⟨A_k, A_l⟩⟨B_k, B_l⟩. Large numbers add up to a small one: in float32
@@ -155,7 +160,13 @@ def _kronecker_error(tap: Any, terms: Any, norm: jax.Array) -> jax.Array:
 
 
 @precise
-def eigenbasis_error(tap: Any, basis: Any, scale: jax.Array, *, norm: jax.Array | None = None) -> jax.Array:
+def eigenbasis_error(
+    tap: Any,
+    basis: Any,
+    scale: Float[Array, "*stack d_in d_out"],
+    *,
+    norm: Float[Array, "*stacked"] | None = None,
+) -> Float[Array, "*stacked"]:
     """‖F − F̂‖_F / ‖F‖_F for F̂ = (U_A⊗U_G) diag(vec S) (U_A⊗U_G)ᵀ, as EKFAC has it (George et al. 2018).
 
     ‖F − F̂‖² = ‖F‖² − ‖S*‖² + ‖S* − S‖² with S* = E[(U_Aᵀ M U_G)²], the diagonal that minimizes it. Its resolution is that of
@@ -207,7 +218,9 @@ def _eigenbasis_error(tap: Any, basis: Any, scale: jax.Array, norm: jax.Array) -
 
 
 @precise
-def relative_error(block: jax.Array, approximation: jax.Array) -> jax.Array:
+def relative_error(
+    block: Float[Array, "*stacked size size"], approximation: Float[Array, "*stacked size size"]
+) -> Float[Array, "*stacked"]:
     """‖F − F̂‖_F / ‖F‖_F of dense matrices (*stack, d, d), to the precision of their dtype.
 
     Args:

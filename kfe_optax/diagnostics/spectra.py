@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,12 @@ from kfe_optax.diagnostics import blocks
 from kfe_optax.diagnostics import examples as examples_lib
 from kfe_optax.diagnostics.examples import MAX_SIZE, check_size, layer_of, precise
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
 
 @precise
-def fisher_spectrum(tap: Any, *, max_size: int = MAX_SIZE) -> jax.Array:
+def fisher_spectrum(tap: Any, *, max_size: int = MAX_SIZE) -> Float[Array, "*stacked size"]:
     """The eigenvalues of F, ascending, (*stack, d_in d_out).
 
     They come from the block or, where that is smaller, from the Gram matrix ⟨M, M'⟩/N of all draws' per-example gradients,
@@ -67,7 +70,9 @@ def _gram_spectrum(tap: Any) -> jax.Array:
 
 
 @precise
-def kronecker_spectrum(terms: Any, *, stacked: int = 0, max_size: int = MAX_SIZE) -> jax.Array:
+def kronecker_spectrum(
+    terms: Any, *, stacked: int = 0, max_size: int = MAX_SIZE
+) -> Float[Array, "*stacked size"]:
     """The eigenvalues of A⊗B + C⊗D + ..., ascending, (*stack, d_in d_out).
 
     One term has the products of its factors' eigenvalues, at the cost of two small eigendecompositions; a sum of terms has
@@ -96,7 +101,7 @@ def kronecker_spectrum(terms: Any, *, stacked: int = 0, max_size: int = MAX_SIZE
     return eigenbasis_spectrum(kronecker.outer(*values))
 
 
-def eigenbasis_spectrum(scale: jax.Array) -> jax.Array:
+def eigenbasis_spectrum(scale: Float[Array, "*stack d_in d_out"]) -> Float[Array, "*stack size"]:
     """The eigenvalues of (U_A⊗U_G) diag(vec S) (U_A⊗U_G)ᵀ, ascending: S (*stack, d_in, d_out) sorted, (*stack, d_in d_out).
 
     Args:
@@ -113,7 +118,9 @@ def eigenbasis_spectrum(scale: jax.Array) -> jax.Array:
     return jnp.sort(scale.reshape(*scale.shape[:-2], -1))
 
 
-def spectrum_error(spectrum: jax.Array, approximation: jax.Array) -> jax.Array:
+def spectrum_error(
+    spectrum: Float[Array, "*stacked size"], approximation: Float[Array, "*stacked size"]
+) -> Float[Array, "*stacked"]:
     """‖spec F − spec F̂‖₂ / ‖spec F‖₂, (*stack,), each spectrum sorted (Koroko et al. 2022, section 4.1).
 
     By the Hoffman–Wielandt inequality it is at most the relative Frobenius error of F̂.
@@ -143,7 +150,7 @@ def spectrum_error(spectrum: jax.Array, approximation: jax.Array) -> jax.Array:
     return jnp.where(size == 0, nothing, error / jnp.where(size == 0, 1, size))
 
 
-def condition_number(spectrum: jax.Array, damping: Any = 0.0) -> jax.Array:
+def condition_number(spectrum: Float[Array, "*stacked size"], damping: Any = 0.0) -> Float[Array, "*stacked"]:
     """max |s + λ| / min |s + λ|, (*stack,): how far F̂ + λI is from a multiple of the identity; inf when it is singular.
 
     Args:

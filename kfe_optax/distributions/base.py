@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from kfe_optax._jax import checks
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Num
 
 
 class Distribution(Protocol):
@@ -54,14 +57,18 @@ class Distribution(Protocol):
     def __hash__(self) -> int: ...
 
     @abc.abstractmethod
-    def negative_log_likelihood(self, z: jax.Array, targets: Any) -> jax.Array:
+    def negative_log_likelihood(
+        self, z: Float[Array, " n *rest"], targets: Any
+    ) -> Float[Array, " n *elements"]:
         """−log p(y|z) of each event, of the shape of z without its last `event_ndim` axes."""
 
     @abc.abstractmethod
-    def root_transpose(self, z: jax.Array, u: jax.Array) -> jax.Array:
+    def root_transpose(
+        self, z: Float[Array, " n *rest"], u: Float[Array, " n *rest"]
+    ) -> Float[Array, " n *rest"]:
         """Bᵀu for a B(z) with BᵀB = F_R; u and the result have the shape of z. Linear in u, each event for itself."""
 
-    def sample(self, key: jax.Array, z: jax.Array) -> jax.Array:
+    def sample(self, key: jax.Array, z: Float[Array, " n *rest"]) -> Num[Array, " n *targets"]:
         """A draw with mean zero and covariance F_R, of the shape of z, independent between events.
 
         Here Bᵀu with independent random signs u, which no power of z can overflow and whose squares vary least (curvature

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,9 @@ from kfe_optax._jax import checks
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._taps.taps import Pulled, Taps
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
 T = TypeVar("T")
@@ -26,8 +29,8 @@ class Term(NamedTuple):
       output: B (*stack, d_out, d_out), or its diagonal.
     """
 
-    input: jax.Array
-    output: jax.Array
+    input: Float[Array, "*stack d_in d_in"] | Float[Array, "*stack d_in"]
+    output: Float[Array, "*stack d_out d_out"] | Float[Array, "*stack d_out"]
 
 
 class Source(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,18 @@ from kfe_optax._statistics import tags
 from kfe_optax.distributions import Distribution, HeteroscedasticGaussian, Poisson
 from kfe_optax.distributions.base import check, check_values
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Num
+
 
 @functools.cache
 def _spec(name: str, distribution: Distribution) -> Spec:
     return Spec(name, distribution, distribution.negative_log_likelihood)
 
 
-def negative_log_likelihood(z: jax.Array, targets: Any, distribution: Distribution) -> jax.Array:
+def negative_log_likelihood(
+    z: Float[Array, " n *rest"], targets: Any, distribution: Distribution
+) -> Float[Array, " n *elements"]:
     """−log p(y|z) of each event under a distribution, which it registers: a loss of your own (see `kfe.Distribution`).
 
     The weight of each event in the scalar loss, of either a mean, a sum or a mask, is read off the backward pass, as with the
@@ -46,7 +51,9 @@ def negative_log_likelihood(z: jax.Array, targets: Any, distribution: Distributi
     return _registered("negative_log_likelihood", z, targets, distribution)
 
 
-def poisson_nll_loss(log_rates: jax.Array, targets: jax.Array) -> jax.Array:
+def poisson_nll_loss(
+    log_rates: Float[Array, "*shape"], targets: Num[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """e^z − yz + log y!, −log p of counts y ~ Poisson(e^z); registers a `Poisson` for each element.
 
     PyTorch's `poisson_nll_loss`, which leaves log y! out (it has no gradient) or approximates it.
@@ -71,7 +78,9 @@ def poisson_nll_loss(log_rates: jax.Array, targets: jax.Array) -> jax.Array:
     return _registered("poisson_nll_loss", log_rates, targets, Poisson())
 
 
-def gaussian_nll_loss(means: jax.Array, targets: jax.Array, *, log_variances: jax.Array) -> jax.Array:
+def gaussian_nll_loss(
+    means: Float[Array, "*shape"], targets: Float[Array, "*shape"], *, log_variances: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
     """½((y − μ)²/σ² + log 2πσ²), −log p of y ~ N(μ, σ²); registers a `HeteroscedasticGaussian` of (μ, log σ²).
 
     PyTorch's `gaussian_nll_loss(full=True)`, but for the variance, which is given by its logarithm: that is unbounded, as a

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,9 @@ from kfe_optax._marks.outputs import Spec
 from kfe_optax._statistics import tags
 from kfe_optax.distributions import Bernoulli, Categorical, Distribution, Gaussian
 from kfe_optax.distributions.base import check
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
 def _integer_labels(z, labels, where):
@@ -206,7 +210,9 @@ def _output_spec(distribution: Distribution) -> Spec:
     return Spec("register_output", distribution, None)
 
 
-def register_output(z: jax.Array, distribution: Distribution, weights: jax.Array | None = None) -> jax.Array:
+def register_output(
+    z: Float[Array, " n *rest"], distribution: Distribution, weights: Float[Array, "*elements"] | None = None
+) -> Float[Array, " n *rest"]:
     """Says that the loss is Σᵢ weightsᵢ (−log p(yᵢ|zᵢ)) in its dependence on z, for a loss of one's own; returns z unchanged.
 
     Args:
