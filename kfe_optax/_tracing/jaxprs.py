@@ -142,7 +142,9 @@ def _used(equation: Any, inputs: list[Fact], outputs: list[Fact], walk: Walk, lo
             if use is not None:
                 walk.uses[present[0].use] = use
                 return [outputs[0]._replace(trail=None)]
-        behind = added.summed(present)
+        # A product with a parameter that is stopped has no bias.
+        free = [output for output in present if not _is_stopped(walk.uses[output.use])]
+        behind = added.summed(free or present)
         if behind is not None:
             # Whoever reads the sum is the reader.
             walk.readers[behind.use] -= 1
@@ -180,6 +182,10 @@ def _used(equation: Any, inputs: list[Fact], outputs: list[Fact], walk: Walk, lo
     paths = x.unseen.paths if x.level == DATA else frozenset()
     linear = found.output(index) if found.role != "bias" else behind
     return meetings.met(equation, paths, x.live, [fact._replace(linear=linear)], walk, loops)
+
+
+def _is_stopped(use: Use) -> bool:
+    return use.trail is not None and use.trail.stopped
 
 
 def _mark_reached(equation: Any, inputs: Sequence[Fact], walk: Walk, loops: int) -> Fact:
