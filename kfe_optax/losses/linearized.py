@@ -18,7 +18,7 @@ def linearized(loss_fn: Callable[..., Any], has_aux: bool = False) -> Callable[.
 
     has the value of L, since w = w₀, and J(w₀; ·) as its derivative, which is what the rule says. Each layer is used where the
     rule computes its tangent, a (W − W₀) with the input a of the primal pass. So register the outputs of which the rule takes the
-    tangent where that tangent is: `kfe.register_output(tangent, kfe.Gaussian())`, whose Fisher matrix does not depend on the value.
+    tangent where that tangent is: `kfe.register_output(tangent, kfe.Gaussian())`, whose Fisher matrix no value enters.
 
     The energy of variational Monte Carlo, E[E_L], has the gradient 2 E[(E_L − E[E_L]) ∂ log|ψ|], which is not that of the mean
     over walkers. A rule that says so, as in FermiNet, makes log|ψ| a Gaussian output with weights 1/n: F = E[∂ log|ψ| ∂ log|ψ|ᵀ].
