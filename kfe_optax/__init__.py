@@ -33,6 +33,7 @@ from kfe_optax._methods.named import (
     scale_by_lanczos,
     scale_by_tkfac,
 )
+from kfe_optax._methods.request import Request
 from kfe_optax._methods.spectral import scale_by_spectral_kfac
 from kfe_optax._methods.tekfac import scale_by_tekfac
 from kfe_optax._methods.tridiagonal import scale_by_block_tridiagonal
@@ -74,6 +75,7 @@ __all__ = [
     "Layer",
     "Layers",
     "Poisson",
+    "Request",
     "Taps",
     "TrainState",
     "adaptive_damping",

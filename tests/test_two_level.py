@@ -309,7 +309,7 @@ def test_a_failed_refresh_keeps_vectors_and_basis_together(monkeypatch):
 
 
 def test_the_same_step_once_more(x64):
-    """`damping=` and `retry=` go to the fine level; the correction of the step stays."""
+    """A request goes to the fine level; the correction of the step stays."""
     problem = problems.make("plain")
     layers = problem.layers()
     fine = kfe.scale_by_kfac(layers, 0.1)
@@ -318,10 +318,12 @@ def test_the_same_step_once_more(x64):
 
     @jax.jit
     def corrections(grads, state, fine_state, taps):
-        first, state = tx.update(grads, state, problem.params, taps=taps, damping=0.2)
-        alone, fine_state = fine.update(grads, fine_state, problem.params, taps=taps, damping=0.2)
-        again, after = tx.update(grads, state, problem.params, taps=taps, damping=0.5, retry=first)
-        other, _ = fine.update(grads, fine_state, problem.params, taps=taps, damping=0.5, retry=alone)
+        first, state = tx.update(grads, state, problem.params, taps=taps, request=kfe.Request(0.2))
+        alone, fine_state = fine.update(
+            grads, fine_state, problem.params, taps=taps, request=kfe.Request(0.2)
+        )
+        again, after = tx.update(grads, state, problem.params, taps=taps, request=kfe.Request(0.5, first))
+        other, _ = fine.update(grads, fine_state, problem.params, taps=taps, request=kfe.Request(0.5, alone))
         subtract = functools.partial(jax.tree.map, jnp.subtract)
         return subtract(first, alone), subtract(again, other), state, after
 

@@ -205,7 +205,7 @@ class _Ekfac(NamedTuple):
         count, taps = step.count, step.taps
         assert taps is not None
         strength = step.strength(self.damping, self.relative)
-        if step.retry:
+        if step.again:
             return self._applied(state, step, self._rotated(state, step), strength)
         new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
         new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)

@@ -197,7 +197,7 @@ class _Kronecker(NamedTuple):
         factors = update_factors(
             self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
         )
-        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes) | step.retry
+        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes) | step.again
 
         def refresh() -> Any:
             # The terms are formed inside: where that takes arithmetic, a step without a refresh does not pay for it.
@@ -235,7 +235,7 @@ def update_factors(
     factors: Factors, layers: Layers, state: Any, step: Step, period: Any, initial_refreshes: int
 ) -> Any:
     """The state of the factors after this step, from a pull of its own when an update is due."""
-    if step.retry:
+    if step.again:
         return state
 
     def new() -> Any:

@@ -194,7 +194,7 @@ class _Tridiagonal(NamedTuple):
     def update(self, state: TridiagonalState, step: Step) -> tuple[Matrices, TridiagonalState]:
         strength = step.strength(self.damping, self.relative)
         factors = self._averaged(state.factors, step)
-        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes) | step.retry
+        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes) | step.again
 
         def refresh() -> tuple[TridiagonalRoots, jax.Array]:
             with jax.default_matmul_precision("highest"):
@@ -216,7 +216,7 @@ class _Tridiagonal(NamedTuple):
 
     def _averaged(self, state: ChainedState, step: Step) -> ChainedState:
         """The factors after this step, from a pull of their own when an update is due."""
-        if step.retry:
+        if step.again:
             return state
 
         def new() -> ChainedState:

@@ -16,6 +16,7 @@ from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._linalg import devices as devices_lib
 from kfe_optax._linalg.devices import Distribute
 from kfe_optax._methods import given, layerwise
+from kfe_optax._methods import request as request_lib
 from kfe_optax._methods.kfac import scale_by_kfac
 from kfe_optax._methods.layerwise import LayerwiseState, ScalarOrSchedule, Step
 from kfe_optax._methods.roots import DampingType
@@ -228,19 +229,20 @@ def _added(
             )
         return TwoLevelState(*state, level.init(level.present(given.leaves_at_start(level.layers, params))))
 
-    def update(updates, state, params=None, *, taps=None, **extra):
+    def update(updates, state, params=None, *, taps=None, request=None, **extra):
         checks.state(state, TwoLevelState)
         given.check_taps(layers, taps)
-        result: Any = fine.update(updates, state.fine, params, taps=taps, **extra)
+        request = request_lib.checked(request)
+        result: Any = fine.update(updates, state.fine, params, taps=taps, request=request, **extra)
         new, fine_state = result
         leaves, fine_leaves = leaves_by_path(updates), leaves_by_path(new)
         present = level.present(leaves)
-        retry = extra.get("retry") is not None
+        again = request.first is not None
         added, coarse = _step(
-            retry,
+            again,
             devices_lib.division(distribute, layerwise.axis_of(taps)),
             state.coarse,
-            state.count - retry,
+            state.count - again,
             layerwise.matrices_of(present, leaves),
             layerwise.matrices_of(present, fine_leaves),
             layerwise.all_finite(leaves.values()),
@@ -256,8 +258,8 @@ def _added(
 
     # Compiled by itself, as the step of `layerwise` is.
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def _step(retry, division, state, count, gradients, fine_updates, finite, taps):
-        step = Step(count, gradients, finite, taps, None, {}, None, retry, division)
+    def _step(again, division, state, count, gradients, fine_updates, finite, taps):
+        step = Step(count, gradients, finite, taps, None, {}, None, again, division)
         return level.update(state, step, fine_updates)
 
     return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))

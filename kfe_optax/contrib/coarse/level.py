@@ -87,7 +87,7 @@ class Level(NamedTuple):
         """The correction {layer: (*stack, d_in, d_out)} and the new state."""
         layers = self._of(step)
         strength = layerwise.value(self.damping, step.count, "damping")
-        if not step.retry:
+        if not step.again:
             refresh = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
             measure = layerwise.due(step.count, self.factor_update_period, self.initial_refreshes)
             # New vectors need a Fisher matrix of their own.
