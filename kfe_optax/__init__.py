@@ -19,6 +19,7 @@ from kfe_optax._aliases.optimizers import (
 )
 from kfe_optax._aliases.soap import soap
 from kfe_optax._aliases.spectral import spectral_kfac
+from kfe_optax._jax.failures import Failure
 from kfe_optax._layers import kinds
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
@@ -68,6 +69,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Distribution",
+    "Failure",
     "Gaussian",
     "HeteroscedasticGaussian",
     "Info",

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax import factors as factors_lib
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks, counts, failures
+from kfe_optax._jax.failures import Failure
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import damping as damping_lib
@@ -34,7 +35,8 @@ class EkfacState(NamedTuple):
       basis: {layer: (Eigenbasis of A, Eigenbasis of G)}.
       scale: {layer: S (*stack, d_in, d_out)}, the second moments of the gradient in that basis.
       damping: λ of the last step.
-      failures: int32, factors, eigendecompositions and scales that failed; the last good one was kept.
+      failures: by reason (`kfe.Failure`), int32: factors, eigendecompositions and scales that failed; the last good one was
+        kept.
       last_refresh: int32, the step of the last refresh of the basis.
     """
 
@@ -222,13 +224,13 @@ class _Ekfac(NamedTuple):
         )
         rotated = self._rotated(state, step)
         if not self.batch:
-            scale, failures = layerwise.refreshed(
+            scale, failed = layerwise.refreshed(
                 new_scale,
                 step.finite,
                 lambda: self._running_scale(state, rotated, step, known),
                 (state.scale, state.failures),
             )
-            state = state._replace(scale=scale, failures=failures)
+            state = state._replace(scale=scale, failures=failed)
         return self._applied(state, step, rotated, strength)
 
     def _rotated(self, state: EkfacState, step: Step) -> Matrices:
@@ -291,29 +293,29 @@ class _Ekfac(NamedTuple):
             lambda: self.factors.update(state.factors, source, step.count),
             state.factors,
         )
-        failures = counts.added(state.failures, factors.failures - state.factors.failures)
-        state = state._replace(factors=factors, failures=failures)
-        basis, scale, failures, last_refresh = layerwise.refreshed(
+        failed = counts.added(state.failures, failures.between(state.factors.failures, factors.failures))
+        state = state._replace(factors=factors, failures=failed)
+        basis, scale, failed, last_refresh = layerwise.refreshed(
             new_basis,
             step.finite,
             lambda: self._new_basis(state, step),
             (state.basis, state.scale, state.failures, state.last_refresh),
         )
-        state = state._replace(basis=basis, scale=scale, failures=failures, last_refresh=last_refresh)
+        state = state._replace(basis=basis, scale=scale, failures=failed, last_refresh=last_refresh)
         if self.batch:
-            scale, failures = layerwise.refreshed(
+            scale, failed = layerwise.refreshed(
                 new_scale,
                 step.finite,
                 lambda: self._batch_scale(state, step.count, pulled, first),
                 (state.scale, state.failures),
             )
-            state = state._replace(scale=scale, failures=failures)
+            state = state._replace(scale=scale, failures=failed)
         return state
 
     def _new_basis(self, state: EkfacState, step: Step) -> tuple[Any, Matrices, jax.Array, jax.Array]:
         first = state.last_refresh < 0
         terms = self.factors.terms(state.factors, self.layers)
-        basis, failures = basis_lib.refreshed(
+        basis, failed = basis_lib.refreshed(
             self.layers,
             terms,
             state.basis,
@@ -331,7 +333,8 @@ class _Ekfac(NamedTuple):
                 carried = kronecker.carry_second_moment(old, state.basis[name], basis[name])
                 restarted = jnp.where(first, restarted, carried)
             scale[name] = restarted
-        return basis, scale, counts.added(state.failures, failures), step.count
+        more = failures.of(Failure.FACTORIZATION, failed)
+        return basis, scale, counts.added(state.failures, more), step.count
 
     def _batch_scale(self, state: EkfacState, count: jax.Array, pulled: Any, first: jax.Array) -> Scales:
         def moments(statistics):
@@ -359,11 +362,12 @@ class _Ekfac(NamedTuple):
         )
 
     def _average(self, state: EkfacState, moments: Matrices, decay: jax.Array, known: jax.Array) -> Scales:
-        scale, failures = dict(state.scale), state.failures
+        scale, failed = dict(state.scale), state.failures
         for name, moment in moments.items():
             own = base.weights(decay, jnp.where(known, base.proportion(scale[name], moment), 0))
             average = own.past.astype(moment.dtype) * scale[name] + own.new.astype(moment.dtype) * moment
             finite = jnp.isfinite(jnp.abs(moment).max())
-            failures = counts.added(failures, ~finite | own.excessive)
+            more = failures.estimates(~finite, finite & own.excessive)
+            failed = counts.added(failed, more)
             scale[name] = jnp.where(finite, average, scale[name])
-        return scale, failures
+        return scale, failed

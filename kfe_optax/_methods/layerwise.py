@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit_axes, static_values, varying_axes
+from kfe_optax._jax import checks, counts, explicit_axes, failures, static_values, varying_axes
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._layers.paths import Path, leaves_by_path, path_name
@@ -107,8 +107,8 @@ class LayerwiseState(NamedTuple):
       count: int32, the number of steps taken (at the end of int32 see `counts.following`).
       method: the method's state.
       rest: the state of the transformation of the parameters outside the layers.
-      nonfinite: int32, steps whose gradient was not finite, whose update was zero, or that of the rest, see
-        `rest.sound`.
+      nonfinite: int32 (2,), steps whose gradient was not finite, whose update was zero, and others whose update of the rest
+        was not, see `rest.sound`.
       negative_weights: int32, steps whose loss gave an element of a registered loss a negative weight.
     """
 
@@ -122,7 +122,7 @@ class LayerwiseState(NamedTuple):
 
 def counters() -> tuple[jax.Array, jax.Array, jax.Array]:
     """A method's `damping`, `failures` and `last_refresh` before the first step."""
-    return jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
+    return jnp.zeros(()), failures.none(), jnp.full((), -1, jnp.int32)
 
 
 def value(scalar_or_schedule: ScalarOrSchedule, count: jax.Array, name: str) -> jax.Array:
@@ -187,7 +187,7 @@ def layerwise(
             count=jnp.zeros((), jnp.int32),
             method=method.init(present),
             rest=outside.init(rest_lib.outside(layers, leaves)),
-            nonfinite=jnp.zeros((), jnp.int32),
+            nonfinite=jnp.zeros(2, jnp.int32),
             negative_weights=jnp.zeros((), jnp.int32),
         )
 
@@ -247,7 +247,7 @@ class _Layerwise(NamedTuple):
             count=counts.following(count),
             method=method_state,
             rest=jax.tree.map(lambda a, b: jnp.where(finite, a, b), rest_state, state.rest),
-            nonfinite=counts.added(state.nonfinite, (~finite | spoilt) & (not again)),
+            nonfinite=counts.added(state.nonfinite, jnp.stack([~finite, spoilt & finite]) & (not again)),
             negative_weights=counts.added(state.negative_weights, negative),
         )
         # Flattening order is that of the paths, so the tree comes back whatever container it was.
