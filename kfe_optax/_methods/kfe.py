@@ -14,9 +14,9 @@ from kfe_optax._jax import checks, counts, failures
 from kfe_optax._jax.failures import Failure
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
-from kfe_optax._linalg import kronecker
+from kfe_optax._linalg import kronecker, moving
 from kfe_optax._linalg.devices import Devices, Distribute
-from kfe_optax._linalg.kronecker import Pair
+from kfe_optax._linalg.moving import Pair
 from kfe_optax._methods import basis as basis_lib
 from kfe_optax._methods import layerwise
 from kfe_optax._methods.basis import Refresh
@@ -28,9 +28,9 @@ from kfe_optax.factors.base import Factors
 Carry = Literal["first", "second", "columns", "keep"] | Callable[[jax.Array, Pair, Pair], jax.Array]
 
 _MOVES: Mapping[str, Callable[..., jax.Array]] = {
-    "first": kronecker.carry_first_moment,
-    "second": kronecker.carry_second_moment,
-    "columns": kronecker.carry_columns,
+    "first": moving.carry_first_moment,
+    "second": moving.carry_second_moment,
+    "columns": moving.carry_columns,
 }
 # How the fields of Optax's states move: what is linear in the gradient, and what is quadratic in it.
 CARRY: Mapping[str, Carry] = {

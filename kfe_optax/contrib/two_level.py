@@ -7,9 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
-from jax import core
 
-from kfe_optax import factors as factors_lib
 from kfe_optax._jax import checks, explicit_axes
 from kfe_optax._layers.layers import Layers
 from kfe_optax._layers.paths import leaves_by_path
@@ -20,7 +18,7 @@ from kfe_optax._methods import request as request_lib
 from kfe_optax._methods.kfac import scale_by_kfac
 from kfe_optax._methods.layerwise import LayerwiseState, ScalarOrSchedule, Step
 from kfe_optax._methods.roots import DampingType
-from kfe_optax.contrib.coarse import fisher, spaces
+from kfe_optax.contrib.coarse import options
 from kfe_optax.contrib.coarse.grids import Choice
 from kfe_optax.contrib.coarse.level import CoarseState, Level
 from kfe_optax.factors import base
@@ -155,11 +153,11 @@ def two_level(
         inverse_update_period=inverse_update_period,
     )
     base.check_max_dim(max_dim)
-    space = _space(coarse, groups, count, decay, max_dim)
+    space = options.space_of(coarse, groups, count, decay, max_dim)
     level = Level(
         layers,
         space,
-        _form(space, coarse, form, grid),
+        options.form_of(space, coarse, form, grid),
         damping,
         relative_damping,
         decay,
@@ -173,46 +171,6 @@ def two_level(
         )
     devices_lib.check_distribute(distribute)
     return _added(optax.with_extra_args_support(fine), layers, level, distribute)
-
-
-def _space(coarse: Any, groups: Any, count: Any, decay: ScalarOrSchedule, max_dim: int) -> spaces.Space:
-    for name, number, owner in (("groups", groups, "outputs"), ("count", count, "eigenvectors")):
-        if number is None:
-            continue
-        if coarse != owner:
-            raise ValueError(f"{name} belongs to coarse={owner!r}; leave it out with coarse={coarse!r}.")
-        if isinstance(number, core.Tracer | jax.Array):
-            raise ValueError(
-                f"{name} fixes the shapes of the state and cannot be traced: give optax.inject_hyperparams "
-                f"static_args=({name!r},)."
-            )
-        if number != int(number) or number < 1:
-            raise ValueError(f"{name} must be a positive whole number, not {number!r}.")
-    if coarse in ("constant", "outputs"):
-        return spaces.Groups(1 if coarse == "constant" else int(groups or 4))
-    if coarse == "eigenvectors":
-        return spaces.Eigenvectors(int(count or 4), factors_lib.kfac(decay), max_dim)
-    if coarse == "residual":
-        return spaces.Residual()
-    raise ValueError(f"coarse must be 'constant', 'outputs', 'eigenvectors' or 'residual', not {coarse!r}.")
-
-
-def _form(space: spaces.Space, coarse: str, form: Any, grid: Any) -> fisher.Form:
-    if form is None:
-        form = "factored" if space.rank_one else "exact"
-    for name, chosen, known in (
-        ("form", form, ("factored", "exact")),
-        ("grid", grid, ("finest", "coarsest")),
-    ):
-        if chosen not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {chosen!r}.")
-    if form == "exact":
-        return fisher.Exact()
-    if not space.rank_one:
-        raise ValueError(
-            f"form='factored' takes coarse vectors p qᵀ, which those of coarse={coarse!r} are not; choose form='exact'."
-        )
-    return fisher.Factored(grid)
 
 
 def _added(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfe_optax as kfe
-from kfe_optax._linalg import kronecker
+from kfe_optax._linalg import kronecker, moving
 from kfe_optax._linalg.kronecker import Eigenbasis
 from kfe_optax.diagnostics import eigenbasis_error, kronecker_error, spectrum_error
 from kfe_optax.experiments.batches import Batch
@@ -200,7 +200,7 @@ def _between_refreshes(
     """The errors of amortized methods, after the refresh where it is time for one."""
     old = state.stale
     # On a refresh the running scale is carried into the new basis.
-    carried = kronecker.carry_second_moment(old.scale, old.basis, basis)
+    carried = moving.carry_second_moment(old.scale, old.basis, basis)
     stale = jax.tree.map(lambda new, kept: jnp.where(refresh, new, kept), Stale(terms, basis, carried), old)
     current = _scale(seen.tap, stale.basis)
     # The memory of a scale that is updated in every step, as the optimizers' is.
