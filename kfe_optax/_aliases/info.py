@@ -6,7 +6,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from kfe_optax._jax import counts
 from kfe_optax._jax.failures import Failure
@@ -111,8 +110,8 @@ def info(opt_state: Any) -> Info:
 # Compiled: one small program, outside `jit` too, and not one for each entry.
 @jax.jit
 def _by_reason(failures: jax.Array, nonfinite: jax.Array) -> dict[str, Any]:
-    """The totals and the reasons; states that pmap or vmap has stacked have leading axes."""
-    steps = dict(zip(("gradient", "rest"), jnp.unstack(nonfinite, axis=-1), strict=True))
+    """The totals and the reasons; states that pmap or vmap has stacked have leading axes, those of `shard_state` padding."""
+    steps = {name: nonfinite[..., i] for i, name in enumerate(("gradient", "rest"))}
     kept_out = {reason.name.lower(): failures[..., reason] for reason in Failure}
     return {
         "failures": functools.reduce(counts.added, kept_out.values()),
