@@ -10,6 +10,7 @@ from kfe_optax._aliases.named import deflation, kfac_corrected, kpsvd, lanczos, 
 from kfe_optax._aliases.registry import METHODS
 from kfe_optax._aliases.soap import soap
 from kfe_optax._aliases.spectral import spectral_kfac
+from kfe_optax._jax.failures import Failure
 from kfe_optax._layers import kinds
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
@@ -24,6 +25,7 @@ from kfe_optax._methods.named import (
     scale_by_lanczos,
     scale_by_tkfac,
 )
+from kfe_optax._methods.request import Request
 from kfe_optax._methods.spectral import scale_by_spectral_kfac
 from kfe_optax._methods.tekfac import scale_by_tekfac
 from kfe_optax._methods.tridiagonal import scale_by_block_tridiagonal
@@ -58,6 +60,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Distribution",
+    "Failure",
     "Gaussian",
     "HeteroscedasticGaussian",
     "Info",
@@ -65,6 +68,7 @@ __all__ = [
     "Layer",
     "Layers",
     "Poisson",
+    "Request",
     "Taps",
     "TrainState",
     "adaptive_damping",

@@ -143,8 +143,8 @@ def test_the_penalty_of_a_chain(stepped, x64):
     problem, grads, taps = stepped
     seen = {}
 
-    def update(updates, state, params=None, *, damping, **_):
-        seen.update(gradient=updates, damping=damping)
+    def update(updates, state, params=None, *, request, **_):
+        seen.update(gradient=updates, damping=request.damping)
         return updates, state
 
     inner = optax.chain(optax.GradientTransformationExtraArgs(lambda p: optax.EmptyState(), update))

@@ -47,7 +47,7 @@ def test_the_weight_of_a_huge_estimate(x64, side, size):
     p = largest(new[side]) / largest(old[side])
     expected = mixed(old, new, p if p > EXCESS else EXCESS)
     assert_close(result, expected, 1e-12)
-    assert int(failures) == (p > EXCESS)
+    assert int(failures.sum()) == (p > EXCESS)
     growth = largest(result[side]) / largest(old[side])
     assert growth <= 1 + (1 - RHO) * EXCESS
 
@@ -60,14 +60,14 @@ def test_what_no_past_can_judge(x64):
     for before, weight in ((zero, rho), (old, 0 * rho)):
         result, failures = base.average({"": before}, {"": huge}, weight)
         assert_close(result[""], huge, 1e-15)
-        assert int(failures) == 0
+        assert int(failures.sum()) == 0
     half = Term(old.input, zero.output)
     result, failures = base.average({"": half}, {"": Term(old.input, huge.output)}, rho)
     assert_close(result[""], Term(old.input, (1 - RHO) * huge.output), 1e-12)
-    assert int(failures) == 0
+    assert int(failures.sum()) == 0
     result, failures = base.average({"": old}, {"": Term(huge.input * jnp.inf, huge.output)}, rho)
     assert_close(result[""], old, 1e-15)
-    assert int(failures) == 1
+    assert int(failures.sum()) == 1
 
 
 def test_a_rise_that_lasts_is_followed(x64):
@@ -76,7 +76,7 @@ def test_a_rise_that_lasts_is_followed(x64):
     excessive = 0
     while excessive < 20:
         average, failures = base.average(average, new, jnp.float64(RHO))
-        if not failures:
+        if not failures.any():
             break
         excessive += 1
     assert excessive == int(np.ceil(np.log(1e9 / EXCESS) / np.log(1 + (1 - RHO) * EXCESS)))
@@ -91,7 +91,7 @@ def test_second_terms_and_neighbors_do_not_judge(x64):
     old = (first, jax.tree.map(lambda side: 1e-9 * side, first))
     result, failures = base.average({"": old}, {"": (first, first)}, jnp.float64(RHO), lambda e: e[0])
     assert_close(result[""][1].input, (1 - RHO) * first.input, 1e-7)
-    assert int(failures) == 0
+    assert int(failures.sum()) == 0
 
     def chain(seed, size):
         joint = [gram(seed + side, 5) for side in (0, 1)]
@@ -107,7 +107,7 @@ def test_second_terms_and_neighbors_do_not_judge(x64):
     result, failures = base.average({"": old}, {"": new}, jnp.float64(RHO), lambda c: (c.input, c.output))
     p = largest(new.input[0]) / largest(old.input[0])
     assert_close(result[""], mixed(old, new, p), 1e-12)
-    assert int(failures) == 1
+    assert int(failures.sum()) == 1
     own = result[""]
     joint = np.block([[own.input[0], own.input_next[0]], [own.input_next[0].T, own.input[1]]])
     assert np.linalg.eigvalsh(joint).min() > 0
@@ -129,11 +129,11 @@ def test_streaming_terms(x64):
     state = factors.init(list(layers.values()), fr.WHOLE)
     for seed in range(12):  # until ρ is the decay
         state = update(state, fr.random_rows(seed))
-    assert int(state.failures) == 0
+    assert int(state.failures.sum()) == 0
     for size in (1e3, 1e9):
         huge = jax.tree.map(lambda v, size=size: size * v, fr.random_rows(12))
         after = update(state, huge)
-        assert int(after.failures) == len(layers)
+        assert int(after.failures.sum()) == len(layers)
         for name, (old,) in state.terms.items():
             (new,) = after.terms[name]
             before, grown = (np.sqrt(jnp.sum(t.input**2) * jnp.sum(t.output**2)) for t in (old, new))

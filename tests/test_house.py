@@ -99,3 +99,23 @@ def test_public_names():
     own = {name for name in vars(kfe_optax) if not name.startswith("_")}
     rooms = {path.stem for path in ROOT.iterdir()} - {"py"}
     assert own - rooms <= set(kfe_optax.__all__)
+
+
+def _library() -> list[pathlib.Path]:
+    return [path for path in ROOT.rglob("*.py") if "experiments" not in path.parts]
+
+
+def test_no_file_is_long():
+    assert not [str(path) for path in _library() if len(path.read_text().splitlines()) > 300]
+
+
+def test_no_function_is_long():
+    """Sixty lines at most of what a function does; its signature and its docstring may take what they need."""
+    long = []
+    for path in _library():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                if body and (body[-1].end_lineno or 0) - body[0].lineno >= 60:
+                    long.append(f"{path.name}: {node.name}")
+    assert not long

@@ -166,7 +166,7 @@ def test_schedules_of_a_wrong_shape(name, step):
 
 def test_damping_of_a_step(step):
     with pytest.raises(ValueError, match=r"^damping must be one number at each step, but has shape \(2,\)"):
-        update(kfe.scale_by_kfac(step[1], 0.1), step, damping=jnp.ones(2))
+        update(kfe.scale_by_kfac(step[1], 0.1), step, request=kfe.Request(jnp.ones(2)))
 
 
 WRAPPERS = {

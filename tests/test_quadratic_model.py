@@ -11,10 +11,10 @@ import optax
 import pytest
 
 import kfe_optax as kfe
+from kfe_optax._methods import request as request_lib
 from kfe_optax._methods.layerwise import LayerwiseState
-from kfe_optax._wrappers import damping_search
 from kfe_optax._wrappers.damping_search import SEARCH_FACTOR
-from kfe_optax._wrappers.quadratic_model import solve
+from kfe_optax._wrappers.minimum import solve
 
 from . import dense, problems
 from .dense import assert_close
@@ -87,7 +87,7 @@ def _proposal(problem, inner, params, state):
         params, *problem.args
     )
     regularized = jax.tree.map(lambda g, p: g + L2 * p, grads, params)
-    return inner.update(regularized, state, params, taps=taps, damping=DAMPING + L2)[0]
+    return inner.update(regularized, state, params, taps=taps, request=kfe.Request(DAMPING + L2))[0]
 
 
 def test_without_momentum(x64):
@@ -156,11 +156,11 @@ class _Told:
         told = _ToldState(jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.ones(3), jnp.asarray(-1))
         return LayerwiseState(*(jnp.zeros(()) for _ in range(2)), told, (), jnp.zeros(()), jnp.zeros(()))
 
-    def update(self, updates, state, params=None, *, taps, damping, retry=None):
+    def update(self, updates, state, params=None, *, taps, request):
         own = jnp.arange(1, 1 + len(jax.tree.leaves(updates))) * self.curvature
-        leaves = [leaf / (h + damping) for leaf, h in zip(jax.tree.leaves(updates), own, strict=True)]
+        leaves = [leaf / (h + request.damping) for leaf, h in zip(jax.tree.leaves(updates), own, strict=True)]
         old = state.method
-        told = _ToldState(damping, old.calls + (retry is None), old.kept, old.last_refresh)
+        told = _ToldState(request.damping, old.calls + (request.first is None), old.kept, old.last_refresh)
         return jax.tree.unflatten(jax.tree.structure(updates), leaves), state._replace(method=told)
 
 
@@ -181,7 +181,9 @@ def test_search_takes_the_lowest_of_three(x64):
         found = []
         for candidate in candidates:
             grads = jax.tree.unflatten(jax.tree.structure(params), _split(gradient, params))
-            direction = _flat(told.update(grads, told.init(None), taps=None, damping=candidate)[0])
+            direction = _flat(
+                told.update(grads, told.init(None), taps=None, request=kfe.Request(candidate))[0]
+            )
             basis = jnp.stack([direction, previous])[: 1 + (i > 0)].T
             x = jnp.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
             found.append((float(gradient @ basis @ x / 2), candidate, basis @ x))
@@ -242,7 +244,7 @@ def test_search_with_a_real_preconditioner(name, x64):
         updates, new = tx.update(grads, state, params, taps=taps)
         # The same step without a search, of a method that refreshes its inverses always; in a basis λ acts at once.
         fresh = inner if in_a_basis else make(layers, 1.0, **{period: 1}, **never)
-        plain = fresh.update(grads, state.inner, params, taps=taps, damping=new.inner_damping)
+        plain = fresh.update(grads, state.inner, params, taps=taps, request=kfe.Request(new.inner_damping))
         return optax.apply_updates(params, updates), new, grads, updates, plain
 
     state = tx.init(params)
@@ -266,22 +268,26 @@ def test_search_leaves_the_factors_outside_its_branch(x64):
         problem.loss_fn, problem.layers(), fisher="exact", quadratic_model=True
     )
     _, grads, taps = differentiate(problem.params, *problem.args)
-    state = tx.init(problem.params)
-    again = lambda s: tx.update(grads, s, problem.params, taps=taps, damping=jnp.asarray(2.0), retry=grads)[1]
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(state)[0]]
-    changed = {paths[i] for i in damping_search._changed(again, state)}
-    assert not [path for path in changed if ".factors" in path]
-    assert {path for path in paths if ".roots" in path} | {".method.damping"} <= changed
-    swapped = damping_search._changed(jax.jit(lambda s: (s[1], s[0], s[2], s[3] + 1)), (1.0, 2.0, 3.0, 4.0))
-    assert swapped == [0, 1, 3]
+    request = kfe.Request(jnp.asarray(2.0), first=grads)
+    _, state = tx.update(grads, tx.init(problem.params), problem.params, taps=taps)
+    _, again = tx.update(grads, state, problem.params, taps=taps, request=request)
+    changed, put_back = request_lib.divided(again)
+    assert changed.keys() == {"roots", "damping", "failures", "last_refresh"}
+    # All that is not in it is as it was.
+    jax.tree.map(np.testing.assert_array_equal, request_lib.divided(state)[1](changed), again)
+    jax.tree.map(np.testing.assert_array_equal, put_back(changed), again)
+    for new, old in zip(
+        jax.tree.leaves(again.method.roots), jax.tree.leaves(state.method.roots), strict=True
+    ):
+        assert bool((new != old).any())
 
 
 class _Aging(_Told):
     """The same with inverses of the first step, which are better than any that it would make anew."""
 
-    def update(self, updates, state, params=None, *, taps, damping, retry=None):
-        new, told = super().update(updates, state, params, taps=taps, damping=damping, retry=retry)
-        if retry is None:
+    def update(self, updates, state, params=None, *, taps, request):
+        new, told = super().update(updates, state, params, taps=taps, request=request)
+        if request.first is None:
             return updates, told
         # Next to nothing but the first leaf moves.
         first, *rest = jax.tree.leaves(new)

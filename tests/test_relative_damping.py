@@ -132,4 +132,4 @@ def test_misuse(problem, x64):
     tx = kfe.scale_by_ekfac(layers, 0.1, relative_damping=True)
     grads, taps = steps[1.0]
     with pytest.raises(TypeError, match="cannot be adapted in the loss's units"):
-        tx.update(grads, tx.init(params), params, taps=taps, damping=0.1)
+        tx.update(grads, tx.init(params), params, taps=taps, request=kfe.Request(0.1))

@@ -294,4 +294,4 @@ def test_damping_is_relative(embedded):
     params, layers, (_, grads, taps) = embedded
     tx = kfe.scale_by_spectral_kfac(layers)
     with pytest.raises(TypeError, match="relative to each layer's mean curvature"):
-        tx.update(grads, tx.init(params), params, taps=taps, damping=0.1)
+        tx.update(grads, tx.init(params), params, taps=taps, request=kfe.Request(0.1))

@@ -73,14 +73,14 @@ def test_ekfac_is_the_better_approximation(kind, x64, seed, size):
 @PROPERTY
 @given(seed=st.integers(0, 2**31 - 1))
 def test_carrying_the_scale_keeps_its_trace(x64, seed):
-    from kfe_optax._linalg import kronecker
+    from kfe_optax._linalg import kronecker, moving
 
     generator = np.random.default_rng(seed)
     orthogonal = lambda d: jnp.asarray(np.linalg.qr(generator.normal(size=(2, d, d)))[0])
     basis = lambda: tuple(kronecker.Eigenbasis(jnp.ones((2, d)), orthogonal(d)) for d in (4, 3))
     scale = jnp.asarray(generator.uniform(size=(2, 4, 3)))
     old, new = basis(), basis()
-    carried = kronecker.carry_second_moment(scale, old, new)
+    carried = moving.carry_second_moment(scale, old, new)
     assert_close(carried.sum((-2, -1)), scale.sum((-2, -1)), 1e-12)
     assert (carried >= 0).all()
     for i in range(2):

@@ -404,22 +404,24 @@ def test_a_failed_factorization_keeps_the_whole_chain():
     options = {**PERIODS, "inverse_update_period": 100}
     tx = kfe.scale_by_block_tridiagonal(layers, 0.1, chains=[["dense_0", "dense_1"]], **options)
     differentiate = kfe.value_grad_and_taps(problem.loss_fn, layers)
-    update = jax.jit(tx.update, static_argnames="retry")
+    update = jax.jit(tx.update)
     state = tx.init(problem.params)
     _, grads, taps = differentiate(problem.params, *problem.args, key=jax.random.key(0))
-    first, good = update(grads, state, problem.params, taps=taps, damping=jnp.asarray(0.1))
+    first, good = update(grads, state, problem.params, taps=taps, request=kfe.Request(jnp.asarray(0.1)))
     good = good._replace(count=jnp.asarray(100, jnp.int32))
     # The root of a negative λ is not a number: both the chain and the layer that is alone (two sides) keep what they had.
-    same, bad = update(grads, good, problem.params, taps=taps, damping=jnp.asarray(-1.0))
+    same, bad = update(grads, good, problem.params, taps=taps, request=kfe.Request(jnp.asarray(-1.0)))
     assert int(kfe.info(bad).failures) == 3
     assert_close(bad.method.roots, good.method.roots, 1e-12)
     assert_close(same, first, 1e-12)
     assert update._cache_size() == 1
     # A step on which no refresh is due.
     bad = bad._replace(count=jnp.asarray(150, jnp.int32))
-    again, retried = update(grads, bad, problem.params, taps=taps, damping=jnp.asarray(0.4), retry=True)
+    again, retried = update(
+        grads, bad, problem.params, taps=taps, request=kfe.Request(jnp.asarray(0.4), first)
+    )
     assert_close(retried.method.factors, bad.method.factors, 1e-12)
-    other, _ = update(grads, state, problem.params, taps=taps, damping=jnp.asarray(0.4))
+    other, _ = update(grads, state, problem.params, taps=taps, request=kfe.Request(jnp.asarray(0.4)))
     assert_close(again, other, 1e-4)
     assert dense.relative_error(again["dense_0"]["kernel"], first["dense_0"]["kernel"]) > 0.1
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 
 from kfe_optax._jax import counts
+from kfe_optax._jax.failures import Failure
 from kfe_optax._methods.layerwise import LayerwiseState
 from kfe_optax._wrappers.adaptive_damping import AdaptiveDampingState
 from kfe_optax._wrappers.clip import KlClipState
@@ -24,6 +26,12 @@ _WRAPPERS: dict[type, tuple[str, ...]] = {
 class Info(NamedTuple):
     """The state of the curvature; a field is None when no transformation of the state has it.
 
+    What was kept out of the state, and why, is in `reasons`: {"gradient": steps whose gradient was not finite, "rest": others
+    whose update of the parameters outside the layers was not, "estimate": estimates of factors and scales that were not finite,
+    "proportion": those that were more than 100 times the running average and were bounded, "factorization": inverses and
+    eigenbases that were not finite, "inner": states or updates of the transformation inside `in_kfe` that were not}. The first
+    two add up to `nonfinite`, the others to `failures`.
+
     Attributes:
       damping: λ of the last step, of `adaptive_damping` that of the next one; None for `in_kfe`, which has none.
       failures: factors and factorizations that were not finite, of which the last good ones were kept, and estimates of more
@@ -38,6 +46,7 @@ class Info(NamedTuple):
       step_size: α of `scale_by_quadratic_model`.
       momentum: its μ.
       inner_damping: the damping of the preconditioner inside it.
+      reasons: {reason: how often}, see above.
     """
 
     damping: Any = None
@@ -51,6 +60,7 @@ class Info(NamedTuple):
     step_size: Any = None
     momentum: Any = None
     inner_damping: Any = None
+    reasons: Any = None
 
 
 def info(opt_state: Any) -> Info:
@@ -94,7 +104,20 @@ def info(opt_state: Any) -> Info:
         else:
             leaves = jax.tree.leaves(node, is_leaf=lambda x: isinstance(x, wanted))
             pending[:0] = [leaf for leaf in leaves if isinstance(leaf, wanted)]
-    return found
+    return found if found.failures is None else found._replace(**_by_reason(found.failures, found.nonfinite))
+
+
+# Compiled: one small program, outside `jit` too, and not one for each entry.
+@jax.jit
+def _by_reason(failures: jax.Array, nonfinite: jax.Array) -> dict[str, Any]:
+    """The totals and the reasons; states that pmap or vmap has stacked have leading axes, those of `shard_state` padding."""
+    steps = {name: nonfinite[..., i] for i, name in enumerate(("gradient", "rest"))}
+    kept_out = {reason.name.lower(): failures[..., reason] for reason in Failure}
+    return {
+        "failures": functools.reduce(counts.added, kept_out.values()),
+        "nonfinite": functools.reduce(counts.added, steps.values()),
+        "reasons": steps | kept_out,
+    }
 
 
 def _read(leaf: Any) -> Any:

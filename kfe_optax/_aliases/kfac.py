@@ -17,7 +17,8 @@ from kfe_optax._methods.roots import DampingType
 from kfe_optax._methods.tridiagonal import scale_by_block_tridiagonal
 from kfe_optax._wrappers.normalize import Size
 from kfe_optax.contrib.coarse.grids import Choice
-from kfe_optax.contrib.two_level import FormName, SpaceName, scale_by_two_level_kfac
+from kfe_optax.contrib.coarse.options import FormName, SpaceName
+from kfe_optax.contrib.two_level import scale_by_two_level_kfac
 
 
 def kfac(

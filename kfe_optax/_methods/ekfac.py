@@ -2,51 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from kfe_optax import factors as factors_lib
-from kfe_optax._jax import checks, counts
-from kfe_optax._layers.layer import Layer
+from kfe_optax._jax import checks
 from kfe_optax._layers.layers import Layers
-from kfe_optax._linalg import damping as damping_lib
-from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Distribute
 from kfe_optax._methods import basis as basis_lib
 from kfe_optax._methods import layerwise
 from kfe_optax._methods.basis import Refresh
-from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
-from kfe_optax._methods.roots import where_alive
-from kfe_optax.factors import base
-from kfe_optax.factors.base import Factors, Source
+from kfe_optax._methods.ekfac_step import Ekfac
+from kfe_optax._methods.layerwise import ScalarOrSchedule
+from kfe_optax.factors.base import Factors
 
 ScaleFrom = Literal["batch", "running"]
 ScaleDamping = Literal["plain", "appendix_c", "trace"]
 OnRefresh = Literal["carry", "restart"]
-Scales = tuple[Matrices, jax.Array]  # the scales, and the failures
-
-
-class EkfacState(NamedTuple):
-    """State of `scale_by_ekfac` (inside a `LayerwiseState`).
-
-    Attributes:
-      factors: the state of the factors, whose eigenvectors are the basis.
-      basis: {layer: (Eigenbasis of A, Eigenbasis of G)}.
-      scale: {layer: S (*stack, d_in, d_out)}, the second moments of the gradient in that basis.
-      damping: λ of the last step.
-      failures: int32, factors, eigendecompositions and scales that failed; the last good one was kept.
-      last_refresh: int32, the step of the last refresh of the basis.
-    """
-
-    factors: Any
-    basis: dict[str, Any]
-    scale: dict[str, jax.Array]
-    damping: jax.Array
-    failures: jax.Array
-    last_refresh: jax.Array
 
 
 def scale_by_ekfac(
@@ -150,7 +123,7 @@ def scale_by_ekfac(
         scale_update_period=scale_update_period,
     )
     basis_lib.check(refresh, refresh_tolerance)
-    method = _Ekfac(
+    method = Ekfac(
         layers=layers,
         factors=factors,
         damping=damping,
@@ -170,199 +143,3 @@ def scale_by_ekfac(
         max_dim=max_dim,
     )
     return layerwise.layerwise(layers, method, rest, distribute)
-
-
-class _Ekfac(NamedTuple):
-    layers: Layers
-    factors: Factors
-    damping: ScalarOrSchedule
-    batch: bool
-    damping_type: str
-    relative: bool
-    trace_floor: Any
-    scale_decay: ScalarOrSchedule
-    factor_update_period: Any
-    basis_update_period: Any
-    scale_update_period: Any
-    initial_refreshes: int
-    carry: bool
-    refresh: Refresh
-    refresh_tolerance: Any
-    null_threshold: float
-    max_dim: int | None
-
-    needs_taps = True
-    reads_parameters = False
-
-    def init(self, layers: list[Layer]) -> EkfacState:
-        factors = self.factors.init(layers, self.max_dim)
-        basis = basis_lib.init(self.layers, self.factors.terms(factors, self.layers))
-        scale = {layer.name: jnp.zeros(layer.shape, layer.factor_dtype) for layer in layers}
-        return EkfacState(factors, basis, scale, *layerwise.counters())
-
-    def update(self, state: EkfacState, step: Step) -> tuple[Matrices, EkfacState]:
-        count, taps = step.count, step.taps
-        assert taps is not None
-        strength = step.strength(self.damping, self.relative)
-        if step.retry:
-            return self._applied(state, step, self._rotated(state, step), strength)
-        new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
-        new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)
-        new_scale = layerwise.due(count, self.scale_update_period)
-        # The stand-in s_A s_Gᵀ of a first scale is no measure of it: N squared mean gradients may be N times as much.
-        known = state.last_refresh >= 0
-        refresh = new_factors | new_basis
-        if self.batch:
-            refresh |= new_scale
-        state = jax.lax.cond(
-            refresh,
-            lambda: self._refresh(state, step, taps.pulled(), new_factors, new_basis, new_scale),
-            lambda: state,
-        )
-        rotated = self._rotated(state, step)
-        if not self.batch:
-            scale, failures = layerwise.refreshed(
-                new_scale,
-                step.finite,
-                lambda: self._running_scale(state, rotated, step, known),
-                (state.scale, state.failures),
-            )
-            state = state._replace(scale=scale, failures=failures)
-        return self._applied(state, step, rotated, strength)
-
-    def _rotated(self, state: EkfacState, step: Step) -> Matrices:
-        wide = {name: v.astype(state.scale[name].dtype) for name, v in step.gradients.items()}
-        return basis_lib.into(wide, state.basis, step.devices.products)
-
-    def _applied(
-        self, state: EkfacState, step: Step, rotated: Matrices, strength: jax.Array
-    ) -> tuple[Matrices, EkfacState]:
-        terms = self.factors.terms(state.factors, self.layers)
-        denominators = self._denominators(state, strength)
-        scaled = {name: v / denominators[name] for name, v in rotated.items()}
-        new = {}
-        for name, result in basis_lib.out_of(scaled, state.basis, step.devices.products).items():
-            new[name] = where_alive(
-                terms[name][0],
-                len(self.layers[name].stack_shape),
-                result,
-                step.gradients[name].astype(result.dtype),
-                state.last_refresh >= 0,
-            )
-        return new, state._replace(damping=strength)
-
-    def _denominators(self, state: EkfacState, strength: jax.Array) -> Matrices:
-        scales = {
-            name: kronecker.pool_null_directions(scale, state.basis[name], self.null_threshold)
-            for name, scale in state.scale.items()
-        }
-        if self.damping_type == "trace":
-            return damping_lib.trace_tuned(
-                scales, self.layers, strength, self.trace_floor, relative=self.relative
-            )
-        return {
-            name: scale + self._added(scale, state.basis[name], strength) for name, scale in scales.items()
-        }
-
-    def _added(self, scale: jax.Array, basis: Any, strength: jax.Array) -> jax.Array:
-        inputs, outputs = basis
-        if self.damping_type == "plain":
-            least = damping_lib.least(inputs.values.max(-1) * outputs.values.max(-1))[..., None, None]
-            strength = strength.astype(scale.dtype)
-            if self.relative:
-                strength = strength * scale.mean((-2, -1), keepdims=True)
-            return jnp.maximum(strength, least)
-        # π belongs to the same factors as the eigenvalues, which may be older than the running averages.
-        means = inputs.values.mean(-1), outputs.values.mean(-1)
-        ratio = damping_lib.common_pi(*means)
-        if self.relative:
-            strength = strength * means[0] * means[1]
-        return damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
-
-    @jax.default_matmul_precision("highest")
-    def _refresh(self, state, step, pulled, new_factors, new_basis, new_scale) -> EkfacState:
-        """Factors, basis and the batch scale from one shared pull."""
-        first = state.last_refresh < 0
-        source = Source(self.layers, pulled, step.gradients)
-        factors = layerwise.refreshed(
-            new_factors,
-            step.finite,
-            lambda: self.factors.update(state.factors, source, step.count),
-            state.factors,
-        )
-        failures = counts.added(state.failures, factors.failures - state.factors.failures)
-        state = state._replace(factors=factors, failures=failures)
-        basis, scale, failures, last_refresh = layerwise.refreshed(
-            new_basis,
-            step.finite,
-            lambda: self._new_basis(state, step),
-            (state.basis, state.scale, state.failures, state.last_refresh),
-        )
-        state = state._replace(basis=basis, scale=scale, failures=failures, last_refresh=last_refresh)
-        if self.batch:
-            scale, failures = layerwise.refreshed(
-                new_scale,
-                step.finite,
-                lambda: self._batch_scale(state, step.count, pulled, first),
-                (state.scale, state.failures),
-            )
-            state = state._replace(scale=scale, failures=failures)
-        return state
-
-    def _new_basis(self, state: EkfacState, step: Step) -> tuple[Any, Matrices, jax.Array, jax.Array]:
-        first = state.last_refresh < 0
-        terms = self.factors.terms(state.factors, self.layers)
-        basis, failures = basis_lib.refreshed(
-            self.layers,
-            terms,
-            state.basis,
-            first,
-            self.refresh,
-            self.refresh_tolerance,
-            step.devices.inverses,
-        )
-        scale = {}
-        for name, old in state.scale.items():
-            inputs, outputs = basis[name]
-            # Blocks that share factors have one product.
-            restarted = jnp.broadcast_to(kronecker.outer(inputs.values, outputs.values), old.shape)
-            if self.carry:
-                carried = kronecker.carry_second_moment(old, state.basis[name], basis[name])
-                restarted = jnp.where(first, restarted, carried)
-            scale[name] = restarted
-        return basis, scale, counts.added(state.failures, failures), step.count
-
-    def _batch_scale(self, state: EkfacState, count: jax.Array, pulled: Any, first: jax.Array) -> Scales:
-        def moments(statistics):
-            found = {
-                name: statistics[name].second_moment_in(inputs.vectors, outputs.vectors)
-                for name, (inputs, outputs) in state.basis.items()
-            }
-            return {name: moment for name, moment in found.items() if moment is not None}
-
-        # The start s_A s_Gᵀ is only a stand-in: the first measured scale replaces it.
-        first = first & (state.last_refresh >= 0)
-        decay = jnp.where(first, 0, layerwise.value(self.scale_decay, count, "scale_decay"))
-        return self._average(state, pulled.reduce(moments), decay, jnp.ones((), bool))
-
-    def _running_scale(self, state: EkfacState, rotated: Matrices, step: Step, known: jax.Array) -> Scales:
-        taps = step.taps
-        assert taps is not None
-        weight = taps.gradient_weight
-        moments = {
-            name: jnp.square(v) * (taps.examples_of(name) if weight is None else weight).astype(v.dtype)
-            for name, v in rotated.items()
-        }
-        return self._average(
-            state, moments, layerwise.value(self.scale_decay, step.count, "scale_decay"), known
-        )
-
-    def _average(self, state: EkfacState, moments: Matrices, decay: jax.Array, known: jax.Array) -> Scales:
-        scale, failures = dict(state.scale), state.failures
-        for name, moment in moments.items():
-            own = base.weights(decay, jnp.where(known, base.proportion(scale[name], moment), 0))
-            average = own.past.astype(moment.dtype) * scale[name] + own.new.astype(moment.dtype) * moment
-            finite = jnp.isfinite(jnp.abs(moment).max())
-            failures = counts.added(failures, ~finite | own.excessive)
-            scale[name] = jnp.where(finite, average, scale[name])
-        return scale, failures

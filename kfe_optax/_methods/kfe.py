@@ -10,26 +10,27 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax import factors as factors_lib
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks, counts, failures
+from kfe_optax._jax.failures import Failure
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
-from kfe_optax._linalg import kronecker
+from kfe_optax._linalg import kronecker, moving
 from kfe_optax._linalg.devices import Devices, Distribute
-from kfe_optax._linalg.kronecker import Pair
+from kfe_optax._linalg.moving import Pair
 from kfe_optax._methods import basis as basis_lib
 from kfe_optax._methods import layerwise
 from kfe_optax._methods.basis import Refresh
-from kfe_optax._methods.kronecker import update_factors
 from kfe_optax._methods.layerwise import Matrices, Step
+from kfe_optax._methods.refreshes import update_factors
 from kfe_optax._methods.rest import sound
 from kfe_optax.factors.base import Factors
 
 Carry = Literal["first", "second", "columns", "keep"] | Callable[[jax.Array, Pair, Pair], jax.Array]
 
 _MOVES: Mapping[str, Callable[..., jax.Array]] = {
-    "first": kronecker.carry_first_moment,
-    "second": kronecker.carry_second_moment,
-    "columns": kronecker.carry_columns,
+    "first": moving.carry_first_moment,
+    "second": moving.carry_second_moment,
+    "columns": moving.carry_columns,
 }
 # How the fields of Optax's states move: what is linear in the gradient, and what is quadratic in it.
 CARRY: Mapping[str, Carry] = {
@@ -51,7 +52,8 @@ class KfeState(NamedTuple):
       factors: the state of the factors.
       basis: {layer: (Eigenbasis of the input side, of the output side)}.
       inner: the state of the inner transformation, in the basis.
-      failures: int32, factors, factorizations and inner states that failed; the last good one was kept.
+      failures: by reason (`kfe.Failure`), int32: factors, factorizations and inner states that failed; the last good one was
+        kept.
       last_refresh: int32, the step of the last refresh of the basis.
     """
 
@@ -196,8 +198,8 @@ class _InKfe(NamedTuple):
         basis = basis_lib.init(self.layers, self.factors.terms(factors, self.layers))
         inner = self.inner.init({layer.name: jnp.zeros(layer.shape, layer.factor_dtype) for layer in layers})
         jax.eval_shape(self._carried, inner, basis, basis)  # raises for a field that it does not know
-        _, failures, last_refresh = layerwise.counters()
-        return KfeState(factors, basis, inner, failures, last_refresh)
+        _, *counters = layerwise.counters()
+        return KfeState(factors, basis, inner, *counters)
 
     def update(self, state: KfeState, step: Step) -> tuple[Matrices, KfeState]:
         factors = update_factors(
@@ -205,7 +207,7 @@ class _InKfe(NamedTuple):
         )
         first = state.last_refresh < 0
         due = layerwise.due(step.count, self.basis_update_period, self.initial_refreshes)
-        basis, inner, failures = layerwise.refreshed(
+        basis, inner, failed = layerwise.refreshed(
             due,
             step.finite,
             lambda: self._new_basis(factors, state, first, step.devices.inverses),
@@ -226,12 +228,13 @@ class _InKfe(NamedTuple):
         new_inner = jax.tree.map(lambda new, old: jnp.where(step.finite, new, old), new_inner, inner)
         wide = {name: v.astype(gradients[name].dtype) for name, v in updates.items()}
         new = basis_lib.out_of(wide, basis, step.devices.products)
-        failures = failures + (spoilt & step.finite) + factors.failures - state.factors.failures
+        more = failures.of(Failure.FACTORIZATION, failed) + failures.of(Failure.INNER, spoilt & step.finite)
+        more = more + failures.between(state.factors.failures, factors.failures)
         state = KfeState(
             factors,
             basis,
             new_inner,
-            counts.added(state.failures, failures),
+            counts.added(state.failures, more),
             jnp.where(refresh, step.count, state.last_refresh),
         )
         return new, state
@@ -245,10 +248,10 @@ class _InKfe(NamedTuple):
     ) -> tuple[Any, Any, jax.Array]:
         terms = self.factors.terms(factors, self.layers)
         with jax.default_matmul_precision("highest"):
-            basis, failures = basis_lib.refreshed(
+            basis, failed = basis_lib.refreshed(
                 self.layers, terms, state.basis, first, self.refresh, self.refresh_tolerance, devices
             )
-            return basis, self._carried(state.inner, state.basis, basis), failures
+            return basis, self._carried(state.inner, state.basis, basis), failed
 
     def _carried(self, inner: Any, old: dict[str, Pair], new: dict[str, Pair]) -> Any:
         """The inner state in the new basis, leaf by leaf: those that hold a layer's matrix, by the name of their field."""

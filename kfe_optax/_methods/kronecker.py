@@ -5,19 +5,18 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from kfe_optax import factors as factors_lib
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Distribute
-from kfe_optax._methods import layerwise, roots
+from kfe_optax._methods import layerwise, refreshes, roots
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax._methods.roots import DampingType, Denominators, where_alive
-from kfe_optax.factors.base import Factors, Source
+from kfe_optax.factors.base import Factors
 
 
 class KroneckerState(NamedTuple):
@@ -28,7 +27,7 @@ class KroneckerState(NamedTuple):
       roots: {layer: (input side, output side)}: damped inverses (rank 1), eigenbases ("exact"), or the simultaneous
         diagonalizations of a rank-2 sum.
       damping: λ of the last step; where it is relative, as a multiple of each layer's mean curvature.
-      failures: int32, factors and factorizations that failed; the last good one was kept.
+      failures: by reason (`kfe.Failure`), int32: factors and factorizations that failed; the last good one was kept.
       last_refresh: int32, the step of the last refresh of the roots.
     """
 
@@ -188,53 +187,23 @@ class _Kronecker(NamedTuple):
 
     def update(self, state: KroneckerState, step: Step) -> tuple[Matrices, KroneckerState]:
         strength = step.strength(self.damping, self.relative)
-        factors = update_factors(
-            self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
-        )
-        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes) | step.retry
 
-        def refresh() -> Any:
+        def invert(factors: Any) -> Any:
             # The terms are formed inside: where that takes arithmetic, a step without a refresh does not pay for it.
             terms = self.factors.terms(factors, self.layers)
-            with jax.default_matmul_precision("highest"):
-                return self.form.refresh(self.layers, terms, state.roots, strength, step.devices.inverses)
+            return self.form.refresh(self.layers, terms, state.roots, strength, step.devices.inverses)
 
-        new_roots, failures = layerwise.refreshed(
-            due, step.finite, refresh, (state.roots, jnp.zeros((), jnp.int32))
-        )
-        terms = self.factors.terms(factors, self.layers)
-        last_refresh = jnp.where(due & step.finite, step.count, state.last_refresh)
-        ready = last_refresh >= 0
+        now = refreshes.refreshed(self, state, step, invert)
+        terms = self.factors.terms(now.factors, self.layers)
+        ready = now.last_refresh >= 0
         wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in step.gradients.items()}
         results = kronecker.each(
             lambda v, root: self.form.apply(v, root, strength, v.ndim - 2),
-            {name: (v, new_roots[name]) for name, v in wide.items()},
+            {name: (v, now.roots[name]) for name, v in wide.items()},
             step.devices.products,
         )
         new = {
             name: where_alive(terms[name][0], len(self.layers[name].stack_shape), result, wide[name], ready)
             for name, result in results.items()
         }
-        state = KroneckerState(
-            factors,
-            new_roots,
-            strength,
-            counts.added(state.failures, failures + factors.failures - state.factors.failures),
-            last_refresh,
-        )
-        return new, state
-
-
-def update_factors(
-    factors: Factors, layers: Layers, state: Any, step: Step, period: Any, initial_refreshes: int
-) -> Any:
-    """The state of the factors after this step, from a pull of its own when an update is due."""
-    if step.retry:
-        return state
-
-    def new() -> Any:
-        pulled = step.taps.pulled() if factors.needs_taps and step.taps is not None else None
-        with jax.default_matmul_precision("highest"):
-            return factors.update(state, Source(layers, pulled, step.gradients), step.count)
-
-    return layerwise.refreshed(layerwise.due(step.count, period, initial_refreshes), step.finite, new, state)
+        return new, KroneckerState(now.factors, now.roots, strength, now.failures, now.last_refresh)

@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit_axes, static_values, varying_axes
+from kfe_optax._jax import checks, counts, explicit_axes, failures, static_values, varying_axes
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._layers.paths import Path, leaves_by_path, path_name
 from kfe_optax._linalg import devices as devices_lib
 from kfe_optax._linalg.devices import Distribute, Division
 from kfe_optax._methods import given as given_lib
+from kfe_optax._methods import request as request_lib
 from kfe_optax._methods import rest as rest_lib
+from kfe_optax._methods.request import Request
 from kfe_optax._taps.taps import Taps
 
 STATE_VERSION = 2
@@ -43,8 +45,8 @@ class Step(NamedTuple):
       parameters: {layer: W̄ (*stack, d_in, d_out)} for a method that reads them and when the caller gave them.
       extra: further extra arguments of the update.
       damping: λ of this step where the caller adapts it, in place of the method's own; see `strength`.
-      retry: this step once more with another damping: what the damping enters is formed anew, out of statistics that
-        stay as they are.
+      again: this step once more with another damping (see `Request`): what the damping enters is formed anew, out of
+        statistics that stay as they are.
       devices: who shares the linear algebra of this step.
     """
 
@@ -55,18 +57,18 @@ class Step(NamedTuple):
     parameters: Matrices | None
     extra: dict[str, Any]
     damping: jax.Array | None
-    retry: bool
+    again: bool
     devices: Division
 
     def strength(self, damping: ScalarOrSchedule, relative: bool = False) -> jax.Array:
-        """λ of this step: what `update` was given as `damping=`, or the method's own scalar or schedule.
+        """λ of this step: what `update` was asked for, or the method's own scalar or schedule.
 
         Args:
           damping: the method's own.
-          relative: whether it is a multiple of each layer's mean curvature, which no `damping=` in the loss's units replaces.
+          relative: whether it is a multiple of each layer's mean curvature, which no damping in the loss's units replaces.
 
         Raises:
-          TypeError: it is relative, and `update` was given another one.
+          TypeError: it is relative, and `update` was asked for another one.
         """
         if relative and self.damping is not None:
             raise TypeError(
@@ -105,8 +107,8 @@ class LayerwiseState(NamedTuple):
       count: int32, the number of steps taken (at the end of int32 see `counts.following`).
       method: the method's state.
       rest: the state of the transformation of the parameters outside the layers.
-      nonfinite: int32, steps whose gradient was not finite, whose update was zero, or that of the rest, see
-        `rest.sound`.
+      nonfinite: int32 (2,), steps whose gradient was not finite, whose update was zero, and others whose update of the rest
+        was not, see `rest.sound`.
       negative_weights: int32, steps whose loss gave an element of a registered loss a negative weight.
     """
 
@@ -120,7 +122,7 @@ class LayerwiseState(NamedTuple):
 
 def counters() -> tuple[jax.Array, jax.Array, jax.Array]:
     """A method's `damping`, `failures` and `last_refresh` before the first step."""
-    return jnp.zeros(()), jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
+    return jnp.zeros(()), failures.none(), jnp.full((), -1, jnp.int32)
 
 
 def value(scalar_or_schedule: ScalarOrSchedule, count: jax.Array, name: str) -> jax.Array:
@@ -148,14 +150,6 @@ def refreshed(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -
         return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new(), old)
 
     return jax.lax.cond(due, branch, lambda: old)
-
-
-def can_retry(state: Any) -> bool:
-    """Whether this is the state of a preconditioner that can take a step again with another damping (`retry=`).
-
-    Its update takes `retry=`, what it returned for the step the first time.
-    """
-    return hasattr(getattr(state, "method", None), "damping")
 
 
 def layerwise(
@@ -190,72 +184,87 @@ def layerwise(
             count=jnp.zeros((), jnp.int32),
             method=method.init(present),
             rest=outside.init(rest_lib.outside(layers, leaves)),
-            nonfinite=jnp.zeros((), jnp.int32),
+            nonfinite=jnp.zeros(2, jnp.int32),
             negative_weights=jnp.zeros((), jnp.int32),
         )
 
-    def update(updates, state, params=None, *, taps=None, damping=None, retry=None, **extra):
+    # Compiled, so that a caller that does not compile the whole step neither retraces nor runs it operation by operation.
+    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
+    def step(static, again, division, arrays, method_state, given, damping):
+        present = [layer for name, layer in layers.items() if name in given[1]]
+        given_lib.check_method_state(method, present, method_state)
+        return method.update(method_state, Step(*given, static(arrays), damping, again, division))
+
+    update = _Layerwise(layers, method, outside, distribute, step).update
+    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
+
+
+class _Layerwise(NamedTuple):
+    """The parts of a transformation; `step` is the compiled step of its method, `outside` that of the other parameters."""
+
+    layers: Layers
+    method: Method
+    outside: optax.GradientTransformationExtraArgs
+    distribute: Distribute
+    step: Callable[..., tuple[Matrices, Any]]
+
+    def update(self, updates, state, params=None, *, taps=None, request=None, **extra):
         checks.state(state, LayerwiseState)
+        if "damping" in extra:
+            raise TypeError("update takes the damping of a step in a request: give request=kfe.Request(damping=...).")
+        request, layers, method = request_lib.checked(request), self.layers, self.method
         if method.needs_taps:
             given_lib.check_taps(layers, taps)
         leaves = leaves_by_path(updates)
         present = given_lib.present_layers(layers, leaves)
-        matrices = matrices_of(present, leaves)
-        rest_params = parameters = None
-        if params is not None:
-            parameter_leaves = leaves_by_path(params)
-            rest_params = rest_lib.outside(layers, parameter_leaves)
-            if method.reads_parameters:
-                parameters = matrices_of(present, parameter_leaves)
-        others = rest_lib.outside(layers, leaves)
-        rest_updates, rest_state, spoilt = others, state.rest, jnp.zeros((), bool)
-        if others:
-            if retry is None:
-                result: Any = outside.update(others, state.rest, rest_params, **extra)
-                rest_updates, rest_state, spoilt = rest_lib.sound(*result, state.rest)
-            else:
-                # Where only the damping differs, the rest has had its step.
-                rest_updates = rest_lib.outside(layers, leaves_by_path(retry))
+        given_params = None if params is None else leaves_by_path(params)
+        parameters = None
+        if method.reads_parameters and given_params is not None:
+            parameters = matrices_of(present, given_params)
+        rest_updates, rest_state, spoilt = self._rest(leaves, state.rest, given_params, request, extra)
         finite = all_finite(leaves.values())
         arrays, static = static_values.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
-        again = retry is not None
+        again = request.first is not None
         negative = False if used is None or again else used.negative_weights
         count = state.count - again
-        new_matrices, method_state = _step(
+        new_matrices, method_state = self.step(
             static,
             again,
-            devices_lib.division(distribute, axis_of(taps)),
+            devices_lib.division(self.distribute, axis_of(taps)),
             arrays,
             state.method,
-            (count, matrices, finite, used, parameters),
-            damping,
+            (count, matrices_of(present, leaves), finite, used, parameters),
+            request.damping,
         )
         new = {
             path: narrowed(jnp.where(finite, leaf, 0), leaves[path].dtype)
             for path, leaf in _scatter(present, new_matrices, layers, rest_updates).items()
         }
-        rest_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), rest_state, state.rest)
         state = LayerwiseState(
             version=state.version,
             count=counts.following(count),
             method=method_state,
-            rest=rest_state,
-            nonfinite=counts.added(state.nonfinite, (~finite | spoilt) & (not again)),
+            rest=jax.tree.map(lambda a, b: jnp.where(finite, a, b), rest_state, state.rest),
+            nonfinite=counts.added(state.nonfinite, jnp.stack([~finite, spoilt & finite]) & (not again)),
             negative_weights=counts.added(state.negative_weights, negative),
         )
         # Flattening order is that of the paths, so the tree comes back whatever container it was.
         ordered = [new[path] for path in leaves]
         return jax.tree.unflatten(jax.tree.structure(updates), ordered), state
 
-    # Compiled, so that a caller that does not compile the whole step neither retraces nor runs it operation by operation.
-    @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-    def _step(static, again, division, arrays, method_state, given, damping):
-        present = [layer for name, layer in layers.items() if name in given[1]]
-        given_lib.check_method_state(method, present, method_state)
-        return method.update(method_state, Step(*given, static(arrays), damping, again, division))
-
-    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
+    def _rest(self, leaves: Any, state: Any, params: Any, request: Request, extra: Any) -> tuple[Any, ...]:
+        """The updates of the parameters outside the layers, the new state, and whether there was anything not finite in them."""
+        others = rest_lib.outside(self.layers, leaves)
+        if not others:
+            return others, state, jnp.zeros((), bool)
+        if request.first is not None:
+            # Where only the damping differs, the rest has had its step.
+            first = rest_lib.outside(self.layers, leaves_by_path(request.first))
+            return first, state, jnp.zeros((), bool)
+        params = None if params is None else rest_lib.outside(self.layers, params)
+        result: Any = self.outside.update(others, state, params, **extra)
+        return rest_lib.sound(*result, state)
 
 
 def axis_of(taps: Any) -> Any:

@@ -11,13 +11,12 @@ import optax
 
 from kfe_optax import factors as factors_lib
 from kfe_optax import polar
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Distribute
-from kfe_optax._methods import layerwise
-from kfe_optax._methods.kronecker import update_factors
+from kfe_optax._methods import layerwise, refreshes
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax._methods.powers import Powers
 from kfe_optax.factors.base import Factors
@@ -33,7 +32,7 @@ class SpectralState(NamedTuple):
       roots: {layer: (input side, output side)}, one power of the damped factor a stage; None for a side that has none.
       mean: {layer: M (*stack, d_in, d_out)}, the momentum.
       damping: ε of the last step.
-      failures: int32, factors and factorizations that failed; the last good one was kept.
+      failures: by reason (`kfe.Failure`), int32: factors and factorizations that failed; the last good one was kept.
       last_refresh: int32, the step of the last refresh of the roots.
     """
 
@@ -199,35 +198,21 @@ class _Spectral(NamedTuple):
 
     def update(self, state: SpectralState, step: Step) -> tuple[Matrices, SpectralState]:
         strength = step.strength(self.damping, relative=True)
-        factors = update_factors(
-            self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
-        )
-        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
 
-        def refresh() -> Any:
+        def invert(factors: Any) -> Any:
             terms = self.factors.terms(factors, self.layers)
-            with jax.default_matmul_precision("highest"):
-                return self.powers.refresh(self.layers, terms, state.roots, strength, step.devices.inverses)
+            return self.powers.refresh(self.layers, terms, state.roots, strength, step.devices.inverses)
 
-        roots, failures = layerwise.refreshed(
-            due, step.finite, refresh, (state.roots, jnp.zeros((), jnp.int32))
-        )
+        now = refreshes.refreshed(self, state, step, invert)
         beta = layerwise.value(self.momentum, step.count, "momentum")
         wide = {name: v.astype(state.mean[name].dtype) for name, v in step.gradients.items()}
         results = kronecker.each(
             lambda v, mean, root: self._one(v, mean, root, beta),
-            {name: (v, state.mean[name], roots[name]) for name, v in wide.items()},
+            {name: (v, state.mean[name], now.roots[name]) for name, v in wide.items()},
             step.devices.products,
         )
         mean = {name: jnp.where(step.finite, m, state.mean[name]) for name, (_, m) in results.items()}
-        state = SpectralState(
-            factors,
-            roots,
-            mean,
-            strength,
-            counts.added(state.failures, failures + factors.failures - state.factors.failures),
-            jnp.where(due & step.finite, step.count, state.last_refresh),
-        )
+        state = SpectralState(now.factors, now.roots, mean, strength, now.failures, now.last_refresh)
         return {name: delta for name, (delta, _) in results.items()}, state
 
     def _one(self, v: jax.Array, mean: jax.Array, root: Any, beta: jax.Array) -> tuple[jax.Array, jax.Array]:

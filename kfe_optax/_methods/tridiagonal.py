@@ -9,18 +9,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks
 from kfe_optax._layers.chains import Chains, Element, Plan, find_chains
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Devices, Distribute
-from kfe_optax._methods import chain_roots, layerwise
+from kfe_optax._methods import chain_roots, layerwise, refreshes
 from kfe_optax._methods.chain_roots import ChainRoots
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax._methods.roots import Inverses, where_alive
 from kfe_optax.factors import base
-from kfe_optax.factors.base import Source, Term
+from kfe_optax.factors.base import Term
 from kfe_optax.factors.chained import Chained, ChainedState
 
 
@@ -43,7 +43,8 @@ class TridiagonalState(NamedTuple):
       factors: running averages of the factors.
       roots: the inverses.
       damping: λ of the last step.
-      failures: int32, factors and factorizations that failed; the last good ones were kept, of a chain all or none.
+      failures: by reason (`kfe.Failure`), int32: factors and factorizations that failed; the last good ones were kept, of a
+        chain all or none.
       last_refresh: int32, the step of the last refresh of the roots.
     """
 
@@ -188,39 +189,14 @@ class _Tridiagonal(NamedTuple):
 
     def update(self, state: TridiagonalState, step: Step) -> tuple[Matrices, TridiagonalState]:
         strength = step.strength(self.damping, self.relative)
-        factors = self._averaged(state.factors, step)
-        due = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes) | step.retry
-
-        def refresh() -> tuple[TridiagonalRoots, jax.Array]:
-            with jax.default_matmul_precision("highest"):
-                return self._refresh(factors, state.roots, strength, step.devices.inverses)
-
-        roots, failures = layerwise.refreshed(
-            due, step.finite, refresh, (state.roots, jnp.zeros((), jnp.int32))
+        now = refreshes.refreshed(
+            self,
+            state,
+            step,
+            lambda factors: self._refresh(factors, state.roots, strength, step.devices.inverses),
         )
-        last_refresh = jnp.where(due & step.finite, step.count, state.last_refresh)
-        new = self._apply(factors, roots, step, strength, last_refresh >= 0)
-        state = TridiagonalState(
-            factors,
-            roots,
-            strength,
-            counts.added(state.failures, failures + factors.failures - state.factors.failures),
-            last_refresh,
-        )
-        return new, state
-
-    def _averaged(self, state: ChainedState, step: Step) -> ChainedState:
-        """The factors after this step, from a pull of their own when an update is due."""
-        if step.retry:
-            return state
-
-        def new() -> ChainedState:
-            pulled = None if step.taps is None else step.taps.pulled()
-            with jax.default_matmul_precision("highest"):
-                return self.factors.update(state, Source(self.layers, pulled, step.gradients), step.count)
-
-        due = layerwise.due(step.count, self.factor_update_period, self.initial_refreshes)
-        return layerwise.refreshed(due, step.finite, new, state)
+        new = self._apply(now.factors, now.roots, step, strength, now.last_refresh >= 0)
+        return new, TridiagonalState(now.factors, now.roots, strength, now.failures, now.last_refresh)
 
     def _refresh(
         self, factors: ChainedState, old: TridiagonalRoots, strength: jax.Array, devices: Devices

@@ -12,7 +12,7 @@ from kfe_optax._jax import checks, explicit_axes, varying_axes
 from kfe_optax._layers.kinds.base import TRANSPOSED
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
-from kfe_optax._marks import marks, outputs
+from kfe_optax._marks import marks, outputs, registrations
 from kfe_optax._statistics import masks, riders, tags
 from kfe_optax._tracing import adapters, equations, rules, traced
 from kfe_optax._tracing.rebuild import Place, Rebuild, Riders
@@ -146,7 +146,7 @@ class _Tagger:
     def __init__(
         self,
         layers: Layers,
-        registered: dict[int, outputs.Output],
+        registered: dict[int, registrations.Output],
         controls: dict[int, Any],
         place: outputs.Place,
         row_mask: Any,

@@ -10,7 +10,11 @@ import optax
 
 from kfe_optax._jax import checks, counts, explicit_axes
 from kfe_optax._methods import layerwise
-from kfe_optax._wrappers.quadratic_model import QuadraticModelState, checked_taps, inner_product, regularized
+from kfe_optax._methods.request import Request
+from kfe_optax._taps.taps import Taps
+from kfe_optax._wrappers.levenberg_marquardt import adapted, loss_change, reduction_ratio, reversible
+from kfe_optax._wrappers.minimum import inner_product
+from kfe_optax._wrappers.quadratic_model import QuadraticModelState, checked_taps, regularized
 
 # λ after an update that was not taken, or was taken back.
 REJECTED = 4.0
@@ -26,6 +30,7 @@ class AdaptiveDampingState(NamedTuple):
       reduction_ratio: the last r, NaN before the first and where the trial loss was not finite.
       rejected: int32, updates that were not taken, or taken back.
       last: the update of the last step, zero where it was not taken; None where `scale_by_quadratic_model` inside has it.
+      taken: whether the last update was taken, and stands.
     """
 
     inner: Any
@@ -34,6 +39,7 @@ class AdaptiveDampingState(NamedTuple):
     reduction_ratio: jax.Array
     rejected: jax.Array
     last: Any
+    taken: jax.Array
 
 
 def adaptive_damping(
@@ -62,7 +68,7 @@ def adaptive_damping(
     Args:
       inner: what makes the update δ that is added to the parameters: `scale_by_quadratic_model(...)`, whose model is then
         known, or a whole chain with a preconditioner of this package in it, which is given ∇h and λ + η (one product with the
-        Fisher more at each T₁-th step). λ goes to it as the extra argument `damping`.
+        Fisher more at each T₁-th step). λ goes to it in the extra argument `request`, a `kfe.Request`.
       initial_damping: λ₀, in units of the loss's curvature.
       period: T₁.
       factor: ω of one step, in (0, 1).
@@ -105,21 +111,16 @@ def adaptive_damping(
     checks.positive(initial_damping=initial_damping)
     checks.not_negative(l2=0.0 if l2 is None else l2)
     checks.interval("floor", floor, "ceiling", ceiling)
-    wrapped = optax.with_extra_args_support(inner)
-
-    def init(params):
-        numbers = jnp.result_type(float)
-        count, rejected = (jnp.zeros((), jnp.int32) for _ in range(2))
-        inner_state = wrapped.init(params)
-        known = isinstance(inner_state, QuadraticModelState)
-        return AdaptiveDampingState(
-            inner_state,
-            count,
-            jnp.asarray(initial_damping, numbers),
-            jnp.full((), jnp.nan, numbers),
-            rejected,
-            None if known else jax.tree.map(jnp.zeros_like, params),
-        )
+    rule = _Rule(
+        optax.with_extra_args_support(inner),
+        initial_damping,
+        period,
+        factor,
+        floor,
+        ceiling,
+        l2,
+        damping_in_model,
+    )
 
     def update(updates, state, params=None, *, taps=None, value=None, value_fn=None, **extra):
         checks.state(state, AdaptiveDampingState)
@@ -132,83 +133,144 @@ def adaptive_damping(
             raise ValueError(
                 "value is the loss at the parameters and value_fn that at others: pass both, or neither."
             )
+        trial = rule.trial(updates, state, params, taps, value, extra)
+        if value_fn is None:
+            return compiled(trial, state, params, taps)
+        return rule.judged(trial, state, params, taps, lambda p: taps.mean_over_devices(value_fn(p)))
+
+    @jax.jit
+    def compiled(trial, state, params, taps):
+        return rule.judged(trial, state, params, taps, taps.loss_at)
+
+    return optax.GradientTransformationExtraArgs(rule.init, explicit_axes.on_any_mesh(update))
+
+
+class _Trial(NamedTuple):
+    """A step that is to be judged.
+
+    Attributes:
+      gradient: that of the loss, without the penalty.
+      delta: the update as proposed; −δ₀ where the last one led astray and the quadratic model inside knows it.
+      inner: the state of what proposed it.
+      before: the loss at the parameters.
+      astray: whether that or the gradient is not finite.
+      l2: η, None for 0.
+    """
+
+    gradient: Any
+    delta: Any
+    inner: Any
+    before: jax.Array
+    astray: jax.Array
+    l2: Any
+
+
+class _Rule(NamedTuple):
+    inner: optax.GradientTransformationExtraArgs
+    initial_damping: float
+    period: int
+    factor: Any
+    floor: Any
+    ceiling: Any
+    l2: Any
+    damping_in_model: bool
+
+    def init(self, params: Any) -> AdaptiveDampingState:
+        numbers = jnp.result_type(float)
+        count, rejected = (jnp.zeros((), jnp.int32) for _ in range(2))
+        inner_state = self.inner.init(params)
+        return AdaptiveDampingState(
+            inner_state,
+            count,
+            jnp.asarray(self.initial_damping, numbers),
+            jnp.full((), jnp.nan, numbers),
+            rejected,
+            None if _is_model(inner_state) else jax.tree.map(jnp.zeros_like, params),
+            jnp.ones((), bool),
+        )
+
+    def trial(
+        self, updates: Any, state: AdaptiveDampingState, params: Any, taps: Taps, value: Any, extra: Any
+    ) -> _Trial:
+        """What is inside, asked for its update."""
         models = _models(state.inner)
-        penalty = l2 if l2 is not None or not models else models[0].l2
+        penalty = self.l2 if self.l2 is not None or not models else models[0].l2
         penalty = None if isinstance(penalty, float | int) and not penalty else penalty
-        if models:
-            gradient, strength = updates, state.damping
-            more = {"l2": 0.0 if penalty is None else penalty}
-        else:
-            gradient, more = regularized(updates, params, penalty), {}
-            strength = state.damping if penalty is None else state.damping + penalty
         before = taps.loss if value is None else taps.mean_over_devices(jnp.asarray(value))
         astray = ~(jnp.isfinite(before) & layerwise.all_finite(jax.tree.leaves(updates)))
-        if state.last is None:
-            more["back"] = astray
-        result: Any = wrapped.update(
-            gradient, state.inner, params, taps=taps, damping=strength, **more, **extra
-        )
-        loss_at = taps.loss_at if value_fn is None else lambda p: taps.mean_over_devices(value_fn(p))
-        given = updates, result, state, params, taps, before, astray, penalty
-        if value_fn is None:
-            return _compiled(*given)
-        return _taken(*given, loss_at)
+        if models:
+            gradient = updates
+            request = Request(state.damping, l2=0.0 if penalty is None else penalty, taken=state.taken)
+            # What a chain makes of the model's update it alone can take back.
+            request = request._replace(back=astray if state.last is None else None)
+        else:
+            gradient = regularized(updates, params, penalty)
+            request = Request(state.damping if penalty is None else state.damping + penalty)
+        result: Any = self.inner.update(gradient, state.inner, params, taps=taps, request=request, **extra)
+        return _Trial(updates, *result, before, astray, penalty)
 
-    def _taken(updates, result, state, params, taps, before, astray, penalty, loss_at):
-        delta, inner_state = result
-        count, last = counts.following(state.count), state.last
-        due = layerwise.due(count, period)
-        # Without one the quadratic model itself has taken back what led astray.
+    def judged(
+        self, trial: _Trial, state: AdaptiveDampingState, params: Any, taps: Taps, loss_at: Any
+    ) -> tuple[Any, AdaptiveDampingState]:
+        """The update that is taken, and the new state."""
+        count, last, astray = counts.following(state.count), state.last, trial.astray
+        due = layerwise.due(count, self.period)
         if last is not None:
             delta = jax.tree.map(
-                lambda d, b: jnp.where(astray, -b.astype(d.dtype), d), delta, _as(delta, last)
+                lambda d, b: jnp.where(astray, -b.astype(d.dtype), d), trial.delta, _as(trial.delta, last)
             )
-
-        def measured():
-            there = loss_at(optax.apply_updates(params, delta))
-            change = _loss_change(there - before, delta, params, penalty)
-            model = _model_change(
-                inner_state, updates, delta, params, taps, state.damping, penalty, damping_in_model
-            )
-            ratio = _ratio(change, model, before).astype(state.damping.dtype)
-            finite = jnp.isfinite(jnp.where(astray, there, change))
-            squared = state.inner.squared_norm if last is None else inner_product(last, last)
-            return ratio, finite, squared != 0
-
+            trial = trial._replace(delta=delta)
         nothing = jnp.ones((), bool)
         ratio, finite, moved = jax.lax.cond(
-            due | astray, measured, lambda: (state.reduction_ratio, nothing, nothing)
+            due | astray,
+            lambda: self._measured(trial, state, params, taps, loss_at),
+            lambda: (state.reduction_ratio, nothing, nothing),
         )
         # Where this batch has no finite loss before the last update either, nor there was one, that is the batch's doing.
         held = astray & ~(finite & moved)
-        refused = jnp.where(astray, ~held, ~(finite & _reversible(params, delta, inner_state)))
-        power = jnp.asarray(factor, state.damping.dtype) ** period
-        damping = adapted(state.damping, ratio, power, floor, ceiling)
+        short = reversible(params, trial.delta, _squared_norm(trial.inner, trial.delta))
+        refused = jnp.where(astray, ~held, ~(finite & short))
+        power = jnp.asarray(self.factor, state.damping.dtype) ** self.period
+        damping = adapted(state.damping, ratio, power, self.floor, self.ceiling)
         damping = jnp.where(due & ~astray, damping, state.damping)
-        damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, ceiling), damping)
-
-        inner_state = _without_momentum(refused, inner_state)
-        if last is None:
-            squared_norm = jnp.where(held, state.inner.squared_norm, inner_state.squared_norm)
-            inner_state = inner_state._replace(squared_norm=squared_norm)
-        else:
-            taken = _as(last, _unless(refused, delta))
+        damping = jnp.where(refused, jnp.minimum(state.damping * REJECTED, self.ceiling), damping)
+        if last is not None:
+            taken = _as(last, _unless(refused, trial.delta))
             last = jax.tree.map(lambda d, b: jnp.where(held, b, d.astype(b.dtype)), taken, last)
         new_state = AdaptiveDampingState(
-            inner_state,
+            trial.inner,
             count,
             damping.astype(state.damping.dtype),
             jnp.where(astray, jnp.nan, ratio),
             counts.added(state.rejected, refused),
             last,
+            jnp.where(held, state.taken, ~refused),
         )
-        return _unless(held | (refused & ~astray), delta), new_state
+        return _unless(held | (refused & ~astray), trial.delta), new_state
 
-    @jax.jit
-    def _compiled(updates, result, state, params, taps, before, astray, penalty):
-        return _taken(updates, result, state, params, taps, before, astray, penalty, taps.loss_at)
+    def _measured(
+        self, trial: _Trial, state: AdaptiveDampingState, params: Any, taps: Taps, loss_at: Any
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """r, whether the loss behind the update is finite, and whether there was a last update."""
+        there = loss_at(optax.apply_updates(params, trial.delta))
+        change = loss_change(there - trial.before, trial.delta, params, trial.l2)
+        model = self._model_change(trial, state.damping, params, taps)
+        ratio = reduction_ratio(change, model, trial.before).astype(state.damping.dtype)
+        finite = jnp.isfinite(jnp.where(trial.astray, there, change))
+        squared = _squared_norm(state.inner, state.last)
+        return ratio, finite, state.taken & (squared != 0)
 
-    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
+    def _model_change(self, trial: _Trial, damping: jax.Array, params: Any, taps: Taps) -> jax.Array:
+        """M(δ) − M(0)."""
+        delta = trial.delta
+        if isinstance(trial.inner, QuadraticModelState):
+            squared, change = trial.inner.squared_norm, trial.inner.model_change
+            return change if self.damping_in_model else change - damping * squared / 2
+        fisher = taps.fisher_products(taps.tangent(delta))[0, 0]
+        strength = damping if self.damping_in_model else jnp.zeros_like(damping)
+        strength = strength if trial.l2 is None else strength + trial.l2
+        slope = inner_product(regularized(trial.gradient, params, trial.l2), delta)
+        return slope + (fisher + strength * inner_product(delta, delta)) / 2
 
 
 def _is_model(node: Any) -> bool:
@@ -220,76 +282,17 @@ def _models(state: Any) -> list[QuadraticModelState]:
     return list(filter(_is_model, jax.tree.leaves(state, is_leaf=_is_model)))
 
 
-def _without_momentum(refused: jax.Array, state: Any) -> Any:
-    """The state, in which an update that was not taken has no part in the next one of `scale_by_quadratic_model`."""
-
-    def marked(node):
-        if not _is_model(node):
-            return node
-        return node._replace(squared_norm=jnp.where(refused, 0, node.squared_norm))
-
-    return jax.tree.map(marked, state, is_leaf=_is_model)
-
-
 def _unless(condition: jax.Array, tree: Any) -> Any:
     """The tree, or zeros."""
     return jax.tree.map(lambda leaf: jnp.where(condition, 0, leaf), tree)
 
 
-def _reversible(params: Any, delta: Any, inner_state: Any) -> jax.Array:
-    """Whether θ + δ is finite, and near enough that half of the digits of θ, as one vector, survive θ + δ − δ."""
+def _squared_norm(inner_state: Any, delta: Any) -> jax.Array:
+    """δᵀδ, which the quadratic model knows."""
     known = isinstance(inner_state, QuadraticModelState)
-    squared = inner_state.squared_norm if known else inner_product(delta, delta)
-    size, kinds = inner_product(params, params), [jnp.finfo(p.dtype) for p in jax.tree.leaves(params)]
-    # With a finite δᵀδ no |δᵢ| is above the root of the largest float32 number, and only float16 can overflow.
-    reversible = jnp.isfinite(squared) & ((size == 0) | (squared * max(float(k.eps) for k in kinds) <= size))
-    if any(float(kind.max) < 1e38 for kind in kinds):
-        reversible &= layerwise.all_finite(jax.tree.leaves(optax.apply_updates(params, delta)))
-    return reversible
-
-
-def _ratio(change: jax.Array, model: jax.Array, before: jax.Array) -> jax.Array:
-    """r, at most zero where the loss rose, and 1/2 where either change is lost in rounding, which says nothing of the model."""
-    noise = 8 * jnp.finfo(before.dtype).eps * jnp.abs(before)
-    silent = (change == 0) | (jnp.abs(model) <= noise)
-    ratio = change / jnp.where(silent, 1, model)
-    return jnp.where(silent, 0.5, jnp.where(change > 0, -jnp.abs(ratio), ratio))
+    return inner_state.squared_norm if known else inner_product(delta, delta)
 
 
 def _as(like: Any, tree: Any) -> Any:
     """A tree with the container of another one that has the same leaves."""
     return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
-
-
-def adapted(damping: jax.Array, ratio: jax.Array, power: Any, floor: Any, ceiling: Any) -> jax.Array:
-    """λ after a reduction ratio r: ω₁λ for r > 3/4, λ/ω₁ for r < 1/4 or no number, in [floor, ceiling]."""
-    scale = jnp.where(ratio > 0.75, power, jnp.where(ratio >= 0.25, 1, 1 / power))
-    return jnp.clip(damping * scale, floor, ceiling).astype(damping.dtype)
-
-
-def _loss_change(change: jax.Array, delta: Any, params: Any, l2: Any) -> jax.Array:
-    """h(θ+δ) − h(θ) from the change of the loss function."""
-    if l2 is None:
-        return change
-    return change + l2 * (inner_product(params, delta) + inner_product(delta, delta) / 2)
-
-
-def _model_change(
-    inner_state: Any,
-    gradient: Any,
-    delta: Any,
-    params: Any,
-    taps: Any,
-    damping: jax.Array,
-    l2: Any,
-    damping_in_model: bool,
-) -> jax.Array:
-    """M(δ) − M(0)."""
-    if isinstance(inner_state, QuadraticModelState):
-        squared, change = inner_state.squared_norm, inner_state.model_change
-        return change if damping_in_model else change - damping * squared / 2
-    fisher = taps.fisher_products(taps.tangent(delta))[0, 0]
-    strength = damping if damping_in_model else jnp.zeros_like(damping)
-    strength = strength if l2 is None else strength + l2
-    slope = inner_product(regularized(gradient, params, l2), delta)
-    return slope + (fisher + strength * inner_product(delta, delta)) / 2

@@ -14,9 +14,13 @@ from kfe_optax._layers.layers import Layers
 from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._methods import given as given_lib
 from kfe_optax._methods import layerwise, matrices
+from kfe_optax._methods import request as request_lib
 from kfe_optax._methods.layerwise import ScalarOrSchedule
-from kfe_optax._taps.taps import Taps, symmetric
+from kfe_optax._methods.request import Request
+from kfe_optax._taps.taps import Taps
 from kfe_optax._wrappers import damping_search
+from kfe_optax._wrappers.damping_search import Proposal
+from kfe_optax._wrappers.minimum import combined, minimum, wide
 
 
 class QuadraticModelState(NamedTuple):
@@ -30,7 +34,7 @@ class QuadraticModelState(NamedTuple):
       step_size: α of the last step.
       momentum: μ of the last step.
       model_change: M(δ) − M(0) of the last step, λ included.
-      squared_norm: δᵀδ of the last step; 0 where the update was not taken, and δ₀ has no part in the next one.
+      squared_norm: δᵀδ of `previous`; where it is 0, δ₀ has no part in the next step.
       l2: η of the last step; its own before the first.
     """
 
@@ -83,8 +87,9 @@ def scale_by_quadratic_model(
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`, for taps of
-      `kfe.value_grad_and_taps(..., quadratic_model=True)`. A proposal that is not finite gives a zero update, or −δ₀ where the
-      extra argument `back` (a boolean array of `adaptive_damping`) says that the last update led astray.
+      `kfe.value_grad_and_taps(..., quadratic_model=True)`. A proposal that is not finite gives a zero update. The extra argument
+      `request` (a `kfe.Request`, as of `adaptive_damping`) replaces λ and η, leaves out a δ₀ that was not taken, and asks for
+      −δ₀ where it led astray.
 
     Raises:
       ValueError: numbers out of their ranges, a search around anything but a preconditioner that has a damping; in `update`: no
@@ -111,15 +116,49 @@ def scale_by_quadratic_model(
     if max_change is not None:
         checks.bound(max_change=max_change)
     checks.interval("search_floor", search_floor, "search_ceiling", search_ceiling)
-    preconditioner = optax.with_extra_args_support(inner)
-    own_damping, own_l2 = damping, l2
+    model = _QuadraticModel(
+        optax.with_extra_args_support(inner),
+        damping,
+        l2,
+        momentum,
+        max_change,
+        search_period,
+        search_floor,
+        search_ceiling,
+    )
 
-    def init(params):
-        previous = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), _wide(p)), params)
+    def update(updates, state, params=None, *, taps=None, request=None, **extra):
+        checks.state(state, QuadraticModelState)
+        taps, request = checked_taps(taps), request_lib.checked(request)
+        arrays, static = static_values.split_static(extra)
+        penalty = l2 if request.l2 is None else request.l2
+        request = request._replace(l2=None if isinstance(penalty, float | int) and not penalty else penalty)
+        return step(static, arrays, updates, state, params, taps, request)
+
+    # Compiled, so that a caller that does not compile the whole step does not trace the transposed pull again each time.
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(static, arrays, updates, state, params, taps, request):
+        return model.step(updates, state, params, taps, request, static(arrays))
+
+    return optax.GradientTransformationExtraArgs(model.init, explicit_axes.on_any_mesh(update))
+
+
+class _QuadraticModel(NamedTuple):
+    preconditioner: optax.GradientTransformationExtraArgs
+    damping: ScalarOrSchedule
+    l2: Any
+    momentum: bool
+    max_change: ScalarOrSchedule | None
+    search_period: int | None
+    search_floor: float
+    search_ceiling: float
+
+    def init(self, params: Any) -> QuadraticModelState:
+        previous = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p), wide(p)), params)
         zeros = (jnp.zeros((), jnp.result_type(float)) for _ in range(5))
-        numbers = (*zeros, jnp.asarray(own_l2, jnp.result_type(float)))
-        state = preconditioner.init(params)
-        if search_period is not None and not layerwise.can_retry(state):
+        numbers = (*zeros, jnp.asarray(self.l2, jnp.result_type(float)))
+        state = self.preconditioner.init(params)
+        if self.search_period is not None and not request_lib.repeatable(state):
             raise ValueError(
                 f"search_period searches for the damping of a preconditioner of this package, and a {type(state).__name__} has "
                 "none: give scale_by_quadratic_model the preconditioner itself (clips and chains go around it), or leave "
@@ -127,74 +166,95 @@ def scale_by_quadratic_model(
             )
         return QuadraticModelState(state, jnp.zeros((), jnp.int32), previous, *numbers)
 
-    def update(updates, state, params=None, *, taps=None, damping=None, l2=None, back=None, **extra):
-        checks.state(state, QuadraticModelState)
-        taps = checked_taps(taps)
-        arrays, static = static_values.split_static(extra)
-        penalty = own_l2 if l2 is None else l2
-        penalty = None if isinstance(penalty, float | int) and not penalty else penalty
-        return _step(static, arrays, updates, state, params, taps, damping, penalty, back)
-
-    # Compiled, so that a caller that does not compile the whole step does not trace the transposed pull again each time.
-    @functools.partial(jax.jit, static_argnums=0)
-    def _step(static, arrays, updates, state, params, taps, damping, l2, back):
-        extra = static(arrays)
-        strength = layerwise.value(own_damping if damping is None else damping, state.count, "damping")
-        strength = strength if l2 is None else strength + l2
-        gradient = regularized(updates, params, l2)
-        vectors = [state.previous] if momentum else []
+    def step(
+        self,
+        updates: Any,
+        state: QuadraticModelState,
+        params: Any,
+        taps: Taps,
+        request: Request,
+        extra: dict[str, Any],
+    ) -> tuple[Any, QuadraticModelState]:
+        """The update, and the new state; η is that of the request, None for 0."""
+        damping = self.damping if request.damping is None else request.damping
+        strength = layerwise.value(damping, state.count, "damping")
+        strength = strength if request.l2 is None else strength + request.l2
+        gradient = regularized(updates, params, request.l2)
+        vectors = [state.previous] if self.momentum else []
         tangents = [taps.tangent(vector) for vector in vectors]
+        known = state.squared_norm != 0
+        known = known if request.taken is None else known & request.taken
 
-        def propose(inner_state, inner_damping, **retry):
-            result: Any = preconditioner.update(
-                gradient, inner_state, params, taps=taps, damping=inner_damping, **retry, **extra
+        def propose(inner_state: Any, request: Request) -> tuple[Proposal, Any]:
+            result: Any = self.preconditioner.update(
+                gradient, inner_state, params, taps=taps, request=request, **extra
             )
             direction, inner_state = result
-            both = [direction, *vectors]
             fisher = taps.fisher_products(taps.tangent(direction), *tangents)
-            taken = jnp.stack([jnp.ones((), bool), *[state.squared_norm != 0 for _ in vectors]])
-            return damping_search.Proposal(
-                direction, *_minimum(fisher, both, gradient, strength, taken)
-            ), inner_state
+            taken = jnp.stack([jnp.ones((), bool), *(known for _ in vectors)])
+            found = minimum(fisher, [direction, *vectors], gradient, strength, taken)
+            return Proposal(direction, *found), inner_state
 
-        inner_damping = strength
-        if search_period is not None:
-            inner_damping = jnp.where(state.inner_damping > 0, state.inner_damping, strength)
-        best, inner_state = propose(state.inner, inner_damping)
-        if search_period is not None:
-            due = (state.count > 0) & layerwise.due(state.count, search_period)
-            others = damping_search.neighbors(inner_damping, search_period, search_floor, search_ceiling)
-            fresh = inner_state.method.last_refresh == state.count
-            best, inner_state, inner_damping = damping_search.searched(
-                due, propose, best, inner_state, inner_damping, others, fresh
-            )
+        best, inner_state, inner_damping = self._searched(propose, state, strength)
+        delta, numbers = self._delta(best, vectors, state, taps, known, request.back)
+        eta = jnp.asarray(0 if request.l2 is None else request.l2)
+        new_state = QuadraticModelState(
+            inner_state,
+            counts.following(state.count),
+            delta,
+            *(number.astype(state.step_size.dtype) for number in (inner_damping, *numbers, eta)),
+        )
+        # What is taken back stays δ₀: `adaptive_damping` may find that the batch is to blame, and not the update.
+        sign = jnp.where(False if request.back is None else request.back, -1, 1)
+        return jax.tree.map(
+            lambda d, u: layerwise.narrowed(d * sign.astype(d.dtype), u.dtype), delta, updates
+        ), new_state
+
+    def _searched(
+        self, propose: damping_search.Propose, state: QuadraticModelState, strength: jax.Array
+    ) -> tuple[Proposal, Any, jax.Array]:
+        """The proposal, the preconditioner's new state and its γ²: λ + η, or the best of three on a step of the search."""
+        if self.search_period is None:
+            return *propose(state.inner, Request(strength)), strength
+        inner_damping = jnp.where(state.inner_damping > 0, state.inner_damping, strength)
+        first, inner_state = propose(state.inner, Request(inner_damping))
+        due = (state.count > 0) & layerwise.due(state.count, self.search_period)
+        others = damping_search.neighbors(
+            inner_damping, self.search_period, self.search_floor, self.search_ceiling
+        )
+        fresh = request_lib.refreshed_at(inner_state, state.count)
+        return damping_search.searched(due, propose, first, inner_state, inner_damping, others, fresh)
+
+    def _delta(
+        self,
+        best: Proposal,
+        vectors: list[Any],
+        state: QuadraticModelState,
+        taps: Taps,
+        known: jax.Array,
+        back: jax.Array | None,
+    ) -> tuple[Any, tuple[jax.Array, ...]]:
+        """δ, zero where the proposal is not finite and δ₀ where that is taken back; α, μ, M(δ) − M(0) and δᵀδ."""
         good = jnp.isfinite(best.coefficients).all() & jnp.isfinite(best.change)
         good = good if back is None else good & ~back
         coefficients = jnp.where(good, best.coefficients, 0)
         direction = jax.tree.map(lambda d: jnp.where(good, d, 0), best.direction)
         shorter = jnp.ones((), best.change.dtype)
-        if max_change is not None:
-            bound = layerwise.value(max_change, state.count, "max_change")
-            shorter = _shortened(taps.layers, _sum(coefficients, [direction, *vectors]), bound)
+        if self.max_change is not None:
+            bound = layerwise.value(self.max_change, state.count, "max_change")
+            shorter = _shortened(taps.layers, combined(coefficients, [direction, *vectors]), bound)
             coefficients = coefficients * shorter
-        delta = _sum(*_taking_back(back, coefficients, [direction, *vectors], state))
         change = jnp.where(good, best.change * (2 - shorter) * shorter, 0)
         squared_norm = jnp.where(good, best.squared_norm * shorter**2, 0)
-        eta = jnp.asarray(0 if l2 is None else l2)
-        numbers = (inner_damping, -coefficients[0], coefficients[1:].sum(), change, squared_norm, eta)
-        new_state = QuadraticModelState(
-            inner_state,
-            counts.following(state.count),
-            delta,
-            *(number.astype(state.step_size.dtype) for number in numbers),
-        )
-        # What is taken back stays δ₀: `adaptive_damping` may find that the batch is to blame, and not the update.
-        sign = jnp.where(False if back is None else back, -1, 1)
-        return jax.tree.map(
-            lambda d, u: layerwise.narrowed(d * sign.astype(d.dtype), u.dtype), delta, updates
-        ), new_state
-
-    return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))
+        sizes = -coefficients[0], coefficients[1:].sum()
+        vectors = [direction, *vectors]
+        if back is not None:
+            if len(vectors) == 1:
+                coefficients, vectors = jnp.pad(coefficients, (0, 1)), [*vectors, state.previous]
+            last = known.astype(coefficients.dtype)
+            coefficients = jnp.where(back, jnp.stack([jnp.zeros_like(last), last]), coefficients)
+            squared_norm = jnp.where(back, state.squared_norm, squared_norm)
+        return combined(coefficients, vectors), (*sizes, change, squared_norm)
 
 
 def _shortened(layers: Layers, delta: Any, bound: jax.Array) -> jax.Array:
@@ -206,49 +266,6 @@ def _shortened(layers: Layers, delta: Any, bound: jax.Array) -> jax.Array:
     ]
     largest = jnp.stack(changes).max()
     return jnp.where(largest > bound, bound / jnp.where(largest > 0, largest, 1), 1).astype(largest.dtype)
-
-
-def _taking_back(
-    back: jax.Array | None, coefficients: jax.Array, vectors: list[Any], state: QuadraticModelState
-) -> tuple[jax.Array, list[Any]]:
-    """The coefficients of δ₀, if it was taken, where that is to be taken `back`, and the vectors with δ₀ the last of them."""
-    if back is None:
-        return coefficients, vectors
-    if len(vectors) == 1:
-        coefficients, vectors = jnp.pad(coefficients, (0, 1)), [*vectors, state.previous]
-    last = (state.squared_norm != 0).astype(coefficients.dtype)
-    return jnp.where(back, jnp.stack([jnp.zeros_like(last), last]), coefficients), vectors
-
-
-def _minimum(
-    fisher: jax.Array, vectors: list[Any], gradient: Any, strength: jax.Array, taken: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The coefficients x of δ = Σ xᵢ vᵢ that minimizes the model, M(δ) − M(0) = ½ xᵀb with b = (∇hᵀvᵢ), and δᵀδ.
-
-    Vectors that are not `taken` count as zero.
-    """
-    pairs = taken[None, :] & taken[:, None]
-    fisher, norms = (jnp.where(pairs, m, 0) for m in (fisher, symmetric(inner_product, vectors)))
-    slope = jnp.where(taken, jnp.stack([inner_product(gradient, v) for v in vectors]), 0)
-    x = solve(fisher + strength * norms, -slope)
-    # Of two vectors that are nearly parallel the sum may be lost in rounding, but not that there is one.
-    squared = jnp.where((x != 0).any(), jnp.maximum(x @ norms @ x, jnp.finfo(x.dtype).tiny), 0)
-    return x, x @ slope / 2, squared
-
-
-def solve(matrix: jax.Array, right: jax.Array) -> jax.Array:
-    """x with M x = b for a positive semi-definite M (k, k), k ≤ 2: zero for a zero vector, one of two parallel ones alone."""
-    size = jnp.diagonal(matrix)
-    scale = jnp.where(size > 0, jax.lax.rsqrt(jnp.where(size > 0, size, 1)), 0)
-    scaled = scale * right
-    if len(right) == 1:
-        return scale * scaled
-    cosine = matrix[0, 1] * scale[0] * scale[1]
-    rest = 1 - cosine**2
-    independent = (scale > 0).all() & (rest > 8 * jnp.finfo(matrix.dtype).eps)
-    both = (scaled - cosine * scaled[::-1]) / jnp.where(independent, rest, 1)
-    alone = jnp.where(scale[0] > 0, jnp.stack([scaled[0], jnp.zeros_like(cosine)]), scaled)
-    return scale * jnp.where(independent, both, alone)
 
 
 def regularized(gradient: Any, params: Any, l2: Any) -> Any:
@@ -273,20 +290,3 @@ def checked_taps(taps: Any) -> Taps:
         )
     taps.check_quadratic_model()
     return taps
-
-
-def inner_product(a: Any, b: Any) -> jax.Array:
-    """aᵀb of two trees, in float32 at least."""
-    products = jax.tree.map(lambda x, y: jnp.vdot(x.astype(_wide(x)), y.astype(_wide(y))), a, b)
-    return jnp.stack(jax.tree.leaves(products)).sum()
-
-
-def _sum(coefficients: jax.Array, vectors: list[Any]) -> Any:
-    def leaf(*parts):
-        return sum(c.astype(_wide(p)) * p.astype(_wide(p)) for c, p in zip(coefficients, parts, strict=True))
-
-    return jax.tree.map(leaf, *vectors)
-
-
-def _wide(leaf: Any) -> Any:
-    return jnp.promote_types(jnp.result_type(leaf), jnp.float32)

@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax import core
 
-from kfe_optax import factors as factors_lib
 from kfe_optax._jax import checks, explicit_axes
 from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._linalg import devices as devices_lib
 from kfe_optax._linalg.devices import Distribute
 from kfe_optax._methods import given, layerwise
+from kfe_optax._methods import request as request_lib
 from kfe_optax._methods.kfac import scale_by_kfac
 from kfe_optax._methods.layerwise import LayerwiseState, ScalarOrSchedule, Step
 from kfe_optax._methods.roots import DampingType
-from kfe_optax.contrib.coarse import fisher, spaces
+from kfe_optax.contrib.coarse import options
 from kfe_optax.contrib.coarse.grids import Choice
 from kfe_optax.contrib.coarse.level import CoarseState, Level
+from kfe_optax.contrib.coarse.options import FormName, SpaceName
 from kfe_optax.factors import base
-
-SpaceName = Literal["constant", "outputs", "eigenvectors", "residual"]
-FormName = Literal["factored", "exact"]
 
 
 class TwoLevelState(NamedTuple):
@@ -151,11 +148,11 @@ def two_level(
         inverse_update_period=inverse_update_period,
     )
     base.check_max_dim(max_dim)
-    space = _space(coarse, groups, count, decay, max_dim)
+    space = options.space_of(coarse, groups, count, decay, max_dim)
     level = Level(
         layers,
         space,
-        _form(space, coarse, form, grid),
+        options.form_of(space, coarse, form, grid),
         damping,
         relative_damping,
         decay,
@@ -169,43 +166,6 @@ def two_level(
         )
     devices_lib.check_distribute(distribute)
     return _added(optax.with_extra_args_support(fine), layers, level, distribute)
-
-
-def _space(
-    coarse: Any, groups: Any, count: Any, decay: ScalarOrSchedule, max_dim: int | None
-) -> spaces.Space:
-    checks.one_of("coarse", coarse, SpaceName)
-    for name, number, owner in (("groups", groups, "outputs"), ("count", count, "eigenvectors")):
-        if number is None:
-            continue
-        if coarse != owner:
-            raise ValueError(f"{name} belongs to coarse={owner!r}; leave it out with coarse={coarse!r}.")
-        if isinstance(number, core.Tracer | jax.Array):
-            raise ValueError(
-                f"{name} fixes the shapes of the state and cannot be traced: give optax.inject_hyperparams "
-                f"static_args=({name!r},)."
-            )
-        if number != int(number) or number < 1:
-            raise ValueError(f"{name} must be a positive whole number, not {number!r}.")
-    if coarse in ("constant", "outputs"):
-        return spaces.Groups(1 if coarse == "constant" else int(groups or 4))
-    if coarse == "eigenvectors":
-        return spaces.Eigenvectors(int(count or 4), factors_lib.kfac(decay), max_dim)
-    return spaces.Residual()
-
-
-def _form(space: spaces.Space, coarse: str, form: Any, grid: Any) -> fisher.Form:
-    if form is None:
-        form = "factored" if space.rank_one else "exact"
-    checks.one_of("form", form, FormName)
-    checks.one_of("grid", grid, Choice)
-    if form == "exact":
-        return fisher.Exact()
-    if not space.rank_one:
-        raise ValueError(
-            f"form='factored' takes coarse vectors p qᵀ, which those of coarse={coarse!r} are not; choose form='exact'."
-        )
-    return fisher.Factored(grid)
 
 
 def _added(
@@ -222,19 +182,20 @@ def _added(
             )
         return TwoLevelState(*state, level.init(level.present(given.leaves_at_start(level.layers, params))))
 
-    def update(updates, state, params=None, *, taps=None, **extra):
+    def update(updates, state, params=None, *, taps=None, request=None, **extra):
         checks.state(state, TwoLevelState)
         given.check_taps(layers, taps)
-        result: Any = fine.update(updates, state.fine, params, taps=taps, **extra)
+        request = request_lib.checked(request)
+        result: Any = fine.update(updates, state.fine, params, taps=taps, request=request, **extra)
         new, fine_state = result
         leaves, fine_leaves = leaves_by_path(updates), leaves_by_path(new)
         present = level.present(leaves)
-        retry = extra.get("retry") is not None
+        again = request.first is not None
         added, coarse = _step(
-            retry,
+            again,
             devices_lib.division(distribute, layerwise.axis_of(taps)),
             state.coarse,
-            state.count - retry,
+            state.count - again,
             layerwise.matrices_of(present, leaves),
             layerwise.matrices_of(present, fine_leaves),
             layerwise.all_finite(leaves.values()),
@@ -250,8 +211,8 @@ def _added(
 
     # Compiled by itself, as the step of `layerwise` is.
     @functools.partial(jax.jit, static_argnums=(0, 1))
-    def _step(retry, division, state, count, gradients, fine_updates, finite, taps):
-        step = Step(count, gradients, finite, taps, None, {}, None, retry, division)
+    def _step(again, division, state, count, gradients, fine_updates, finite, taps):
+        step = Step(count, gradients, finite, taps, None, {}, None, again, division)
         return level.update(state, step, fine_updates)
 
     return optax.GradientTransformationExtraArgs(init, explicit_axes.on_any_mesh(update))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
-from kfe_optax._jax import checks
+from kfe_optax._jax import checks, failures
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._taps.taps import Pulled, Taps
@@ -50,7 +50,8 @@ class Source(NamedTuple):
 class Factors(Protocol):
     """An estimator of every layer's Fisher block as a sum of Kronecker products.
 
-    Its hyper-parameters are its fields, what changes is in a state: a NamedTuple of arrays with `updates` and `failures`.
+    Its hyper-parameters are its fields, what changes is in a state: a NamedTuple of arrays with `updates` and
+    `failures` (see `kfe.Failure`; a count without reasons counts as estimates).
     """
 
     @property
@@ -224,13 +225,13 @@ def average(
       leading: the arrays of an entry by which its size is judged.
 
     Returns:
-      The averages, and how many estimates were not finite or out of all proportion.
+      The averages, and the failures: estimates that were not finite, or out of all proportion.
     """
-    result, failures = {}, jnp.zeros((), jnp.int32)
+    result, lost, bounded = {}, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     for name, before in old.items():
         own = weights(rho_of(before, rho), proportion(leading(before), leading(new[name])))
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new[name])]).all()
-        failures = failures + (~finite | own.excessive)
+        lost, bounded = lost + ~finite, bounded + (finite & own.excessive)
 
         def one(a, b, finite=finite, own=own):
             return jnp.where(
@@ -238,4 +239,4 @@ def average(
             )
 
         result[name] = jax.tree.map(one, before, new[name])
-    return result, failures
+    return result, failures.estimates(lost, bounded)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import counts
+from kfe_optax._jax import counts, failures
 from kfe_optax._layers.chains import Chain, Element, Plan
 from kfe_optax._layers.layer import Layer
 from kfe_optax._statistics import pairs
@@ -42,7 +42,7 @@ class ChainedState(NamedTuple):
       updates: int32, how many batches went in.
       chains: the factors by the name of the chain, which is that of its first element.
       alone: {layer: its A and G} of the layers that are chains of one.
-      failures: int32, estimates that were left out or bounded; that of a chain is one.
+      failures: by reason (`kfe.Failure`), int32: estimates that were left out or bounded; that of a chain is one.
     """
 
     updates: jax.Array
@@ -56,6 +56,8 @@ class Chained(NamedTuple):
 
     plan: Plan
     decay: ScalarOrSchedule
+
+    needs_taps = True
 
     def init(self, layers: Sequence[Layer], max_dim: int | None) -> ChainedState:
         """Zeros."""
@@ -79,7 +81,7 @@ class Chained(NamedTuple):
             jnp.zeros((), jnp.int32),
             {str(chain[0]): zeros(chain) for chain in plan.chains},
             {name: base.zero_term(known[name], max_dim) for name in plan.alone},
-            jnp.zeros((), jnp.int32),
+            failures.none(),
         )
 
     def update(self, state: ChainedState, source: Source, count: jax.Array) -> ChainedState:
@@ -87,9 +89,9 @@ class Chained(NamedTuple):
         rho = base.weight_of_past(counts.added(state.updates, 1), self.decay, count)
         chains, alone = estimate(self.plan.among(source.gradients), source, state.alone)
         chains, chain_failures = base.average(state.chains, chains, rho, lambda c: (c.input, c.output))
-        alone, failures = base.average(state.alone, alone, rho)
-        failures = counts.added(state.failures, failures + chain_failures)
-        return ChainedState(counts.added(state.updates, 1), chains, alone, failures)
+        alone, more = base.average(state.alone, alone, rho)
+        failed = counts.added(state.failures, more + chain_failures)
+        return ChainedState(counts.added(state.updates, 1), chains, alone, failed)
 
 
 def estimate(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks, counts, failures
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import damping as damping_lib
@@ -39,7 +39,7 @@ class Fismo(NamedTuple):
 
     def update(self, state: FactorsState, source: Source, count: jax.Array) -> FactorsState:
         decay = jnp.asarray(self.decay(count) if callable(self.decay) else self.decay)
-        inputs, outputs, failures = {}, {}, state.failures
+        inputs, outputs, failed = {}, {}, state.failures
         for name, p in state.input.items():
             layer, q = source.layers[name], state.output[name]
             stacked = len(layer.stack_shape)
@@ -51,8 +51,8 @@ class Fismo(NamedTuple):
             finite = jnp.isfinite(new_p).all() & jnp.isfinite(new_q).all()
             inputs[name] = jnp.where(finite, new_p, p)
             outputs[name] = jnp.where(finite, new_q, q)
-            failures = counts.added(failures, ~finite | excessive | too)
-        return FactorsState(counts.added(state.updates, 1), inputs, outputs, failures)
+            failed = counts.added(failed, failures.estimates(~finite, finite & (excessive | too)))
+        return FactorsState(counts.added(state.updates, 1), inputs, outputs, failed)
 
     def _side(
         self, old: jax.Array, v: jax.Array, other: jax.Array, rho: jax.Array, stacked: int

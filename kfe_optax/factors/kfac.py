@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks, counts, failures
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax.factors import base
@@ -22,7 +22,8 @@ class FactorsState(NamedTuple):
       updates: int32, how many batches went in.
       input: {layer: A (*stack, d_in, d_in)}, or the diagonal (*stack, d_in) of a side larger than `max_dim`.
       output: {layer: G (*stack, d_out, d_out)}, or its diagonal.
-      failures: int32, estimates that were not finite and were left out, or out of proportion and bounded.
+      failures: by reason (`kfe.Failure`), int32: estimates that were not finite and were left out, or out of proportion and
+        bounded.
     """
 
     updates: jax.Array
@@ -37,18 +38,18 @@ def zeros(layers: Sequence[Layer], max_dim: int | None) -> FactorsState:
     terms = {layer.name: base.zero_term(layer, max_dim) for layer in layers}
     inputs = {name: term.input for name, term in terms.items()}
     outputs = {name: term.output for name, term in terms.items()}
-    return FactorsState(jnp.zeros((), jnp.int32), inputs, outputs, jnp.zeros((), jnp.int32))
+    return FactorsState(jnp.zeros((), jnp.int32), inputs, outputs, failures.none())
 
 
 def averaged(state: FactorsState, new: dict[str, Term], rho: jax.Array) -> FactorsState:
     """One more batch in the running averages of both sides."""
     old = {name: Term(state.input[name], state.output[name]) for name in state.input}
-    terms, failures = base.average(old, new, rho)
+    terms, more = base.average(old, new, rho)
     return FactorsState(
         counts.added(state.updates, 1),
         {name: term.input for name, term in terms.items()},
         {name: term.output for name, term in terms.items()},
-        counts.added(state.failures, failures),
+        counts.added(state.failures, more),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,23 +106,12 @@ def lanczos(
       The triples, the largest value first, and the products with Z and Zᵀ used, int32.
     """
 
-    def orthogonalized(x, basis, dot):
-        """x without its parts in the basis (twice, against rounding), the coefficients of these parts, and its norm."""
-        total = 0.0
-        for _ in range(2):
-            coefficients = dot(basis, x)
-            x = x - jnp.sum(times(coefficients, basis), 0)
-            total = total + coefficients
-        norm = length(dot(x, x))
-        # What rounding leaves of a vector inside the basis is no direction.
-        size = length(jnp.sum(jnp.square(total), 0) + jnp.square(norm))
-        dropped = norm <= 8 * jnp.finfo(norm.dtype).eps * size
-        return times(jnp.where(dropped, 0, 1 / safe(norm)), x), total, jnp.where(dropped, 0, norm)
-
     def extend(j, space):
-        q, coefficients, alpha = orthogonalized(operator.forward(space.right[j]), space.left, operator.dot_in)
+        q, coefficients, alpha = _orthogonalized(
+            operator.forward(space.right[j]), space.left, operator.dot_in
+        )
         column = jnp.moveaxis(coefficients, 0, -1).at[..., j].set(alpha)
-        p, _, beta = orthogonalized(operator.adjoint(q), space.right, operator.dot_out)
+        p, _, beta = _orthogonalized(operator.adjoint(q), space.right, operator.dot_out)
         return _Space(
             space.right.at[j + 1].set(p),
             space.left.at[j].set(q),
@@ -170,6 +159,20 @@ def lanczos(
     space, values, _, _, products = jax.lax.while_loop(running, cycle, begin)
     triples = [Triple(values[..., i], space.left[i], space.right[i]) for i in range(wanted)]
     return triples, products
+
+
+def _orthogonalized(x: jax.Array, basis: jax.Array, dot: Any) -> tuple[jax.Array, Any, jax.Array]:
+    """x without its parts in the basis (twice, against rounding), the coefficients of these parts, and its norm."""
+    total = 0.0
+    for _ in range(2):
+        coefficients = dot(basis, x)
+        x = x - jnp.sum(times(coefficients, basis), 0)
+        total = total + coefficients
+    norm = length(dot(x, x))
+    # What rounding leaves of a vector inside the basis is no direction.
+    size = length(jnp.sum(jnp.square(total), 0) + jnp.square(norm))
+    dropped = norm <= 8 * jnp.finfo(norm.dtype).eps * size
+    return times(jnp.where(dropped, 0, 1 / safe(norm)), x), total, jnp.where(dropped, 0, norm)
 
 
 def _combine(coefficients: jax.Array, vectors: jax.Array) -> jax.Array:

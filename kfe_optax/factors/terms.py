@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks, counts, failures
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import kronecker
@@ -25,7 +25,8 @@ class TermsState(NamedTuple):
       updates: int32, how many batches went in.
       terms: {layer: (Term, ...)}, the leading one first.
       iterations: {layer: int32}, the products with Z(F) and its transpose that the last estimate took.
-      failures: int32, estimates that were not finite and were left out, or out of proportion and bounded.
+      failures: by reason (`kfe.Failure`), int32: estimates that were not finite and were left out, or out of proportion and
+        bounded.
     """
 
     updates: jax.Array
@@ -69,7 +70,7 @@ class TermsFactors(NamedTuple):
             jnp.zeros((), jnp.int32),
             {layer.name: tuple(base.zero_term(layer, max_dim) for _ in range(self.rank)) for layer in layers},
             {layer.name: jnp.zeros((), jnp.int32) for layer in layers},
-            jnp.zeros((), jnp.int32),
+            failures.none(),
         )
 
     def update(self, state: TermsState, source: Source, count: jax.Array) -> TermsState:
@@ -89,9 +90,10 @@ class TermsFactors(NamedTuple):
             )
         kept = rho if self.proportion is None else jnp.zeros_like(rho)
         # A second term may be near zero in one batch and not in the next.
-        terms, failures = base.average(state.terms, new, kept, lambda entry: entry[0])
+        terms, more = base.average(state.terms, new, kept, lambda entry: entry[0])
+        more = more + failures.estimates(0, excessive)
         updates = counts.added(state.updates, 1)
-        return TermsState(updates, terms, iterations, counts.added(state.failures, failures + excessive))
+        return TermsState(updates, terms, iterations, counts.added(state.failures, more))
 
     def terms(self, state: TermsState, layers: Layers) -> dict[str, tuple[Term, ...]]:
         del layers

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import checks, counts
+from kfe_optax._jax import checks, counts, failures
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._statistics.statistics import Pairing
@@ -24,7 +24,8 @@ class TkfacState(NamedTuple):
       trace: {layer: σ (*stack,)}.
       input: {layer: σΦ (*stack, d_in, d_in)}, or the diagonal (*stack, d_in) of a side larger than `max_dim`.
       output: {layer: σΨ (*stack, d_out, d_out)}, or its diagonal.
-      failures: int32, estimates that were not finite and were left out, or out of proportion and bounded.
+      failures: by reason (`kfe.Failure`), int32: estimates that were not finite and were left out, or out of proportion and
+        bounded.
     """
 
     updates: jax.Array
@@ -52,7 +53,7 @@ class Tkfac(NamedTuple):
             {layer.name: jnp.zeros(layer.stack_shape, layer.factor_dtype) for layer in layers},
             {name: term.input for name, term in terms.items()},
             {name: term.output for name, term in terms.items()},
-            jnp.zeros((), jnp.int32),
+            failures.none(),
         )
 
     def update(self, state: TkfacState, source: Source, count: jax.Array) -> TkfacState:
@@ -66,10 +67,10 @@ class Tkfac(NamedTuple):
         )
         old = {name: (state.trace[name], state.input[name], state.output[name]) for name in state.input}
         rho = base.weight_of_past(counts.added(state.updates, 1), self.decay, count)
-        averages, failures = base.average(old, new, rho)
+        averages, more = base.average(old, new, rho)
         trace, inputs, outputs = ({name: parts[i] for name, parts in averages.items()} for i in range(3))
-        updates, failures = counts.added(state.updates, 1), counts.added(state.failures, failures)
-        return TkfacState(updates, trace, inputs, outputs, failures)
+        updates, failed = counts.added(state.updates, 1), counts.added(state.failures, more)
+        return TkfacState(updates, trace, inputs, outputs, failed)
 
     def terms(self, state: TkfacState, layers: Layers) -> dict[str, tuple[Term, ...]]:
         """√σ Φ and √σ Ψ, whose product is σ Φ⊗Ψ."""

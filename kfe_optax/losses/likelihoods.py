@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._marks.outputs import Spec
+from kfe_optax._marks.registrations import Spec
 from kfe_optax._statistics import tags
 from kfe_optax.distributions import Distribution, HeteroscedasticGaussian, Poisson
 from kfe_optax.distributions.base import check, check_values

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._marks.outputs import Spec
+from kfe_optax._marks.registrations import Spec
 from kfe_optax._statistics import tags
 from kfe_optax.distributions import Bernoulli, Categorical, Distribution, Gaussian
 from kfe_optax.distributions.base import check

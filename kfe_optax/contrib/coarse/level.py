@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import counts
+from kfe_optax._jax import counts, failures
+from kfe_optax._jax.failures import Failure
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import kronecker
@@ -34,7 +35,7 @@ class CoarseState(NamedTuple):
       averages: the running averages of which F_c is made: E[α αᵀ] and E[γ γᵀ] ("factored"), or E[ζ ζᵀ] ("exact").
       updates: int32, how many batches are in them.
       basis: eigenvalues and eigenvectors of F_c; zeros stand for coarse vectors without curvature, and before the first refresh.
-      failures: int32, estimates and factorizations that failed; the last good ones were kept.
+      failures: by reason (`kfe.Failure`), int32: estimates and factorizations that failed; the last good ones were kept.
       last_refresh: int32, the step of the last refresh of the basis.
     """
 
@@ -79,15 +80,14 @@ class Level(NamedTuple):
         averages = self.form.init(self.space, layers, dtype)
         size = jax.eval_shape(lambda: self.form.matrix(averages, self.space, layers)).shape[0]
         basis = Eigenbasis(jnp.zeros(size, dtype), jnp.zeros((size, size), dtype))
-        _, failures, last_refresh = layerwise.counters()
         updates = jnp.zeros((), jnp.int32)
-        return CoarseState(self.space.init(present), averages, updates, basis, failures, last_refresh)
+        return CoarseState(self.space.init(present), averages, updates, basis, *layerwise.counters()[1:])
 
     def update(self, state: CoarseState, step: Step, fine: Matrices) -> tuple[Matrices, CoarseState]:
         """The correction {layer: (*stack, d_in, d_out)} and the new state."""
         layers = self._of(step)
         strength = layerwise.value(self.damping, step.count, "damping")
-        if not step.retry:
+        if not step.again:
             refresh = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
             measure = layerwise.due(step.count, self.factor_update_period, self.initial_refreshes)
             # New vectors need a Fisher matrix of their own.
@@ -111,21 +111,20 @@ class Level(NamedTuple):
         refresh: jax.Array,
     ) -> CoarseState:
         """The state of a step that is due and whose gradient is finite."""
-        none = jnp.zeros((), jnp.int32)
-        space, averages, updates, failures, bad = jax.lax.cond(
+        space, averages, updates, failed, bad = jax.lax.cond(
             measure,
             lambda: self._measured(state, step, fine, strength, refresh),
-            lambda: (state.space, state.averages, state.updates, none, none),
+            lambda: (state.space, state.averages, state.updates, failures.none(), failures.none()),
         )
         basis, good = jax.lax.cond(
             refresh,
             lambda: self._factorized(averages, step, state.basis),
             lambda: (state.basis, jnp.ones((), bool)),
         )
-        failures = failures + bad + ~good
+        failed = failed + bad + failures.of(Failure.FACTORIZATION, ~good)
         if self.space.moves:
             # Vectors, their averages and their basis belong together.
-            keep = refresh & ((bad > 0) | ~good)
+            keep = refresh & ((bad > 0).any() | ~good)
             old = (state.space.vectors, state.averages, state.updates, state.basis)
             new = (space.vectors, averages, updates, basis)
             vectors, averages, updates, basis = jax.tree.map(lambda o, n: jnp.where(keep, o, n), old, new)
@@ -135,7 +134,7 @@ class Level(NamedTuple):
             averages,
             updates,
             basis,
-            counts.added(state.failures, failures),
+            counts.added(state.failures, failed),
             jnp.where(refresh, step.count, state.last_refresh),
         )
 
@@ -157,14 +156,14 @@ class Level(NamedTuple):
             refresh,
             step.devices.inverses,
         )
-        space, failures = self.space.update(state.space, given)
+        space, failed = self.space.update(state.space, given)
         vectors = self.space.vectors(space, list(layers.values()))
         new = self.form.measure(pulled, vectors, layers, _dtype(layers))
         updates = jnp.where(refresh, 0, state.updates) if self.space.moves else state.updates
         updates = counts.added(updates, 1)
         rho = base.weight_of_past(updates, self.decay, step.count)
         averages, bad = base.average({"": state.averages}, {"": new}, rho)
-        return space, averages[""], updates, failures, bad
+        return space, averages[""], updates, failed, bad
 
     def _factorized(self, averages: Any, step: Step, old: Eigenbasis) -> tuple[Eigenbasis, jax.Array]:
         layers = self._of(step)

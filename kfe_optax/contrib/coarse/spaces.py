@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kfe_optax._jax import failures
+from kfe_optax._jax.failures import Failure
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import kronecker
@@ -114,7 +116,7 @@ class Groups(NamedTuple):
 
     def update(self, state, given):
         del given
-        return state, jnp.zeros((), jnp.int32)
+        return state, failures.none()
 
 
 class Residual(NamedTuple):
@@ -142,7 +144,7 @@ class Residual(NamedTuple):
 
     def update(self, state, given):
         vectors = jax.lax.cond(given.refresh, lambda: _residuals(given), lambda: state.vectors)
-        return state._replace(vectors=vectors), jnp.zeros((), jnp.int32)
+        return state._replace(vectors=vectors), failures.none()
 
 
 def _residuals(given: Given) -> dict[str, Full]:
@@ -200,13 +202,13 @@ class Eigenvectors(NamedTuple):
     def update(self, state, given):
         source = Source(given.all_layers, given.pulled, {})
         factors = self.factors.update(state.factors, source, given.count)
-        failed = factors.failures - state.factors.failures
-        vectors, failures = jax.lax.cond(
+        vectors, failed = jax.lax.cond(
             given.refresh,
             lambda: self._leading(factors, state.vectors, given),
             lambda: (state.vectors, jnp.zeros((), jnp.int32)),
         )
-        return SpaceState(factors, vectors), failed + failures
+        more = failures.of(Failure.FACTORIZATION, failed)
+        return SpaceState(factors, vectors), more + factors.failures - state.factors.failures
 
     def _leading(self, factors: Any, old: Any, given: Given) -> tuple[dict[str, RankOne], jax.Array]:
         terms = self.factors.terms(factors, given.all_layers)
@@ -215,7 +217,7 @@ class Eigenvectors(NamedTuple):
         full = {k: v for k, v in sides.items() if not kronecker.is_diagonal(v, stacked[k[0]])}
         with jax.default_matmul_precision("highest"):
             bases = kronecker.by_shape(kronecker.eigh, full, given.devices)
-        found, failures = {}, jnp.zeros((), jnp.int32)
+        found, failed = {}, jnp.zeros((), jnp.int32)
         for name, layer in given.layers.items():
             pair, finite = [], jnp.ones((), bool)
             for side in (0, 1):
@@ -223,10 +225,10 @@ class Eigenvectors(NamedTuple):
                 basis, good = bases.get((name, side), (Eigenbasis(factor, None), jnp.isfinite(factor)))
                 pair.append(basis)
                 finite &= good.all()
-                failures = failures + jnp.sum(~good, dtype=jnp.int32)
+                failed = failed + jnp.sum(~good, dtype=jnp.int32)
             new = _largest(layer, pair, self.size(layer))
             found[name] = jax.tree.map(lambda n, o, ok=finite: jnp.where(ok, n, o), new, old[name])
-        return found, failures
+        return found, failed
 
 
 def _largest(layer: Layer, bases: Sequence[Eigenbasis], count: int) -> RankOne:
