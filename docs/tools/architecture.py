@@ -10,7 +10,7 @@ EVERY, FACTORS, REFRESH, ONCE = "#3f6fb5", "#3a8a4d", "#c87a1e", "#777777"
 
 # left, top, width, height, color, title, lines
 BOXES = [
-    (20, 20, 210, 92, ONCE, "loss_fn(params, batch)", ["yours, unchanged, with a", "loss of kfe.losses"]),
+    (20, 20, 235, 92, ONCE, "loss_fn(params, batch)", ["yours, unchanged, with a", "loss of kfe.losses"]),
     (
         270,
         20,
@@ -61,12 +61,12 @@ BOXES = [
 
 # points of each arrow
 ARROWS = [
-    [(230, 66), (268, 66)],
+    [(255, 66), (283, 66)],
     [(520, 66), (558, 66)],
     [(125, 112), (125, 158)],
-    [(760, 112), (760, 136), (400, 136), (400, 158)],
+    [(760, 112), (760, 127), (400, 127), (400, 158)],
     [(520, 206), (558, 206)],
-    [(745, 206), (773, 206)],
+    [(490, 160), (490, 144), (868, 144), (868, 158)],
     [(868, 252), (868, 276), (140, 276), (140, 328)],
     [(652, 252), (652, 292), (845, 292), (845, 328)],
     [(240, 376), (273, 376)],
@@ -114,7 +114,7 @@ def legend() -> str:
 def drawing() -> str:
     frame = (
         '<rect x="20" y="304" width="940" height="268" rx="9" fill="none" stroke="#999" stroke-dasharray="5 4"/>\n'
-        '<text x="34" y="322" class="legend">tx.update(gradients, opt_state, params, taps=taps)</text>'
+        '<text x="290" y="322" class="legend">tx.update(gradients, opt_state, params, taps=taps)</text>'
     )
     style = (
         "text { font-family: Helvetica, Arial, 'DejaVu Sans', sans-serif; } .title { font-size: 17px; font-weight: 600; } "
