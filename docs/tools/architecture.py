@@ -12,9 +12,9 @@ EVERY, FACTORS, REFRESH, ONCE = "#3f6fb5", "#3a8a4d", "#c87a1e", "#777777"
 BOXES = [
     (20, 20, 235, 92, ONCE, "loss_fn(params, batch)", ["yours, unchanged, with a", "loss of kfe.losses"]),
     (
-        270,
+        285,
         20,
-        250,
+        235,
         92,
         ONCE,
         "find_layers",
