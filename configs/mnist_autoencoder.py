@@ -29,9 +29,9 @@ def get_config() -> ConfigDict:
     # One Kronecker product is cheap to invert, a sum of two or an eigenbasis costs several times as much.
     often = {"factor_update_period": 5, "inverse_update_period": 20}
     for name in ("kfac", "tkfac", "kpsvd"):
-        config[name] = settings.kfac(rate, damping, **common, **often)
+        config[name] = settings.method(name, rate, damping, **common, **often)
     for name in ("deflation", "lanczos", "kfac_corrected"):
-        config[name] = settings.kfac(rate, damping, **common)
+        config[name] = settings.method(name, rate, damping, **common)
     config.ekfac = settings.ekfac(
         rate,
         schedule(10.0, "exponential", end=0.3),

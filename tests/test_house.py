@@ -66,6 +66,18 @@ def test_rooms_import_one_way():
     assert not upward
 
 
+def test_the_training_job_is_a_user():
+    """It imports public names alone, as a program outside the package would."""
+    private = [
+        f"{name} imports {other}"
+        for name, others in imports().items()
+        if name.startswith("experiments")
+        for other in others
+        if other.startswith("_") and other != "__init__"
+    ]
+    assert not private
+
+
 def test_no_file_imports_another_in_a_circle():
     done: set[str] = set()
 

@@ -108,7 +108,7 @@ CASES = {
     "one minus the kernel": (
         {"w": W, "b": B},
         lambda p, x: x @ (1 - p["w"]) + jnp.sin(x) @ (2 * p["w"]) + p["b"],
-        {"w": (D, 3)},
+        {"w": (D + 1, 3)},
     ),
     "axes that a reshape moves": (
         {"w": matrix(1, 5, D), "b": matrix(2, 5), "o": matrix(3, 5, 3)},
@@ -135,7 +135,7 @@ CASES = {
     "a bias behind a function with a derivative of its own": (
         {"w": SQUARE, "b": matrix(2, D), "o": W},
         lambda p, x: jnp.tanh(reversed_gradient(x @ p["w"]) + p["b"]) @ p["o"],
-        {"w": (D, D), "o": (D, 3)},
+        {"w": (D, D), "b": (D, 1, 1), "o": (D, 3)},
     ),
     "a bias of a use and beside another one": (
         {"w": W, "b": B},

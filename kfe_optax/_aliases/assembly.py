@@ -41,7 +41,7 @@ def around(
     *,
     relative_damping: bool = True,
     size: Size | None = "operator",
-    momentum: float = 0.9,
+    momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
     max_change: ScalarOrSchedule | None = None,
@@ -52,8 +52,7 @@ def around(
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer around a preconditioner, which has the further options; `kfe.kfac` explains the others, the same for all."""
-    checks.number(momentum=momentum)
-    checks.number_or_schedule(learning_rate=learning_rate, weight_decay=weight_decay)
+    checks.number_or_schedule(learning_rate=learning_rate, momentum=momentum, weight_decay=weight_decay)
     if max_kl is not None and size is not None:
         raise ValueError(
             f"max_kl bounds a step's own length, which size={size!r} replaces: take size=None (see kfe.NATURAL)."
@@ -71,7 +70,7 @@ def around(
     if max_kl is not None:
         steps = [clip_by_kl(preconditioner, max_kl, learning_rate)]
     if _present(momentum):
-        steps.append(optax.masked(optax.trace(momentum, nesterov), _mask_of(inside)))
+        steps.append(optax.masked(_trace(momentum, nesterov), _mask_of(inside)))
     if size is not None:
         steps.append(normalize_layers(inside, size))
     if _present(weight_decay):
@@ -80,6 +79,12 @@ def around(
     if max_change is not None:
         steps.append(clip_layers(inside, max_change))
     return optax.chain(*steps)
+
+
+def _trace(momentum: ScalarOrSchedule, nesterov: bool) -> optax.GradientTransformation:
+    if callable(momentum):
+        return optax.inject_hyperparams(optax.trace)(decay=momentum, nesterov=nesterov)
+    return optax.trace(momentum, nesterov)
 
 
 def _mask_of(layers: Layers) -> Callable[[Any], Any]:

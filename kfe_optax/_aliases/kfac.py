@@ -27,7 +27,7 @@ def kfac(
     *,
     relative_damping: bool = True,
     size: Size | None = "operator",
-    momentum: float = 0.9,
+    momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
     max_change: ScalarOrSchedule | None = None,
@@ -57,7 +57,7 @@ def kfac(
       damping: λ, see `scale_by_kfac`: raise it when the loss rises, lower it when progress is slow.
       relative_damping: whether λ is a multiple of each layer's mean curvature, see `scale_by_kfac`.
       size: what the length of a step is measured by, see `kfe.normalize_layers`; None leaves steps their own length.
-      momentum: heavy-ball momentum on the layers' preconditioned gradient; the rest has its own.
+      momentum: heavy-ball momentum on the layers' preconditioned gradient, a scalar or a schedule; the rest has its own.
       nesterov: Nesterov's form of it.
       max_kl: the bound of `clip_by_kl` on a step of its own length, size=None; None for no clip.
       max_change: the bound of `clip_layers` on each layer's step, which keeps steps of noisy curvature from ruining a layer; None
@@ -108,7 +108,7 @@ def kfac_tridiagonal(
     *,
     relative_damping: bool = True,
     size: Size | None = "operator",
-    momentum: float = 0.9,
+    momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
     max_change: ScalarOrSchedule | None = None,
@@ -159,7 +159,7 @@ def two_level_kfac(
     *,
     relative_damping: bool = True,
     size: Size | None = "operator",
-    momentum: float = 0.9,
+    momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
     max_change: ScalarOrSchedule | None = None,

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from kfe_optax._layers.flow import BEFORE, LAST, SAME, End, Source
-from kfe_optax._layers.layer import Layer, largest_side
+from kfe_optax._layers.identity import largest_side
+from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 
 Chains = Literal["whole", "split"] | Sequence[Sequence[str]]

@@ -32,8 +32,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfe_optax._layers.identity import LARGEST_SIDE
 from kfe_optax._layers.kinds.base import TRANSPOSED
-from kfe_optax._layers.layer import LARGEST_SIDE, Layer
+from kfe_optax._layers.layer import Layer
 
 Rider = dict[str, jax.Array]
 Spec = tuple[tuple[str, Any], ...]

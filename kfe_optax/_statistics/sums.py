@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfe_optax._layers.identity import LARGEST_SIDE
 from kfe_optax._layers.kinds.base import TRANSPOSED, gram
-from kfe_optax._layers.layer import LARGEST_SIDE, Layer
+from kfe_optax._layers.layer import Layer
 from kfe_optax._statistics.rows import over_stack
 
 

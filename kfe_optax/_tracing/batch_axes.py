@@ -33,6 +33,11 @@ _NAMES = """abs acos acosh add add_any and asin asinh atan atan2 atanh bitcast_c
     stop_gradient sub tan tanh xor"""
 _SAME = frozenset(_NAMES.split())
 
+# Of each matrix in the last two axes, one by one.
+_MATRICES = frozenset(
+    {"cholesky", "eigh", "geqrf", "householder_product", "lu", "qr", "svd", "triangular_solve"}
+)
+
 
 def named(labels: Labels, aval: Any, source: Hashable) -> Labels:
     """The labels of a value that depends on data: a source itself where nothing is known of its first axis."""
@@ -139,6 +144,8 @@ def _moved(equation: Any, name: str, place: int, label: Label, shape: Any) -> in
         return axis if place == 0 else None  # the size says whether all of the axis is there, and once
     if name in ("reduce_window", "reduce_window_max", "reduce_window_min", "reduce_window_sum"):
         return axis if params["window_dimensions"][axis] == 1 else None
+    if name in _MATRICES:
+        return axis if place == 0 and axis < len(shape) - 2 else None
     if name in ("concatenate", "sort", "rev", "split", "top_k"):
         key = {"rev": "dimensions", "split": "axis", "top_k": "axis"}.get(name, "dimension")
         changed = params.get(key, len(shape) - 1)

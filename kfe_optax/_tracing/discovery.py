@@ -24,6 +24,7 @@ from kfe_optax._marks.outputs import Output
 from kfe_optax._tracing import adapters, grouping, jaxprs, traced
 from kfe_optax._tracing import uses as uses_lib
 from kfe_optax._tracing.adapters import nnx as nnx_adapter
+from kfe_optax._tracing.trails import OWN_DERIVATIVE
 
 
 def find_layers(
@@ -111,7 +112,7 @@ def discover(
     rest = tuple(path for path in shapes if path not in taken)
     unused = _unused(jaxpr, list(shapes))
     others = uses_lib.unseen(walk) | walk.others
-    explained = tuple(_reason(path, reasons, unused, classes, others) for path in rest)
+    explained = tuple(_advised(_reason(path, reasons, unused, classes, others)) for path in rest)
     outside = tuple(tuple(shapes[path].shape) for path in rest)
     unregistered = any(uses[i].info["mark"] is marks.layer_mark for i, _ in walk.live)
     return Layers(layers, rest, explained, outside, outputs, unregistered)
@@ -201,6 +202,15 @@ def _outputs(walk: jaxprs.Walk, registered: list[Any]) -> tuple[Output, ...]:
 def _unused(jaxpr: Any, paths: list[Path]) -> frozenset[Path]:
     read = {id(v) for e in jaxpr.jaxpr.eqns for v in e.invars} | {id(v) for v in jaxpr.jaxpr.outvars}
     return frozenset(p for p, v in zip(paths, jaxpr.jaxpr.invars, strict=False) if id(v) not in read)
+
+
+def _advised(reason: str) -> str:
+    """A reason with what to do, where a derivative of its own hides a whole loss (an energy in variational Monte Carlo)."""
+    if OWN_DERIVATIVE not in reason:
+        return reason
+    if "custom_jvp" in reason:
+        return f"{reason}; around a whole loss, wrap it in kfe.losses.linearized or write the surrogate: see examples/helium.py"
+    return f"{reason}; around a whole loss, write the surrogate: see examples/helium.py"
 
 
 def _reason(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kfe_optax._layers.flow import SAME, End, Flow, Source
+from kfe_optax._layers.kinds import Norm
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.paths import Path, path_name
 from kfe_optax._marks import marks
@@ -68,6 +69,8 @@ def layers_of(
         group, paths = as_one_layer(group, found.beside)
         single = not any(map(spread_of, group)) and not (batch.looped and any(use.loops for use in group))
         shown = 1 if batches == {1} else _shown(group, batch.sources)
+        if batches and single and shown is None:
+            group = [_by_positions(use) for use in group]
         own = [p for _, p in paths]
         trouble = _trouble_inside(group, single, shown, batch) or _trouble_outside(
             path, own, found, claims, batch
@@ -117,6 +120,15 @@ def _trouble_outside(
         if path in found.elsewhere:
             return f"also used outside its layer, in another way ({found.elsewhere[path]})"
     return None
+
+
+def _by_positions(use: Use) -> Use:
+    """A use whose kind keeps a row an example, where it is not known which its examples are, with a row a position."""
+    kind, (*_, label) = use.info["kind"], use.info["shapes"]
+    # What is the same for all examples has them all in one row; a use without its bias shares rows with those that have it.
+    if use.fixed or label or not isinstance(kind, Norm):
+        return use
+    return dataclasses.replace(use, info=use.info | {"kind": kind.by_positions()})
 
 
 def _shown(group: list[Use], sources: dict[Any, int]) -> int | None:

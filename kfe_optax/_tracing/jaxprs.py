@@ -132,15 +132,23 @@ def _used(equation: Any, inputs: list[Fact], outputs: list[Fact], walk: Walk, lo
     if name in ("add", "add_any") and len(present) == 1 and any(fact.number == 0 for fact in inputs):
         return [outputs[0]._replace(linear=present[0])]
     walk.readers.update(output.use for output in present)
-    if name in ("add", "add_any") and len(present) == 1:
+    behind = None
+    if name in ("add", "add_any") and present:
         place = 0 if linear[0] is not None else 1
         bias = inputs[1 - place].trail
-        if bias is not None and not bias.lost and bias.dims:
+        if len(present) == 1 and bias is not None and not bias.lost and bias.dims:
             shape = equation.invars[1 - place].aval.shape
             use = added.with_bias(walk.uses[present[0].use], present[0], bias, shape)
             if use is not None:
                 walk.uses[present[0].use] = use
                 return [outputs[0]._replace(trail=None)]
+        # A product with a parameter that is stopped has no bias.
+        free = [output for output in present if not _is_stopped(walk.uses[output.use])]
+        behind = added.summed(free or present)
+        if behind is not None:
+            # Whoever reads the sum is the reader.
+            walk.readers[behind.use] -= 1
+            outputs = [outputs[0]._replace(linear=behind)]
     found = rules.used(equation, [fact.trail for fact in inputs])
     if found is None or inputs[found.x].level == PARAMETERS:
         if outputs and outputs[0].level == DATA:
@@ -172,7 +180,12 @@ def _used(equation: Any, inputs: list[Fact], outputs: list[Fact], walk: Walk, lo
     walk.uses.append(dataclasses.replace(use, live=x.live, batch=batch))
     fact = Fact(None, out.level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), labels)
     paths = x.unseen.paths if x.level == DATA else frozenset()
-    return meetings.met(equation, paths, x.live, [fact._replace(linear=found.output(index))], walk, loops)
+    linear = found.output(index) if found.role != "bias" else behind
+    return meetings.met(equation, paths, x.live, [fact._replace(linear=linear)], walk, loops)
+
+
+def _is_stopped(use: Use) -> bool:
+    return use.trail is not None and use.trail.stopped
 
 
 def _mark_reached(equation: Any, inputs: Sequence[Fact], walk: Walk, loops: int) -> Fact:

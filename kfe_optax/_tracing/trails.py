@@ -18,6 +18,9 @@ CARRIED = frozenset(
 """Equations whose output is their operand, as far as layers are concerned."""
 
 
+OWN_DERIVATIVE = "a function with a derivative of its own"
+
+
 def step(equation: Any, inputs: Sequence[Trail | None]) -> Trail | None:
     """The trail behind an equation without a program inside."""
     name = equation.primitive.name
@@ -25,6 +28,8 @@ def step(equation: Any, inputs: Sequence[Trail | None]) -> Trail | None:
     if not present:
         return None
     trail = present[0]
+    if name == "sub" and _from_itself(*inputs):
+        return trail
     if len(present) > 1 or trail.lost:
         return dataclasses.replace(trail, lost=trail.lost or name)
     if name == "stop_gradient":
@@ -38,6 +43,13 @@ def step(equation: Any, inputs: Sequence[Trail | None]) -> Trail | None:
     if name in ("reshape", "squeeze"):
         return _reshaped(equation, trail)
     return dataclasses.replace(trail, lost=name)
+
+
+def _from_itself(value: Trail | None, less: Trail | None) -> bool:
+    """Whether a parameter that is stopped is taken from itself: w − w₀, a tangent at w₀ that has the derivative of w."""
+    if value is None or less is None or value.stopped or not less.stopped:
+        return False
+    return not value.lost and dataclasses.replace(less, stopped=False) == value
 
 
 def _broadcasted(equation: Any, trail: Trail) -> Trail:
@@ -89,5 +101,5 @@ def left(trail: Trail | None, name: str) -> Trail | None:
     """The trail inside an equation of this name that stays as it is."""
     if trail is None:
         return None
-    what = "a function with a derivative of its own" if name.startswith("custom_") else f"a {name}"
+    what = f"{OWN_DERIVATIVE} (jax.{name[:10]})" if name.startswith("custom_") else f"a {name}"
     return dataclasses.replace(trail, lost=trail.lost or f"inside {what}")

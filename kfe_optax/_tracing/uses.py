@@ -37,7 +37,7 @@ class Counted(NamedTuple):
 def counted(walk: Walk) -> Counted:
     """The uses of parameters that the loss's derivative reaches, each once."""
     found = Counted({}, collections.defaultdict(set), {}, {}, {}, unseen(walk))
-    marked, reached = _marked(walk), walk.behind(walk.live)
+    marked, reached = _marked(walk) | _moved(walk), walk.behind(walk.live)
     dead = (
         "no registered loss depends on it" if outputs_of(walk) else "the loss's derivative does not reach it"
     )
@@ -73,15 +73,42 @@ def as_one_layer(group: list[Use], beside: dict[Path, str]) -> tuple[list[Use], 
 
 
 def _marked(walk: Walk) -> frozenset[int]:
-    """The uses by a rule at which a mark stands: of the same kernel, with nothing but other equations between."""
+    """The uses by a rule at which a mark stands: of its parameters, with nothing but other equations between."""
+    found, moved = set[int](), _moved(walk)
+    for place, use in enumerate(walk.uses):
+        if use.info["mark"] is marks.layer_mark and "rule" not in use.info and place not in moved:
+            found |= _inside(use, walk)[0]
+    return frozenset(found)
+
+
+def _inside(mark: Use, walk: Walk) -> tuple[set[int], set[int]]:
+    """The uses of a mark's parameters by rules that it stands for, one behind the other, and all that is between."""
+    own = {trail.path for trail in mark.parameters if trail is not None}
+    found, seen, pending = set[int](), set[int](), [i for i, _ in mark.live]
+    while pending:
+        i = pending.pop()
+        before = walk.uses[i]
+        seen.add(i)
+        if i not in found and "rule" in before.info and before.trail and before.trail.path in own:
+            found.add(i)
+            pending += [further for further, _ in before.live]
+    return found, seen
+
+
+def _moved(walk: Walk) -> frozenset[int]:
+    """The marks of kernels that were transposed or reshaped before, where a rule knows the use as well, which follows that.
+
+    So does `nn.Dense` that is given the transpose of an embedding's table.
+    """
     found = set()
-    for use in walk.uses:
-        if use.info["mark"] is not marks.layer_mark or "rule" in use.info or use.trail is None:
+    for place, use in enumerate(walk.uses):
+        trail = use.trail
+        if use.info["mark"] is not marks.layer_mark or "rule" in use.info or trail is None or trail.lost:
             continue
-        for i, _ in use.live:
-            before = walk.uses[i]
-            if "rule" in before.info and before.trail is not None and before.trail.path == use.trail.path:
-                found.add(i)
+        before = [walk.uses[i] for i, _ in use.live]
+        known = any("rule" in own.info and own.trail and own.trail.path == trail.path for own in before)
+        if known and not use.info["vmaps"] and (trail.views or list(trail.dims) != sorted(trail.dims)):
+            found.add(place)
     return frozenset(found)
 
 
@@ -90,11 +117,10 @@ def unseen(walk: Walk) -> dict[Path, str]:
 
     What a mark stands for is seen: the equations between it and the uses before it.
     """
-    uses, marked, inside = walk.uses, _marked(walk), set[tuple[Path, int]]()
-    for use in uses:
-        if use.info["mark"] is marks.layer_mark and "rule" not in use.info:
-            before = {i for i, _ in use.live}
-            before |= {i for rule in before & marked for i, _ in uses[rule].live}
+    uses, moved, inside = walk.uses, _moved(walk), set[tuple[Path, int]]()
+    for place, use in enumerate(uses):
+        if use.info["mark"] is marks.layer_mark and "rule" not in use.info and place not in moved:
+            before = _inside(use, walk)[1]
             inside |= {(own.path, i) for own in use.parameters if own for i in before}
     found: dict[Path, str] = {}
     for i in sorted(walk.behind(walk.live)):

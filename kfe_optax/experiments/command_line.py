@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from rich.console import Console
 from kfe_optax.experiments.config_files import load_config
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import INTERRUPTED
+from kfe_optax.experiments.optimizers import METHODS
+from kfe_optax.experiments.options import descriptions
+from kfe_optax.experiments.schedules import schedule
 
 _HELP = """\
 usage: kfe-optax COMMAND --config=FILE [--workdir=FOLDER] [--config.FIELD=VALUE ...]
@@ -37,7 +41,11 @@ flags
                           compare, runs/NAME-OPTIMIZER-sweep for sweep, runs/NAME-diagnose)
   --resume                (train) continue from the newest checkpoint in --workdir
                           (sweep) skip the trials that are recorded in --workdir
-  --help                  this text; with --config also that config's fields and values
+  --help                  this text; with --config also that config's fields and values, and what each
+                          option of its optimizers is
+
+  A number of an optimizer becomes a schedule when a part of one is set:
+      --config.kfac.momentum.kind=linear --config.kfac.momentum.end=0.5
 
 examples
   kfe-optax compare --config=configs/mnist_small.py
@@ -77,7 +85,13 @@ def run_command(arguments: list[str]) -> int:
 
             print(f"\n{DIAGNOSE_HELP}", end="")
         if name:
-            print(f"\nthe fields of this config\n{load_config(name)}")
+            config = load_config(name)
+            print(f"\nthe fields of this config\n{config}")
+            for optimizer in sorted(METHODS.keys() & set(config)):
+                known = descriptions(METHODS[optimizer].make)
+                print(f"\n--config.{optimizer}.…")
+                for field in config[optimizer]:
+                    print(f"  {field:24}{known.get(field, '')}")
         return 0 if wants_help else 2
     request = _parse(others)
     config, workdir = request.config, request.workdir
@@ -174,6 +188,8 @@ def _parse(arguments: list[str]) -> _Request:
     flags.DEFINE_string("workdir", "", "", flag_values=values)
     flags.DEFINE_bool("resume", False, "", flag_values=values)
     program = ["kfe-optax", *arguments]
+    if config is not None:
+        _make_schedules(config, arguments)
     try:
         if config is not None:
             # The definition already reads the overrides, to learn their types.
@@ -196,6 +212,21 @@ def _parse(arguments: list[str]) -> _Request:
     if values.resume and words[0] not in _RESUMABLE:
         raise ExperimentError(f"--resume belongs to 'train' and 'sweep', not to '{words[0]}'.")
     return _Request(words[0], config, values.workdir, values.resume)
+
+
+def _make_schedules(config: ConfigDict, arguments: list[str]) -> None:
+    """A number of which a flag names a part (--config.kfac.momentum.kind=linear) becomes a schedule that starts from it."""
+    parts = "|".join(schedule(0.0))
+    for argument in arguments:
+        named = re.match(rf"--?config\.(\w+)\.(\w+)\.({parts})=", argument)
+        own = config.get(named.group(1)) if named else None
+        if (
+            named
+            and isinstance(own, ConfigDict)
+            and isinstance(own.get(field := named.group(2), ""), float | int | None)
+        ):
+            with own.ignore_type():
+                own[field] = schedule(own[field] or 0.0)
 
 
 def _without_config_file(arguments: list[str]) -> tuple[str, list[str]]:

@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfe_optax as kfe
-from kfe_optax._linalg import kronecker
-from kfe_optax._linalg.kronecker import Eigenbasis
 from kfe_optax.diagnostics import eigenbasis_error, kronecker_error, spectrum_error
 from kfe_optax.experiments.batches import Batch
 from kfe_optax.experiments.diagnose_plan import Plan
@@ -19,7 +17,7 @@ from kfe_optax.experiments.diagnose_rows import GivenRows
 from kfe_optax.experiments.task import Params, State, Task
 from kfe_optax.factors import Term
 
-Basis = tuple[Eigenbasis, Eigenbasis]
+Basis = tuple[jax.Array, jax.Array]  # eigenvectors of both sides, as columns
 Terms = tuple[Term, ...]
 Values = dict[str, dict[str, jax.Array]]  # {quantity: {method: scalar}}
 
@@ -199,8 +197,9 @@ def _between_refreshes(
 ) -> tuple[Stale, Values]:
     """The errors of amortized methods, after the refresh where it is time for one."""
     old = state.stale
-    # On a refresh the running scale is carried into the new basis.
-    carried = kronecker.carry_second_moment(old.scale, old.basis, basis)
+    # On a refresh the running scale is carried into the new basis: (R_A∘R_A) S (R_G∘R_G)ᵀ with R = U_newᵀ U_old.
+    turned_in, turned_out = (jnp.square(new.T @ before) for new, before in zip(basis, old.basis, strict=True))
+    carried = turned_in @ old.scale @ turned_out.T
     stale = jax.tree.map(lambda new, kept: jnp.where(refresh, new, kept), Stale(terms, basis, carried), old)
     current = _scale(seen.tap, stale.basis)
     # The memory of a scale that is updated in every step, as the optimizers' is.
@@ -239,14 +238,12 @@ def _estimates(
 
 def _basis(terms: Terms) -> Basis:
     """The eigenbasis of the leading term."""
-    pairs = [kronecker.eigh(side[None])[0] for side in terms[0]]
-    inputs, outputs = (jax.tree.map(lambda v: v[0], pair) for pair in pairs)
-    return inputs, outputs
+    return jnp.linalg.eigh(terms[0].input)[1], jnp.linalg.eigh(terms[0].output)[1]
 
 
 def _scale(tap: Any, basis: Basis) -> jax.Array:
     """S*, the best diagonal in a basis."""
-    return tap.second_moment_in(basis[0].vectors, basis[1].vectors)
+    return tap.second_moment_in(*basis)
 
 
 def _spectrum_errors(

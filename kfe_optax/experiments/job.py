@@ -13,9 +13,9 @@ import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
-from kfe_optax._jax import varying_axes
 from kfe_optax.experiments.batches import Batch, Batches, make_batches
 from kfe_optax.experiments.dataset import Dataset
+from kfe_optax.experiments.layer_options import configured
 from kfe_optax.experiments.optimizers import (
     find_method,
     make_optimizer,
@@ -175,8 +175,8 @@ def make_update(
         own_key = key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
         if layers is None:
             differentiate = jax.value_and_grad(task.loss_fn, has_aux=task.has_state)
-            # As varying as the batch, so that the gradient is this device's own.
-            found, grads = differentiate(varying_axes.like(params, batch), batch, model_state, own_key)
+            # As the batch is, so that the gradient is this device's own.
+            found, grads = differentiate(_varying(params, axis_name), batch, model_state, own_key)
             taps = {}
         else:
             found, grads, found_taps = collect(params, batch, model_state, own_key, key=key)
@@ -191,10 +191,19 @@ def make_update(
     return update
 
 
+def _varying(tree: Any, axis_name: str | None) -> Any:
+    """The tree, each device's own as far as types tell."""
+    if axis_name is None:
+        return tree
+    zero = 0 * jax.lax.axis_index(axis_name)
+    return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
+
+
 def find_layers(task: Task, params: Params, model_state: State, batch: Batch) -> kfe.Layers:
-    """The layers that the library finds in the task's loss."""
+    """The layers that the library finds in the task's loss, as ``config.layers`` has them."""
     key = jax.random.key(0)
-    return kfe.find_layers(task.loss_fn, params, batch, model_state, key, has_aux=task.has_state)
+    found = kfe.find_layers(task.loss_fn, params, batch, model_state, key, has_aux=task.has_state)
+    return configured(found, task.layers)
 
 
 def check_optimizers(config: ConfigDict, names: Sequence[str], dataset: Dataset, run_steps: int) -> None:

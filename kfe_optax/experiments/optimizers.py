@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Generator, Mapping
@@ -15,7 +17,6 @@ import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
-from kfe_optax._methods import layerwise
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.ranges import check_settings
 from kfe_optax.experiments.schedules import Schedule, make_schedule
@@ -38,12 +39,16 @@ class Method(NamedTuple):
 def _with_weight_decay(make: Callable[..., Any]) -> Callable[..., Any]:
     """The optimizer with ``weight_decay`` times the parameters added to its gradient, an L2 penalty's."""
 
+    @functools.wraps(make)
     def optimizer(learning_rate: Any, *, weight_decay: Any = 0.0, **options: Any) -> Any:
         transform = make(learning_rate, **options)
         if not isinstance(weight_decay, jax.Array) and not weight_decay:
             return transform
         return optax.chain(optax.add_decayed_weights(weight_decay), transform)
 
+    own = inspect.signature(make)
+    decay = inspect.Parameter("weight_decay", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float)
+    optimizer.__signature__ = own.replace(parameters=[*own.parameters.values(), decay])  # ty: ignore[missing-attribute]
     return optimizer
 
 
@@ -51,25 +56,51 @@ def adam_in_kfe(
     learning_rate: Any,
     layers: kfe.Layers,
     *,
-    b1: float,
-    b2: float,
-    eps: float,
-    weight_decay: float,
-    basis: str,
-    decay: float,
-    **options: Any,
+    b1: float = 0.9,
+    b2: float = 0.99,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    basis: str = "kfac",
+    decay: Any = 0.95,
+    factor_update_period: int = 10,
+    basis_update_period: int = 50,
+    initial_refreshes: int = 1,
+    refresh: str = "eigh",
+    refresh_tolerance: float | None = None,
+    max_dim: int | None = None,
+    distribute: Any = "none",
 ) -> optax.GradientTransformationExtraArgs:
-    """Adam in the eigenbasis of the factors named ``basis``; SOAP with those of the mean gradient."""
-    if basis not in kfe.factors.FACTORS:
-        raise ExperimentError(
-            f"There are no factors '{basis}'; choose one of {', '.join(kfe.factors.FACTORS)}."
-        )
-    factors = kfe.factors.FACTORS[basis](decay=decay)
+    """Adam in the eigenbasis of the factors named ``basis``.
+
+    Args:
+      learning_rate, layers, b1, b2, eps, weight_decay: see `kfe.soap`.
+      basis: a key of `kfe.factors.FACTORS`.
+      decay: ρ of the factors' running averages.
+      factor_update_period, basis_update_period, initial_refreshes, refresh, refresh_tolerance, max_dim, distribute: see
+        `kfe.in_kfe`.
+    """
+    options = locals()
+    for name in ("learning_rate", "layers", "b1", "b2", "eps", "weight_decay", "basis", "decay"):
+        del options[name]
     return optax.chain(
-        kfe.in_kfe(optax.scale_by_adam(b1, b2, eps), layers, basis=factors, **options),
+        kfe.in_kfe(optax.scale_by_adam(b1, b2, eps), layers, basis=_factors(basis, decay), **options),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def _factors(name: str, decay: Any) -> kfe.factors.Factors:
+    if name not in kfe.factors.FACTORS:
+        raise ExperimentError(
+            f"There are no factors '{name}'; choose one of {', '.join(kfe.factors.FACTORS)}."
+        )
+    return kfe.factors.FACTORS[name](decay=decay)
+
+
+def _preconditioner(name: str) -> Callable[..., Any]:
+    if name not in kfe.METHODS:
+        raise ExperimentError(f"There is no preconditioner '{name}'; choose one of {', '.join(kfe.METHODS)}.")
+    return kfe.METHODS[name].scale_by
 
 
 METHODS: Mapping[str, Method] = {
@@ -77,7 +108,7 @@ METHODS: Mapping[str, Method] = {
     "sgd": Method(_with_weight_decay(optax.sgd), curvature=False),
     **{name: Method(method.optimizer, curvature=True) for name, method in kfe.METHODS.items()},
     "adam_in_kfe": Method(adam_in_kfe, curvature=True),
-    "soap": Method(adam_in_kfe, curvature=True),
+    "soap": Method(kfe.soap, curvature=True),
     "kfac_adaptive": Method(kfe.kfac_adaptive, curvature=True, self_tuning=True),
 }
 
@@ -126,7 +157,7 @@ def make_optimizer(
 def _constructed(
     name: str, method: Method, settings: ConfigDict, run_steps: int, layers: Any, distribute: str
 ) -> optax.GradientTransformationExtraArgs:
-    options = {
+    options: dict[str, Any] = {
         field: make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
         for field, value in settings.items()
         if field not in STEP_FIELDS and field not in _BOUNDS
@@ -136,14 +167,20 @@ def _constructed(
     for field in _BOUNDS:
         if field in settings:
             options[field] = _bound(field, settings[field], run_steps)
+    # A flag of the command line cannot say None: an empty word is none, and a search every 0 steps.
+    options = {
+        field: None if isinstance(value, str) and not value else value for field, value in options.items()
+    }
+    if options.get("search_period") == 0:
+        options["search_period"] = None
+    # Objects, by the name of their registry.
+    if options.get("factors") is not None:
+        options["factors"] = _factors(options["factors"], options["decay"])
+    if options.get("preconditioner") is not None:
+        options["preconditioner"] = _preconditioner(options["preconditioner"])
     if method.self_tuning:
-        if "search_period" in options:
-            # 0 is no search, None to the library, which a flag of the command line cannot say.
-            options["search_period"] = options["search_period"] or None
         return method.make(layers, **options)
     learning_rate = options.pop("learning_rate")
-    if "size" in options:
-        options["size"] = options["size"] or None
     if method.curvature:
         return method.make(learning_rate, layers, **options)
     return optax.with_extra_args_support(method.make(learning_rate, **options))
@@ -196,11 +233,11 @@ def of_library(error: Exception) -> bool:
 def _check_learning_rate(name: str, method: Method, settings: ConfigDict) -> None:
     if method.self_tuning:
         for field in ("learning_rate", "max_kl"):
-            if field in settings:
+            if settings.get(field) is not None:
                 raise ExperimentError(
                     f"config.{name}.{field} is set, and '{name}' finds the length of its steps itself; leave it out."
                 )
-    elif "learning_rate" not in settings:
+    elif settings.get("learning_rate") is None:
         raise ExperimentError(
             f"config.{name} has no learning rate; set config.{name}.learning_rate, as settings.{name}(...) does."
         )
@@ -218,14 +255,14 @@ def _bound(field: str, setting: Any, run_steps: int) -> float | jax.Array | Sche
     scheduled = isinstance(setting, ConfigDict)
     start = setting.value if scheduled else setting
     traced = isinstance(start, jax.Array)
-    if not traced and not start:
+    if not traced and not start:  # None or 0
         return None
     if not scheduled:
         return setting
-    bound = make_schedule(setting, run_steps)
+    bound: Any = make_schedule(setting, run_steps)
     if not traced:
         return bound
-    return lambda count: jnp.where(start > 0, layerwise.value(bound, count, field), jnp.inf)
+    return lambda count: jnp.where(start > 0, bound(count) if callable(bound) else bound, jnp.inf)
 
 
 # Which Fisher the taps sample is an option of the differentiation, not of the transform.

@@ -10,240 +10,99 @@ and is overridden as ``--config.ekfac.learning_rate.value=0.05``.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments.schedules import as_schedule
+import kfe_optax as kfe
+from kfe_optax.experiments.optimizers import METHODS, STEP_FIELDS, find_method
+from kfe_optax.experiments.options import fields_of
 from kfe_optax.experiments.schedules import make_schedule as make_schedule
 from kfe_optax.experiments.schedules import schedule as schedule
 
-
-def adam(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
-    """Adam's settings; ``options`` go to ``optax.adam``, but for ``weight_decay``, an L2 penalty's."""
-    return ConfigDict(
-        {"learning_rate": as_schedule(learning_rate), "b1": 0.9, "b2": 0.999, "eps": 1e-8} | options
-    )
-
-
-def sgd(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
-    """The settings of gradient descent with momentum; ``options`` go to ``optax.sgd``, but for
-    ``weight_decay``, an L2 penalty's."""
-    return ConfigDict(
-        {"learning_rate": as_schedule(learning_rate), "momentum": 0.9, "nesterov": True} | options
-    )
+# Otherwise than the library's own defaults, the configs take the natural gradient's own step on all layers: their numbers are
+# tuned to it.
+_NATURAL = {**kfe.NATURAL, "max_change": None, "rest_kinds": (), "initial_refreshes": 1}
+_OWN: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": 0.9, "nesterov": True},
+    "ekfac": {"scale": "running", "scale_decay": 0.95, "damping_type": "plain"},
+    "tekfac": {"scale_decay": 0.95},
+    "kfac_tridiagonal": {"chains": "split"},
+    "soap": {"b1": 0.9, "b2": 0.99},
+    "kfac_adaptive": {"max_change": None},
+}
 
 
-def kfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
-    """K-FAC's settings; ``options`` go to ``kfe_optax.kfac``, except ``fisher``."""
-    method = {"inverse_update_period": 50, "damping_type": "factored"}
-    return _curvature_settings(learning_rate, damping, method | options)
+def method(name: str, learning_rate: Any = None, damping: Any = None, **options: Any) -> ConfigDict:
+    """The settings of an optimizer: a field for each of its options (see ``options.fields_of``) and for its taps.
 
+    Numbers that may change in time may be schedules. In a config file ``settings.kfac(...)`` is ``settings.method("kfac", ...)``,
+    and so for every name of ``optimizers.METHODS``. ``coarse_damping`` is ``damping``, now and when that is set later, unless
+    it is given.
 
-# They all keep damped inverses of Kronecker terms and have one set of options.
-tkfac = kpsvd = deflation = lanczos = kfac_corrected = kfac
+    Example::
 
-
-def two_level_kfac(
-    learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any
-) -> ConfigDict:
-    """The settings of two-level K-FAC; ``options`` go to ``kfe_optax.two_level_kfac``, except ``fisher``.
-
-    ``coarse_damping`` is ``damping`` unless it is given.
+        config.ekfac = settings.ekfac(settings.schedule(0.1, "linear"), 0.01, max_kl=0.3)
     """
-    coarse = {"coarse": "constant", "coarse_damping": as_schedule(damping)}
-    return kfac(learning_rate, damping, **(coarse | options))
+    chosen = find_method(name)
+    known = inspect.signature(chosen.make).parameters
+    given = {"learning_rate": learning_rate, "damping": damping}
+    fields: dict[str, Any] = {"fisher": "sampled", "num_samples": 1} if chosen.curvature else {}
+    fields |= (_NATURAL if "max_kl" in known else {}) | _OWN.get(name, {})
+    fields |= {option: value for option, value in given.items() if value is not None} | options
+    found = fields_of(chosen.make, **fields)
+    if "coarse_damping" in known and "coarse_damping" not in options:
+        for part in found.damping:
+            found.coarse_damping[part] = found.damping.get_oneway_ref(part)
+    return found
 
 
-def kfac_tridiagonal(
-    learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any
-) -> ConfigDict:
-    """The settings of K-FAC with a block-tridiagonal inverse; ``options`` go to
-    ``kfe_optax.kfac_tridiagonal``, except ``fisher``.
-
-    With ``chains="split"``, the default here, a network that is no chain is several.
-    """
-    method = {"inverse_update_period": 50, "chains": "split"}
-    return _curvature_settings(learning_rate, damping, method | options)
-
-
-def kfac_adaptive(**options: Any) -> ConfigDict:
-    """The settings of K-FAC that needs no learning rate; ``options`` go to ``kfe_optax.kfac_adaptive``,
-    except ``fisher``. A ``search_period`` of 0 is no search, a ``max_change`` of 0 no bound.
-    """
-    method = {"fisher": "sampled", "initial_damping": 1.0, "damping_floor": 1e-8, "max_change": 0.0}
-    return ConfigDict(method | options)
-
-
-def spectral_kfac(
-    learning_rate: float | ConfigDict, damping: float | ConfigDict = 1.0, **options: Any
-) -> ConfigDict:
-    """The settings of spectral K-FAC, whose damping is relative; ``options`` go to ``kfe_optax.spectral_kfac``,
-    except ``fisher``.
-    """
-    method = {
-        "learning_rate": as_schedule(learning_rate),
-        "damping": as_schedule(damping),
-        "fisher": "sampled",
-        "size": "operator",
-        "momentum": 0.9,
-        "nesterov": True,
-        "weight_decay": 0.0,
-        "decay": 0.95,
-        "factor_update_period": 25,
-        "inverse_update_period": 50,
-        "initial_refreshes": 1,
-    }
-    return ConfigDict(method | options)
-
-
-def ekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
-    """EKFAC's settings; ``options`` go to ``kfe_optax.ekfac``, except ``fisher``."""
-    method = {
-        "basis_update_period": 50,
-        "scale": "running",
-        "scale_decay": 0.95,
-        "damping_type": "plain",
-    }
-    return _curvature_settings(learning_rate, damping, method | options)
-
-
-def tekfac(learning_rate: float | ConfigDict, damping: float | ConfigDict, **options: Any) -> ConfigDict:
-    """TEKFAC's settings; ``options`` go to ``kfe_optax.tekfac``, except ``fisher``."""
-    method = {"basis_update_period": 50, "scale_update_period": 10, "scale_decay": 0.95}
-    return _curvature_settings(learning_rate, damping, method | options)
-
-
-def adam_in_kfe(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
-    """The settings of Adam in a Kronecker-factored eigenbasis.
-
-    ``basis`` names the factors, a key of ``kfe_optax.factors.FACTORS``, and ``decay`` is theirs;
-    other ``options`` go to ``kfe_optax.in_kfe``, except ``fisher``.
-    """
-    method = {
-        "learning_rate": as_schedule(learning_rate),
-        "b1": 0.9,
-        "b2": 0.99,
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "basis": "kfac",
-        "decay": 0.95,
-        "factor_update_period": 10,
-        "basis_update_period": 50,
-        "initial_refreshes": 1,
-        "refresh": "eigh",
-    }
-    return ConfigDict(method | options)
-
-
-def soap(learning_rate: float | ConfigDict, **options: Any) -> ConfigDict:
-    """SOAP's settings: those of ``adam_in_kfe`` with factors of the mean gradient at every step."""
-    method = {"basis": "gradient", "factor_update_period": 1, "basis_update_period": 10, "refresh": "qr"}
-    return adam_in_kfe(learning_rate, **(method | options))
+def __getattr__(name: str) -> Callable[..., ConfigDict]:
+    if name in METHODS:
+        return functools.partial(method, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 # From whom a method has its settings where a config file gives it none of its own.
 _RELATIVES = {
-    "tkfac": "kfac",
-    "kpsvd": "kfac",
-    "deflation": "kfac",
-    "lanczos": "kfac",
-    "kfac_corrected": "kfac",
-    "two_level_kfac": "kfac",
-    "kfac_tridiagonal": "kfac",
+    **dict.fromkeys(("tkfac", "kpsvd", "deflation", "lanczos", "kfac_corrected"), "kfac"),
+    **dict.fromkeys(("two_level_kfac", "kfac_tridiagonal"), "kfac"),
     "tekfac": "ekfac",
     "adam_in_kfe": "adam",
     "soap": "adam",
 }
-_MAKERS = {
-    "two_level_kfac": two_level_kfac,
-    "kfac_tridiagonal": kfac_tridiagonal,
-    "tekfac": tekfac,
-    "adam_in_kfe": adam_in_kfe,
-    "soap": soap,
+# What they do not have from it: fields of the same name that mean something else, or are tuned to the other.
+_NOT_SHARED = {
+    "tekfac": ("damping_type", "trace_floor", "scale_update_period", "scale_decay"),
+    **dict.fromkeys(("adam_in_kfe", "soap"), ("b1", "b2", "eps")),
 }
-_OF_KFAC_ALONE = {"kfac_tridiagonal": ("damping_type",)}
 
 
 def with_relatives(config: ConfigDict) -> ConfigDict:
-    """Gives every method that ``config`` leaves out the settings of its nearest relative in it.
+    """Gives every method that ``config`` leaves out the settings of its nearest relative in it, as far as it has them.
 
-    A relative of K-FAC takes all of K-FAC's settings that it has, TEKFAC what it shares with EKFAC, and Adam in
-    an eigenbasis Adam's learning rate and the number of its weight decay, which is decoupled there and an L2 penalty
+    Adam in an eigenbasis has Adam's learning rate and the number of its weight decay, which is decoupled there and an L2 penalty
     in Adam: another strength. They are a start for ``sweep``, not a tuned setting.
     """
     if "kfac_adaptive" not in config:
-        config.kfac_adaptive = kfac_adaptive()
+        config.kfac_adaptive = method("kfac_adaptive")
     if "spectral_kfac" not in config:
         # One rate for all networks.
-        config.spectral_kfac = spectral_kfac(schedule(0.1, "linear", warmup=20))
+        config.spectral_kfac = method("spectral_kfac", schedule(0.1, "linear", warmup=20))
     for name, relative in _RELATIVES.items():
         if name in config or relative not in config:
             continue
-        if relative == "kfac":
-            shared = {
-                key: value for key, value in config.kfac.items() if key not in _OF_KFAC_ALONE.get(name, ())
-            }
-            config[name] = _MAKERS.get(name, kfac)(**shared)
-            continue
-        block = config[relative].to_dict()
-        if name in _MAKERS:
-            known = _MAKERS[name](**{key: 0.0 for key in ("learning_rate", "damping") if key in block})
-            block = known.to_dict() | {
-                key: value for key, value in block.items() if key in _SHARED & set(known)
-            }
-        config[name] = ConfigDict(block)
+        known = inspect.signature(find_method(name).make).parameters
+        shared = {
+            field: value
+            for field, value in config[relative].items()
+            if (field in known or field in STEP_FIELDS) and field not in _NOT_SHARED.get(name, ())
+        }
+        config[name] = method(name, **shared)
     return config
-
-
-_SHARED = {
-    "learning_rate",
-    "damping",
-    "momentum",
-    "nesterov",
-    "relative_damping",
-    "size",
-    "rest_kinds",
-    "max_kl",
-    "max_change",
-    "weight_decay",
-    "decay",
-    "basis_update_period",
-    "factor_update_period",
-    "initial_refreshes",
-}
-
-
-def _curvature_settings(
-    learning_rate: float | ConfigDict, damping: float | ConfigDict, method: dict[str, Any]
-) -> ConfigDict:
-    """What the optimizers with curvature have in common, written out so that it can be overridden.
-
-    It is the natural gradient's own step, as ``kfe_optax.NATURAL`` is, of all layers; a ``size`` of "" is none.
-    ``max_kl`` is the bound of the KL clip, a number or a schedule, 0 for none, and ``max_change`` that of each
-    layer's step, which the configs do without: their numbers are tuned.
-    """
-    common = {
-        "learning_rate": as_schedule(learning_rate),
-        "damping": as_schedule(damping),
-        "fisher": "sampled",
-        "momentum": 0.9,
-        "nesterov": False,
-        "relative_damping": False,
-        "size": "",
-        "rest_kinds": (),
-        "max_kl": 0.01,
-        "max_change": 0.0,
-        "weight_decay": 0.0,
-        "decay": 0.95,
-        "factor_update_period": 10,
-        "initial_refreshes": 1,
-    }
-    own: dict[str, Any] = common | method
-    for field in ("max_kl", "max_change"):
-        if isinstance(own[field], ConfigDict):
-            own[field] = as_schedule(own[field])
-    return ConfigDict(own)
 
 
 def base_config(name: str) -> ConfigDict:
@@ -280,6 +139,8 @@ def base_config(name: str) -> ConfigDict:
                 "initializer": "lecun_normal",
             },
             "loss": "sigmoid_binary_cross_entropy",
+            # Of the layers that the library finds: "PATTERN:OPTION=VALUE,...; PATTERN:without", as in "Conv_*:approximation=sua".
+            "layers": "",
             "optimizer": "ekfac",
             "batch_size": 512,
             # Over so many steps the batch grows to 'largest' examples (0: the whole training set); each of

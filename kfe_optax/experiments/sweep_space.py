@@ -234,6 +234,7 @@ def _own_value(name: str, settings: ConfigDict) -> float:
                 f"The schedule of '{name}' starts at 0 and cannot be scaled; give it a positive 'value'."
             )
         found = found.value
+    found = 0.0 if found is None else found  # no bound, or a default of the library's
     if isinstance(found, bool) or not isinstance(found, (int, float)):
         raise ExperimentError(f"A sweep varies numbers, and '{name}' is {found!r}; vary another field.")
     if name in STEP_FIELDS or name in _STRUCTURAL:

@@ -50,6 +50,7 @@ class Task(NamedTuple):
     measure: Callable[..., Measures]
     has_state: bool = False
     positions: int = 1
+    layers: str = ""  # see `layer_options`
 
     def init(self, key: jax.Array, images: jax.typing.ArrayLike) -> tuple[Params, State]:
         """The initial parameters and state; ``images`` only give the shapes."""
@@ -91,6 +92,10 @@ def make_task(config: ConfigDict, dataset: Dataset) -> Task:
         params, _ = task.init(key, batch["image"])
         loss, grads = jax.value_and_grad(task.loss_fn)(params, batch)
     """
+    return _of_config(config, dataset)._replace(layers=config.get("layers", ""))
+
+
+def _of_config(config: ConfigDict, dataset: Dataset) -> Task:
     model = make_model(config.model, dataset)
     if isinstance(model, Autoencoder):
         return _regression(model, config.loss, _Targets("an autoencoder", "image", dataset.pixels, "pixels"))

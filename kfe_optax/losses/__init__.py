@@ -1,6 +1,7 @@
 """Losses that say which distribution the model predicts: those of Optax, and −log p of any distribution."""
 
 from kfe_optax.losses.likelihoods import gaussian_nll_loss, negative_log_likelihood, poisson_nll_loss
+from kfe_optax.losses.linearized import linearized
 from kfe_optax.losses.registered import (
     l2_loss,
     policy_gradient_loss,
@@ -14,6 +15,7 @@ from kfe_optax.losses.registered import (
 __all__ = [
     "gaussian_nll_loss",
     "l2_loss",
+    "linearized",
     "negative_log_likelihood",
     "poisson_nll_loss",
     "policy_gradient_loss",

@@ -229,6 +229,7 @@ def test_no_search_is_a_period_of_zero(monkeypatch):
 def test_taps_know_the_quadratic_model_where_the_optimizer_needs_it():
     assert tap_options("kfac_adaptive", settings.kfac_adaptive()) == {
         "fisher": "sampled",
+        "num_samples": 1,
         "quadratic_model": True,
     }
     assert tap_options("kfac", settings.kfac(0.1, 0.1, num_samples=2)) == {

@@ -88,3 +88,41 @@ class Norm(Kind):
         # A batch that was flattened with other axes left several parts of an example.
         g = parts["output"].sum(1)
         return g.reshape(g.shape[0], -1, 1, len(self.parameters)).swapaxes(0, 1)
+
+    def by_positions(self) -> NormByPositions:
+        """The same parameters where it is not known which positions make an example."""
+        return NormByPositions(self.approximation, self.parameters, self.axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class NormByPositions(Norm):
+    """A normalization whose examples are not known, such as that of a graph's nodes: a row a position.
+
+    G = Σ_t g_t g_tᵀ with g_t = ∂L/∂w_j of position t alone, as a dense layer has it: the products of different positions of one
+    example, of which nobody knows which they are, are left out.
+    """
+
+    per_example: ClassVar[bool] = False
+
+    def free(self, x, y):
+        kept = {len(x) + axis for axis in self.axes}
+        return tuple(size for axis, size in enumerate(x) if axis not in kept) or (1,)
+
+    def row_shapes(self, x, y):
+        features = math.prod(x[axis] for axis in self.axes)
+        return {"output": (math.prod(self.free(x, y)), features * len(self.parameters))}
+
+    def _per_example(self, values: jax.Array) -> jax.Array:
+        """With a row a position, (positions, features)."""
+        kept = [values.ndim + axis for axis in self.axes]
+        others = [axis for axis in range(values.ndim) if axis not in kept]
+        features = math.prod(values.shape[axis] for axis in kept)
+        return values.transpose(*others, *kept).reshape(-1, features)
+
+    def input_rows(self, parts, kernel, bias):
+        g = parts["output"]
+        return jnp.ones((math.prod(kernel), *g.shape[:2], 1), g.dtype)
+
+    def output_rows(self, parts, kernel):
+        g = parts["output"]
+        return jnp.moveaxis(g.reshape(*g.shape[:2], -1, len(self.parameters)), 2, 0)

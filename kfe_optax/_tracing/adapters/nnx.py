@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kfe_optax._layers import layer as layer_lib
 from kfe_optax._layers.kinds import Dense, Kind
 from kfe_optax._layers.kinds.base import TRANSPOSED
 from kfe_optax._layers.kinds.embedding import LOOKUP
+from kfe_optax._layers.paths import Path, leaves_by_path
 from kfe_optax._statistics import tags
 from kfe_optax._tracing.adapters import modules
 
@@ -220,15 +220,15 @@ def merge(graph: Any, parameters: Any, other: Any) -> list[Any]:
     return nnx.merge(graph, *states, copy=True)
 
 
-def _descend(node: Any, path: layer_lib.Path) -> Any:
+def _descend(node: Any, path: Path) -> Any:
     for key in path:
         node = node[key] if isinstance(key, int) or not hasattr(node, str(key)) else getattr(node, key)
     return node
 
 
-def class_names(model: nnx.Module) -> dict[layer_lib.Path, str]:
+def class_names(model: nnx.Module) -> dict[Path, str]:
     """{module path: class name} of the modules with parameters of their own, for the reasons in the table."""
-    parents = {path[:-1] for path in layer_lib.leaves_by_path(nnx.state(model, nnx.Param))}
+    parents = {path[:-1] for path in leaves_by_path(nnx.state(model, nnx.Param))}
     return {path: type(_descend(model, path)).__name__ for path in parents}
 
 
@@ -239,7 +239,7 @@ def other_state(objects: list[Any], has_model: bool) -> Any:
 
 def moved(before: Any, after: Any) -> Any:
     """The part of the state `after` a call that is no longer the array that it was `before`: a frozen model is not copied."""
-    old = layer_lib.leaves_by_path(before)
+    old = leaves_by_path(before)
 
     def new(path, variable):
         leaves = jax.tree.leaves(variable)

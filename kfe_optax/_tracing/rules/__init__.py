@@ -12,12 +12,13 @@ from kfe_optax._tracing.rules.conv import ConvGeneralDilated
 from kfe_optax._tracing.rules.dense import DotGeneral
 from kfe_optax._tracing.rules.embedding import Gather
 from kfe_optax._tracing.rules.scale import Mul
+from kfe_optax._tracing.rules.shift import Add
 from kfe_optax._tracing.walks import Trail
 
 __all__ = ["RULES", "Found", "Layout", "Rule", "register", "shapes", "used"]
 
 RULES: dict[str, Rule] = {
-    rule.primitive: rule for rule in (DotGeneral(), ConvGeneralDilated(), Gather(), Mul())
+    rule.primitive: rule for rule in (DotGeneral(), ConvGeneralDilated(), Gather(), Mul(), Add())
 }
 
 

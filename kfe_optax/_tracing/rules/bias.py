@@ -1,4 +1,8 @@
-"""What is added to the output of a use along exactly the parameter's output axes is its bias."""
+"""What is added to the output of a use along exactly the parameter's output axes is its bias.
+
+Something else may be added before: the derivative of z + r by z is 1, so that a bias added to the sum is one of z. Of several
+uses whose outputs are added (x W + h U + b) it belongs to the last one.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,12 @@ def moved(output: Output, equation: Any) -> Output | None:
                 return None
             axes[same[0]] = own
     return output._replace(axes=tuple(axes))
+
+
+def summed(outputs: Sequence[Output]) -> Output | None:
+    """The sum of these outputs and of what else is added to them, as the output of one use; None where a use is in it twice."""
+    last = max(outputs, key=lambda output: output.use)
+    return last if [output.use for output in outputs].count(last.use) == 1 else None
 
 
 def moved_first(equation: Any) -> Sequence[int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from kfe_optax._layers.kinds import Norm
 from kfe_optax._tracing.rules.base import Found, Rule, shapes
 from kfe_optax._tracing.rules.bias import without_axes
+from kfe_optax._tracing.walks import Trail
 
 
 class Mul(Rule):
@@ -16,24 +19,29 @@ class Mul(Rule):
     primitive = "mul"
 
     def use(self, equation, side, trail):
-        y = equation.outvars[0].aval
-        if len(trail.dims) != y.ndim or not y.ndim:
-            return None
-        shape = equation.invars[side].aval.shape
-        # Axes of size 1 that are broadcast are none of its own, as in (features, 1, 1).
-        sizes = zip(trail.dims, shape, y.shape, strict=True)
-        trail = without_axes(trail, shape, [dim >= 0 and own == 1 != wide for dim, own, wide in sizes])
-        if trail.dims[0] >= 0 or max(trail.dims) < 0:
-            return None
-        features = [(dim, axis) for axis, dim in enumerate(trail.dims) if dim >= 0]
-        if any(shape[axis] != y.shape[axis] for _, axis in features):
-            return None
-        kind = Norm(parameters=("scale",), axes=tuple(axis - y.ndim for _, axis in sorted(features)))
-        own = sorted(dim for dim, _ in features)
-        axes = tuple(own.index(dim) if dim >= 0 else -1 for dim in trail.dims)
-        x = jax.ShapeDtypeStruct(y.shape, equation.invars[1 - side].aval.dtype)
-        return Found(kind, trail, 1 - side, shapes(x, y), axes, tuple(range(y.ndim)), "scale")
+        return features_of(equation, side, trail, "scale")
 
     def layout(self, equation, x, operands):
         given = jnp.broadcast_to(operands[x], equation.outvars[0].aval.shape)
         return super().layout(equation, 0, [given])
+
+
+def features_of(equation: Any, side: int, trail: Trail, role: str) -> Found | None:
+    """The use of a parameter in this role, that is broadcast over the examples at least; None where it is not."""
+    y = equation.outvars[0].aval
+    if len(trail.dims) != y.ndim or not y.ndim:
+        return None
+    shape = equation.invars[side].aval.shape
+    # Axes of size 1 that are broadcast are none of its own, as in (features, 1, 1).
+    sizes = zip(trail.dims, shape, y.shape, strict=True)
+    trail = without_axes(trail, shape, [dim >= 0 and own == 1 != wide for dim, own, wide in sizes])
+    if trail.dims[0] >= 0 or max(trail.dims) < 0:
+        return None
+    features = [(dim, axis) for axis, dim in enumerate(trail.dims) if dim >= 0]
+    if any(shape[axis] != y.shape[axis] for _, axis in features):
+        return None
+    kind = Norm(parameters=(role,), axes=tuple(axis - y.ndim for _, axis in sorted(features)))
+    own = sorted(dim for dim, _ in features)
+    axes = tuple(own.index(dim) if dim >= 0 else -1 for dim in trail.dims)
+    x = jax.ShapeDtypeStruct(y.shape, equation.invars[1 - side].aval.dtype)
+    return Found(kind, trail, 1 - side, shapes(x, y), axes, tuple(range(y.ndim)), role)
