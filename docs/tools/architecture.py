@@ -117,8 +117,8 @@ def drawing() -> str:
         '<text x="290" y="322" class="legend">tx.update(gradients, opt_state, params, taps=taps)</text>'
     )
     style = (
-        "text { font-family: Helvetica, Arial, 'DejaVu Sans', sans-serif; } .title { font-size: 17px; font-weight: 600; } "
-        ".line { font-size: 14px; fill: #333; } .legend { font-size: 12.5px; fill: #555; } "
+        "text { font-family: Helvetica, Arial, 'DejaVu Sans', sans-serif; } .title { font-size: 16px; font-weight: 600; } "
+        ".line { font-size: 13.5px; fill: #333; } .legend { font-size: 12.5px; fill: #555; } "
         ".arrow { fill: none; stroke: #666; stroke-width: 1.5; }"
     )
     head = (
