@@ -145,7 +145,7 @@ def test_streaming_terms(x64):
     [("kfac", {}, 80), ("ekfac", {"scale": "running"}, 80), pytest.param("ekfac", {}, 240, id="ekfac")],
 )
 def test_one_huge_batch_in_a_run(name, options, steps):
-    """x·1e18 and images of 0..255 among images of 0..1: the run ends where it would have, one batch later or so.
+    """x·1e18 and images of 0..255 among images of 0..1: the run trains as without them.
 
     A scale of EKFAC's that is measured every 10 steps forgets a batch ten times as slowly.
     """
@@ -181,8 +181,10 @@ def test_one_huge_batch_in_a_run(name, options, steps):
             )
         return float(loss_fn(params, x, y)), int(kfe.info(state).failures)
 
+    # From batches of 32 a run ends anywhere between 0.01 and 0.1; unbounded estimates of EKFAC's end at 0.27.
+    enough = float(loss_fn(start, x, y)) / 10
     clean, none = run(1.0)
-    assert none == 0
+    assert clean < enough and none == 0
     for factor in (255.0, 1e6, 1e18):
         loss, failures = run(factor)
-        assert loss < 1.5 * clean and failures > 0, (factor, loss, clean)
+        assert loss < enough and failures > 0, (factor, loss, clean)

@@ -14,9 +14,9 @@ import pytest
 import kfe_optax as kfe
 from kfe_optax._aliases.assembly import around
 from kfe_optax._aliases.registry import Method
-from kfe_optax._jax import counts
+from kfe_optax._jax import counts, failures
 from kfe_optax._layers.layers import Layers
-from kfe_optax._methods import kronecker, layerwise
+from kfe_optax._methods import layerwise, refreshes
 from kfe_optax.factors import base
 from kfe_optax.factors.kfac import zeros
 
@@ -46,16 +46,17 @@ class Diagonal(NamedTuple):
 
     def update(self, state, step):
         damping = step.strength(self.damping, self.relative)
-        factors = kronecker.update_factors(self.factors, self.layers, state.factors, step, 10, 1)
+        factors = refreshes.update_factors(self.factors, self.layers, state.factors, step, 10, 1)
         new = {}
         for name, ((inputs, outputs),) in self.factors.terms(factors, self.layers).items():
             a, g = (side if side.ndim == 1 else jnp.diagonal(side) for side in (inputs, outputs))
             curvature = a[:, None] * g
             added = damping * (curvature.mean() if self.relative else 1)
             new[name] = step.gradients[name].astype(a.dtype) / jnp.maximum(curvature + added, 1e-30)
-        failures = counts.added(state.failures, factors.failures - state.factors.failures)
+        more = failures.between(state.factors.failures, factors.failures)
         due = layerwise.due(step.count, 10, 1) & step.finite
-        return new, DiagonalState(factors, damping, failures, jnp.where(due, step.count, state.last_refresh))
+        last_refresh = jnp.where(due, step.count, state.last_refresh)
+        return new, DiagonalState(factors, damping, counts.added(state.failures, more), last_refresh)
 
 
 def scale_by_diagonal(layers, damping, *, relative_damping=False, decay=0.95, rest=None):

@@ -167,6 +167,8 @@ def test_schedules_of_a_wrong_shape(name, step):
 def test_damping_of_a_step(step):
     with pytest.raises(ValueError, match=r"^damping must be one number at each step, but has shape \(2,\)"):
         update(kfe.scale_by_kfac(step[1], 0.1), step, request=kfe.Request(jnp.ones(2)))
+    with pytest.raises(TypeError, match=r"give request=kfe.Request\(damping=...\)"):
+        update(kfe.scale_by_kfac(step[1], 0.1), step, damping=0.2)
 
 
 WRAPPERS = {

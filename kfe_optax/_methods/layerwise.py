@@ -210,9 +210,7 @@ class _Layerwise(NamedTuple):
 
     def update(self, updates, state, params=None, *, taps=None, request=None, **extra):
         checks.state(state, LayerwiseState)
-        if "damping" in extra:
-            raise TypeError("update takes the damping of a step in a request: give request=kfe.Request(damping=...).")
-        request, layers, method = request_lib.checked(request), self.layers, self.method
+        request, layers, method = request_lib.checked(request, extra), self.layers, self.method
         if method.needs_taps:
             given_lib.check_taps(layers, taps)
         leaves = leaves_by_path(updates)

@@ -6,7 +6,8 @@ takes that as its own λ, and gives the preconditioner its damping γ², on a st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +34,12 @@ class Request(NamedTuple):
     back: Any = None
 
 
-def checked(request: Any) -> Request:
-    """The request of a step, an empty one where there is none; raises TypeError for anything else."""
+def checked(request: Any, extra: Mapping[str, Any] = MappingProxyType({})) -> Request:
+    """The request of a step, an empty one where there is none; raises TypeError for anything else, and for a damping beside it."""
+    if "damping" in extra:
+        raise TypeError(
+            "update takes the damping of a step in a request: give request=kfe.Request(damping=...)."
+        )
     if request is None:
         return Request()
     if not isinstance(request, Request):

@@ -16,7 +16,7 @@ def load_config(name: str) -> ConfigDict:
 
     Args:
       name: the path of a Python file, or a bare name, which stands for ``configs/NAME.py`` in the
-        current folder or beside the package.
+        current folder, beside the package, or inside it.
 
     Example::
 
@@ -52,8 +52,9 @@ def _find(name: str) -> Path:
     except (OSError, RuntimeError) as error:  # a name that is too long, the home of an unknown user
         raise ExperimentError(f"The config '{name}' cannot be looked for ({error}).") from error
     bare = path.name == name and path.suffix == ""
-    # Beside the package as well: there a clone that was installed in place keeps its configs.
-    for folder in (Path("configs"), Path(__file__).parents[2] / "configs"):
+    # A clone that was installed in place keeps its configs beside the package, a wheel within it.
+    here = Path(__file__)
+    for folder in (Path("configs"), here.parents[2] / "configs", here.parent / "configs"):
         candidate = folder / f"{name}.py"
         if bare and candidate.is_file():
             return candidate

@@ -25,8 +25,7 @@ class Conv(Kind):
 
     Attributes:
       approximation: "kfc": the patches as they are. "sua": inputs at different offsets are uncorrelated and the same
-      everywhere, A =
-        blockdiag(I_K⊗Σ, 0) + m mᵀ with Σ the covariance of the input's channels and m = [1_K⊗M; 1] their means.
+        everywhere, A = blockdiag(I_K⊗Σ, 0) + m mᵀ with Σ the covariance of the input's channels and m = [1_K⊗M; 1] their means.
         "sua_uncentered": I_K⊗C with C = E[x xᵀ] and no mean term (as the authors of EKFAC do), which needs one C for all K
         offsets: its side is c + 1 instead of K c + 1. "groups": the input's channels, with all offsets, and the output's are
         cut into `num_groups` groups, A and G block-diagonal, all pairs kept.
