@@ -45,7 +45,7 @@ class Diagonal(NamedTuple):
         return DiagonalState(self.factors.init(layers, None), *layerwise.counters())
 
     def update(self, state, step):
-        damping = step.strength(self.damping, self.relative)
+        damping = step.damping_of(self.damping, self.relative)
         factors = refreshes.update_factors(self.factors, self.layers, state.factors, step, 10, 1)
         new = {}
         for name, ((inputs, outputs),) in self.factors.terms(factors, self.layers).items():

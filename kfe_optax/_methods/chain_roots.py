@@ -54,7 +54,7 @@ def unit(factors: ChainFactors) -> ChainRoots:
 def refresh(
     factors: Mapping[str, ChainFactors],
     old: Mapping[str, ChainRoots],
-    strength: jax.Array,
+    damping: jax.Array,
     devices: Devices = ALONE,
     relative: bool = False,
 ) -> tuple[dict[str, ChainRoots], jax.Array]:
@@ -70,7 +70,7 @@ def refresh(
     following: dict[Any, jax.Array] = {}
     for name, chain in factors.items():
         for i, pair in enumerate(zip(chain.input, chain.output, strict=True)):
-            for side, block in enumerate(damping_lib.factored(*pair, strength, 0, relative)):
+            for side, block in enumerate(damping_lib.factored(*pair, damping, 0, relative)):
                 damped[name, side, i] = block
         for side, blocks in enumerate((chain.input_next, chain.output_next)):
             following.update({(name, side, i): block for i, block in enumerate(blocks)})

@@ -75,9 +75,9 @@ class Ekfac(NamedTuple):
     def update(self, state: EkfacState, step: Step) -> tuple[Matrices, EkfacState]:
         count, taps = step.count, step.taps
         assert taps is not None
-        strength = step.strength(self.damping, self.relative)
+        damping = step.damping_of(self.damping, self.relative)
         if step.again:
-            return self._applied(state, step, self._rotated(state, step), strength)
+            return self._applied(state, step, self._rotated(state, step), damping)
         new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
         new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)
         new_scale = layerwise.due(count, self.scale_update_period)
@@ -100,21 +100,21 @@ class Ekfac(NamedTuple):
                 (state.scale, state.failures),
             )
             state = state._replace(scale=scale, failures=failed)
-        return self._applied(state, step, rotated, strength)
+        return self._applied(state, step, rotated, damping)
 
     def _rotated(self, state: EkfacState, step: Step) -> Matrices:
         wide = {name: v.astype(state.scale[name].dtype) for name, v in step.gradients.items()}
         return basis_lib.into(wide, state.basis, step.devices.products)
 
     def _applied(
-        self, state: EkfacState, step: Step, rotated: Matrices, strength: jax.Array
+        self, state: EkfacState, step: Step, rotated: Matrices, damping: jax.Array
     ) -> tuple[Matrices, EkfacState]:
         terms = self.factors.terms(state.factors, self.layers)
         denominators = scales.denominators(
             self.layers,
             state.scale,
             state.basis,
-            strength,
+            damping,
             damping_type=self.damping_type,
             relative=self.relative,
             trace_floor=self.trace_floor,
@@ -130,7 +130,7 @@ class Ekfac(NamedTuple):
                 step.gradients[name].astype(result.dtype),
                 state.last_refresh >= 0,
             )
-        return new, state._replace(damping=strength)
+        return new, state._replace(damping=damping)
 
     @jax.default_matmul_precision("highest")
     def _refresh(self, state, step, pulled, new_factors, new_basis, new_scale) -> EkfacState:

@@ -186,19 +186,19 @@ class _Kronecker(NamedTuple):
         return KroneckerState(factors, first, *layerwise.counters())
 
     def update(self, state: KroneckerState, step: Step) -> tuple[Matrices, KroneckerState]:
-        strength = step.strength(self.damping, self.relative)
+        damping = step.damping_of(self.damping, self.relative)
 
         def invert(factors: Any) -> Any:
             # The terms are formed inside: where that takes arithmetic, a step without a refresh does not pay for it.
             terms = self.factors.terms(factors, self.layers)
-            return self.form.refresh(self.layers, terms, state.roots, strength, step.devices.inverses)
+            return self.form.refresh(self.layers, terms, state.roots, damping, step.devices.inverses)
 
         now = refreshes.refreshed(self, state, step, invert)
         terms = self.factors.terms(now.factors, self.layers)
         ready = now.last_refresh >= 0
         wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in step.gradients.items()}
         results = kronecker.each(
-            lambda v, root: self.form.apply(v, root, strength, v.ndim - 2),
+            lambda v, root: self.form.apply(v, root, damping, v.ndim - 2),
             {name: (v, now.roots[name]) for name, v in wide.items()},
             step.devices.products,
         )
@@ -206,4 +206,4 @@ class _Kronecker(NamedTuple):
             name: where_alive(terms[name][0], len(self.layers[name].stack_shape), result, wide[name], ready)
             for name, result in results.items()
         }
-        return new, KroneckerState(now.factors, now.roots, strength, now.failures, now.last_refresh)
+        return new, KroneckerState(now.factors, now.roots, damping, now.failures, now.last_refresh)

@@ -44,7 +44,7 @@ class Step(NamedTuple):
       taps: the step's taps, None for a method that needs none.
       parameters: {layer: W̄ (*stack, d_in, d_out)} for a method that reads them and when the caller gave them.
       extra: further extra arguments of the update.
-      damping: λ of this step where the caller adapts it, in place of the method's own; see `strength`.
+      damping: λ of this step where the caller adapts it, in place of the method's own; see `damping_of`.
       again: this step once more with another damping (see `Request`): what the damping enters is formed anew, out of
         statistics that stay as they are.
       devices: who shares the linear algebra of this step.
@@ -60,7 +60,7 @@ class Step(NamedTuple):
     again: bool
     devices: Division
 
-    def strength(self, damping: ScalarOrSchedule, relative: bool = False) -> jax.Array:
+    def damping_of(self, damping: ScalarOrSchedule, relative: bool = False) -> jax.Array:
         """λ of this step: what `update` was asked for, or the method's own scalar or schedule.
 
         Args:

@@ -36,14 +36,14 @@ class Powers(NamedTuple):
         )
 
     def refresh(
-        self, layers: Layers, terms: Terms, old: Roots, strength: jax.Array, devices: Devices
+        self, layers: Layers, terms: Terms, old: Roots, damping: jax.Array, devices: Devices
     ) -> tuple[Roots, jax.Array]:
-        """The roots of all layers with ε = `strength`, the old ones where a factorization failed, and how many did."""
+        """The roots of all layers with ε = `damping`, the old ones where a factorization failed, and how many did."""
         sides = {}
         for name, (term, *_) in terms.items():
             for i, side in enumerate(term):
                 if self._used(i):
-                    shift = _shift(side, strength, len(layers[name].stack_shape))
+                    shift = _shift(side, damping, len(layers[name].stack_shape))
                     own = jnp.asarray([stage[i] for stage in self.exponents], side.dtype)
                     sides[name, i] = (side, shift, jnp.broadcast_to(own, (*shift.shape, len(own))))
         return roots.refresh_sides(layers, sides, old, _dense, _diagonal, devices)
@@ -58,10 +58,10 @@ class Powers(NamedTuple):
         return any(stage[side] for stage in self.exponents)
 
 
-def _shift(side: jax.Array, strength: jax.Array, stacked: int) -> jax.Array:
+def _shift(side: jax.Array, damping: jax.Array, stacked: int) -> jax.Array:
     trace = kronecker.trace(side, stacked)
     shift = jnp.maximum(
-        jnp.sqrt(strength).astype(side.dtype) * trace / side.shape[-1], damping_lib.least(trace)
+        jnp.sqrt(damping).astype(side.dtype) * trace / side.shape[-1], damping_lib.least(trace)
     )
     return jnp.where(trace > 0, shift, 1)
 

@@ -35,7 +35,7 @@ class Request(NamedTuple):
 
 
 def checked(request: Any, extra: Mapping[str, Any] = MappingProxyType({})) -> Request:
-    """The request of a step, an empty one where there is none; raises TypeError for anything else, and for a damping beside it."""
+    """The request of a step, an empty one where there is none; raises TypeError for anything else and for a damping beside it."""
     if "damping" in extra:
         raise TypeError(
             "update takes the damping of a step in a request: give request=kfe.Request(damping=...)."

@@ -32,11 +32,11 @@ class Form(Protocol):
         """The root before the first refresh: the identity."""
 
     def refresh(
-        self, layers: Layers, terms: Terms, old: Roots, strength: jax.Array, devices: Devices
+        self, layers: Layers, terms: Terms, old: Roots, damping: jax.Array, devices: Devices
     ) -> tuple[Roots, jax.Array]:
         """The roots of all layers, the old one where a factorization failed, and how many did; computed by these devices."""
 
-    def apply(self, v: jax.Array, root: Any, strength: jax.Array, stacked: int) -> jax.Array:
+    def apply(self, v: jax.Array, root: Any, damping: jax.Array, stacked: int) -> jax.Array:
         """The damped inverse of one layer times V."""
 
 
@@ -49,12 +49,12 @@ class Inverses(NamedTuple):
     def init(self, term, stacked):
         return tuple(kronecker.identity_like(side, stacked) for side in term)
 
-    def refresh(self, layers, terms, old, strength, devices):
-        damped = _damped_first_terms(layers, terms, strength, self.damping_type, self.relative)
+    def refresh(self, layers, terms, old, damping, devices):
+        damped = _damped_first_terms(layers, terms, damping, self.damping_type, self.relative)
         return refresh_sides(layers, damped, old, kronecker.inverse, lambda d: 1 / d, devices)
 
-    def apply(self, v, root, strength, stacked):
-        del strength
+    def apply(self, v, root, damping, stacked):
+        del damping
         return kronecker.right(kronecker.left(root[0], v, stacked), root[1], stacked)
 
 
@@ -66,18 +66,18 @@ class Eigenbases(NamedTuple):
     def init(self, term, stacked):
         return tuple(unit_basis(side, stacked) for side in term)
 
-    def refresh(self, layers, terms, old, strength, devices):
-        del strength
+    def refresh(self, layers, terms, old, damping, devices):
+        del damping
         sides = {(name, i): side for name, (term,) in terms.items() for i, side in enumerate(term)}
         return refresh_sides(layers, sides, old, kronecker.eigh, _diagonal_eigenbasis, devices)
 
-    def apply(self, v, root, strength, stacked):
+    def apply(self, v, root, damping, stacked):
         least = damping_lib.least(root[0].values.max(-1) * root[1].values.max(-1))[..., None, None]
         scale = kronecker.outer(root[0].values, root[1].values)
-        strength = strength.astype(v.dtype)
+        damping = damping.astype(v.dtype)
         if self.relative:
-            strength = strength * (root[0].values.mean(-1) * root[1].values.mean(-1))[..., None, None]
-        scale = scale + jnp.maximum(strength, least)
+            damping = damping * (root[0].values.mean(-1) * root[1].values.mean(-1))[..., None, None]
+        scale = scale + jnp.maximum(damping, least)
         return kronecker.from_basis(kronecker.to_basis(v, root, stacked) / scale, root, stacked)
 
 
@@ -98,13 +98,13 @@ class Pencils(NamedTuple):
     def init(self, term, stacked):
         return tuple(_unit_pencil(side, stacked) for side in term)
 
-    def refresh(self, layers, terms, old, strength, devices):
-        damped = _damped_first_terms(layers, terms, strength, self.damping_type, self.relative)
+    def refresh(self, layers, terms, old, damping, devices):
+        damped = _damped_first_terms(layers, terms, damping, self.damping_type, self.relative)
         pairs = {(name, i): (side, terms[name][1][i]) for (name, i), side in damped.items()}
         return refresh_sides(layers, pairs, old, kronecker.pencil, _diagonal_pencil, devices)
 
-    def apply(self, v, root, strength, stacked):
-        del strength
+    def apply(self, v, root, damping, stacked):
+        del damping
         scale = self.scale(root[0].values, root[1].values)
         return kronecker.from_basis(kronecker.to_basis(v, root, stacked) / scale, root, stacked)
 
@@ -116,15 +116,15 @@ class Pencils(NamedTuple):
 
 
 def _damped_first_terms(
-    layers: Layers, terms: Terms, strength: jax.Array, damping_type: DampingType, relative: bool
+    layers: Layers, terms: Terms, damping: jax.Array, damping_type: DampingType, relative: bool
 ) -> dict[tuple[str, int], jax.Array]:
     damped = {}
     for name, (first, *_) in terms.items():
         stacked = len(layers[name].stack_shape)
         if damping_type == "factored":
-            pair = damping_lib.factored(*first, strength, stacked, relative)
+            pair = damping_lib.factored(*first, damping, stacked, relative)
         else:
-            amount = jnp.sqrt(strength) if damping_type == "sqrt" else strength
+            amount = jnp.sqrt(damping) if damping_type == "sqrt" else damping
             pair = tuple(
                 damping_lib.add_to_diagonal(
                     side,

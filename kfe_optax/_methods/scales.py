@@ -60,7 +60,7 @@ def denominators(
     layers: Layers,
     scale: Matrices,
     basis: Basis,
-    strength: jax.Array,
+    damping: jax.Array,
     *,
     damping_type: str,
     relative: bool,
@@ -72,26 +72,26 @@ def denominators(
         name: kronecker.pool_null_directions(own, basis[name], null_threshold) for name, own in scale.items()
     }
     if damping_type == "trace":
-        return damping_lib.trace_tuned(pooled, layers, strength, trace_floor, relative=relative)
+        return damping_lib.trace_tuned(pooled, layers, damping, trace_floor, relative=relative)
     added = _plain if damping_type == "plain" else _appendix_c
-    return {name: own + added(own, basis[name], strength, relative) for name, own in pooled.items()}
+    return {name: own + added(own, basis[name], damping, relative) for name, own in pooled.items()}
 
 
-def _plain(scale: jax.Array, basis: Any, strength: jax.Array, relative: bool) -> jax.Array:
+def _plain(scale: jax.Array, basis: Any, damping: jax.Array, relative: bool) -> jax.Array:
     inputs, outputs = basis
     least = damping_lib.least(inputs.values.max(-1) * outputs.values.max(-1))[..., None, None]
-    strength = strength.astype(scale.dtype)
+    damping = damping.astype(scale.dtype)
     if relative:
-        strength = strength * scale.mean((-2, -1), keepdims=True)
-    return jnp.maximum(strength, least)
+        damping = damping * scale.mean((-2, -1), keepdims=True)
+    return jnp.maximum(damping, least)
 
 
-def _appendix_c(scale: jax.Array, basis: Any, strength: jax.Array, relative: bool) -> jax.Array:
+def _appendix_c(scale: jax.Array, basis: Any, damping: jax.Array, relative: bool) -> jax.Array:
     del scale
     inputs, outputs = basis
     # π belongs to the same factors as the eigenvalues, which may be older than the running averages.
     means = inputs.values.mean(-1), outputs.values.mean(-1)
     ratio = damping_lib.common_pi(*means)
     if relative:
-        strength = strength * means[0] * means[1]
-    return damping_lib.appendix_c(inputs.values, outputs.values, strength, ratio)
+        damping = damping * means[0] * means[1]
+    return damping_lib.appendix_c(inputs.values, outputs.values, damping, ratio)

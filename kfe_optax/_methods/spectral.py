@@ -197,11 +197,11 @@ class _Spectral(NamedTuple):
         return SpectralState(factors, roots, mean, *layerwise.counters())
 
     def update(self, state: SpectralState, step: Step) -> tuple[Matrices, SpectralState]:
-        strength = step.strength(self.damping, relative=True)
+        damping = step.damping_of(self.damping, relative=True)
 
         def invert(factors: Any) -> Any:
             terms = self.factors.terms(factors, self.layers)
-            return self.powers.refresh(self.layers, terms, state.roots, strength, step.devices.inverses)
+            return self.powers.refresh(self.layers, terms, state.roots, damping, step.devices.inverses)
 
         now = refreshes.refreshed(self, state, step, invert)
         beta = layerwise.value(self.momentum, step.count, "momentum")
@@ -212,7 +212,7 @@ class _Spectral(NamedTuple):
             step.devices.products,
         )
         mean = {name: jnp.where(step.finite, m, state.mean[name]) for name, (_, m) in results.items()}
-        state = SpectralState(now.factors, now.roots, mean, strength, now.failures, now.last_refresh)
+        state = SpectralState(now.factors, now.roots, mean, damping, now.failures, now.last_refresh)
         return {name: delta for name, (delta, _) in results.items()}, state
 
     def _one(self, v: jax.Array, mean: jax.Array, root: Any, beta: jax.Array) -> tuple[jax.Array, jax.Array]:

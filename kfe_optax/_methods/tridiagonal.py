@@ -188,24 +188,24 @@ class _Tridiagonal(NamedTuple):
         return TridiagonalState(factors, roots, *layerwise.counters())
 
     def update(self, state: TridiagonalState, step: Step) -> tuple[Matrices, TridiagonalState]:
-        strength = step.strength(self.damping, self.relative)
+        damping = step.damping_of(self.damping, self.relative)
         now = refreshes.refreshed(
             self,
             state,
             step,
-            lambda factors: self._refresh(factors, state.roots, strength, step.devices.inverses),
+            lambda factors: self._refresh(factors, state.roots, damping, step.devices.inverses),
         )
-        new = self._apply(now.factors, now.roots, step, strength, now.last_refresh >= 0)
-        return new, TridiagonalState(now.factors, now.roots, strength, now.failures, now.last_refresh)
+        new = self._apply(now.factors, now.roots, step, damping, now.last_refresh >= 0)
+        return new, TridiagonalState(now.factors, now.roots, damping, now.failures, now.last_refresh)
 
     def _refresh(
-        self, factors: ChainedState, old: TridiagonalRoots, strength: jax.Array, devices: Devices
+        self, factors: ChainedState, old: TridiagonalRoots, damping: jax.Array, devices: Devices
     ) -> tuple[TridiagonalRoots, jax.Array]:
         chains, chain_failures = chain_roots.refresh(
-            factors.chains, old.chains, strength, devices, self.relative
+            factors.chains, old.chains, damping, devices, self.relative
         )
         terms = {name: (term,) for name, term in factors.alone.items()}
-        alone, failures = self.alone.refresh(self.layers, terms, old.alone, strength, devices)
+        alone, failures = self.alone.refresh(self.layers, terms, old.alone, damping, devices)
         return TridiagonalRoots(chains, alone), failures + chain_failures
 
     def _apply(
@@ -213,7 +213,7 @@ class _Tridiagonal(NamedTuple):
         factors: ChainedState,
         roots: TridiagonalRoots,
         step: Step,
-        strength: jax.Array,
+        damping: jax.Array,
         ready: jax.Array,
     ) -> Matrices:
         wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in step.gradients.items()}
@@ -231,7 +231,7 @@ class _Tridiagonal(NamedTuple):
                 new[element] = where_alive(term, 0, results[name][i], given[name][i], ready)
         whole = _stacked(new)
         alone = kronecker.each(
-            lambda v, root: self.alone.apply(v, root, strength, v.ndim - 2),
+            lambda v, root: self.alone.apply(v, root, damping, v.ndim - 2),
             {name: (wide[name], roots.alone[name]) for name in factors.alone},
             step.devices.products,
         )

@@ -267,10 +267,10 @@ class _Rule(NamedTuple):
             squared, change = trial.inner.squared_norm, trial.inner.model_change
             return change if self.damping_in_model else change - damping * squared / 2
         fisher = taps.fisher_products(taps.tangent(delta))[0, 0]
-        strength = damping if self.damping_in_model else jnp.zeros_like(damping)
-        strength = strength if trial.l2 is None else strength + trial.l2
+        shift = damping if self.damping_in_model else jnp.zeros_like(damping)
+        shift = shift if trial.l2 is None else shift + trial.l2
         slope = inner_product(regularized(trial.gradient, params, trial.l2), delta)
-        return slope + (fisher + strength * inner_product(delta, delta)) / 2
+        return slope + (fisher + shift * inner_product(delta, delta)) / 2
 
 
 def _is_model(node: Any) -> bool:

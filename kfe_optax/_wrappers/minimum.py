@@ -11,16 +11,16 @@ from kfe_optax._taps.taps import symmetric
 
 
 def minimum(
-    fisher: jax.Array, vectors: list[Any], gradient: Any, strength: jax.Array, taken: jax.Array
+    fisher: jax.Array, vectors: list[Any], gradient: Any, shift: jax.Array, taken: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The coefficients x of δ = Σ xᵢ vᵢ that minimizes the model, M(δ) − M(0) = ½ xᵀb with b = (∇hᵀvᵢ), and δᵀδ.
 
-    Vectors that are not `taken` count as zero.
+    `shift` is what the model has beside F, λ + η. Vectors that are not `taken` count as zero.
     """
     pairs = taken[None, :] & taken[:, None]
     fisher, norms = (jnp.where(pairs, m, 0) for m in (fisher, symmetric(inner_product, vectors)))
     slope = jnp.where(taken, jnp.stack([inner_product(gradient, v) for v in vectors]), 0)
-    x = solve(fisher + strength * norms, -slope)
+    x = solve(fisher + shift * norms, -slope)
     # Of two vectors that are nearly parallel the sum may be lost in rounding, but not that there is one.
     squared = jnp.where((x != 0).any(), jnp.maximum(x @ norms @ x, jnp.finfo(x.dtype).tiny), 0)
     return x, x @ slope / 2, squared

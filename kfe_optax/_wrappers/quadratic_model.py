@@ -177,8 +177,8 @@ class _QuadraticModel(NamedTuple):
     ) -> tuple[Any, QuadraticModelState]:
         """The update, and the new state; η is that of the request, None for 0."""
         damping = self.damping if request.damping is None else request.damping
-        strength = layerwise.value(damping, state.count, "damping")
-        strength = strength if request.l2 is None else strength + request.l2
+        shift = layerwise.value(damping, state.count, "damping")
+        shift = shift if request.l2 is None else shift + request.l2
         gradient = regularized(updates, params, request.l2)
         vectors = [state.previous] if self.momentum else []
         tangents = [taps.tangent(vector) for vector in vectors]
@@ -192,10 +192,10 @@ class _QuadraticModel(NamedTuple):
             direction, inner_state = result
             fisher = taps.fisher_products(taps.tangent(direction), *tangents)
             taken = jnp.stack([jnp.ones((), bool), *(known for _ in vectors)])
-            found = minimum(fisher, [direction, *vectors], gradient, strength, taken)
+            found = minimum(fisher, [direction, *vectors], gradient, shift, taken)
             return Proposal(direction, *found), inner_state
 
-        best, inner_state, inner_damping = self._searched(propose, state, strength)
+        best, inner_state, inner_damping = self._searched(propose, state, shift)
         delta, numbers = self._delta(best, vectors, state, taps, known, request.back)
         eta = jnp.asarray(0 if request.l2 is None else request.l2)
         new_state = QuadraticModelState(
@@ -211,12 +211,12 @@ class _QuadraticModel(NamedTuple):
         ), new_state
 
     def _searched(
-        self, propose: damping_search.Propose, state: QuadraticModelState, strength: jax.Array
+        self, propose: damping_search.Propose, state: QuadraticModelState, shift: jax.Array
     ) -> tuple[Proposal, Any, jax.Array]:
         """The proposal, the preconditioner's new state and its γ²: λ + η, or the best of three on a step of the search."""
         if self.search_period is None:
-            return *propose(state.inner, Request(strength)), strength
-        inner_damping = jnp.where(state.inner_damping > 0, state.inner_damping, strength)
+            return *propose(state.inner, Request(shift)), shift
+        inner_damping = jnp.where(state.inner_damping > 0, state.inner_damping, shift)
         first, inner_state = propose(state.inner, Request(inner_damping))
         due = (state.count > 0) & layerwise.due(state.count, self.search_period)
         others = damping_search.neighbors(

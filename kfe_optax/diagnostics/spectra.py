@@ -226,13 +226,13 @@ def condition_numbers(
         raise ValueError(f"damping_type must be 'exact' or 'factored', not {damping_type!r}.")
     a, b = pairs[0]
     values = [_side_eigenvalues(side, stacked) for side in (a, b)]
-    strength = jnp.asarray(damping, values[0].dtype)
+    damping = jnp.asarray(damping, values[0].dtype)
     if damping_type == "exact":
         products = kronecker.outer(*values)
-        damped = condition_number(products.reshape(*products.shape[:-2], -1), strength)
+        damped = condition_number(products.reshape(*products.shape[:-2], -1), damping)
     else:
         # Eigenvalues as diagonals: the damping only shifts them.
-        shifted = damping_lib.factored(values[0], values[1], strength, stacked)
+        shifted = damping_lib.factored(values[0], values[1], damping, stacked)
         damped = condition_number(shifted[0]) * condition_number(shifted[1])
     return ConditionNumbers(condition_number(values[0]), condition_number(values[1]), damped)
 

@@ -86,7 +86,7 @@ class Level(NamedTuple):
     def update(self, state: CoarseState, step: Step, fine: Matrices) -> tuple[Matrices, CoarseState]:
         """The correction {layer: (*stack, d_in, d_out)} and the new state."""
         layers = self._of(step)
-        strength = layerwise.value(self.damping, step.count, "damping")
+        damping = layerwise.value(self.damping, step.count, "damping")
         if not step.again:
             refresh = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
             measure = layerwise.due(step.count, self.factor_update_period, self.initial_refreshes)
@@ -95,10 +95,10 @@ class Level(NamedTuple):
             state = layerwise.refreshed(
                 measure | refresh,
                 step.finite,
-                lambda: self._refreshed(state, step, fine, strength, measure, refresh),
+                lambda: self._refreshed(state, step, fine, damping, measure, refresh),
                 state,
             )
-        return self._correction(state, step, layers, strength), state
+        return self._correction(state, step, layers, damping), state
 
     @jax.default_matmul_precision("highest")
     def _refreshed(
@@ -106,14 +106,14 @@ class Level(NamedTuple):
         state: CoarseState,
         step: Step,
         fine: Matrices,
-        strength: jax.Array,
+        damping: jax.Array,
         measure: jax.Array,
         refresh: jax.Array,
     ) -> CoarseState:
         """The state of a step that is due and whose gradient is finite."""
         space, averages, updates, failed, bad = jax.lax.cond(
             measure,
-            lambda: self._measured(state, step, fine, strength, refresh),
+            lambda: self._measured(state, step, fine, damping, refresh),
             lambda: (state.space, state.averages, state.updates, failures.none(), failures.none()),
         )
         basis, good = jax.lax.cond(
@@ -139,7 +139,7 @@ class Level(NamedTuple):
         )
 
     def _measured(
-        self, state: CoarseState, step: Step, fine: Matrices, strength: jax.Array, refresh: jax.Array
+        self, state: CoarseState, step: Step, fine: Matrices, damping: jax.Array, refresh: jax.Array
     ) -> tuple[Any, ...]:
         """The space, the averages and their updates after one more batch; failures of the space, and of the estimate."""
         assert step.taps is not None
@@ -151,7 +151,7 @@ class Level(NamedTuple):
             pulled,
             step.gradients,
             fine,
-            strength,
+            damping,
             step.count,
             refresh,
             step.devices.inverses,
@@ -175,7 +175,7 @@ class Level(NamedTuple):
         return jax.tree.map(lambda n, o: jnp.where(finite, n, o), basis, old), finite
 
     @jax.default_matmul_precision("highest")
-    def _correction(self, state: CoarseState, step: Step, layers: Present, strength: jax.Array) -> Matrices:
+    def _correction(self, state: CoarseState, step: Step, layers: Present, damping: jax.Array) -> Matrices:
         """Zᵀ F_c⁻¹ Z∇."""
         dtype = _dtype(layers)
         vectors = self.space.vectors(state.space, list(layers.values()))
@@ -190,7 +190,7 @@ class Level(NamedTuple):
         gradient = jnp.where(jnp.any(basis.vectors != 0, 1), gradient, 0)
         # A schedule may reach λ = 0: of a curvature below its rounding errors no inverse is taken.
         smallest = ROUNDINGS * float(jnp.finfo(dtype).eps) * jnp.max(basis.values)
-        added = strength.astype(dtype) * (jnp.mean(basis.values) if self.relative else 1)
+        added = damping.astype(dtype) * (jnp.mean(basis.values) if self.relative else 1)
         scaled = (gradient @ basis.vectors) / jnp.maximum(basis.values + added, smallest)
         coefficients = basis.vectors @ scaled
         usable = step.finite & jnp.isfinite(coefficients).all()
