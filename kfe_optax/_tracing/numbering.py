@@ -132,9 +132,9 @@ class Numbering:
 
 
 def _exact(value: Any, aval: Any) -> Hashable:
-    """The bits of a number or of a small array; of anything else, which array it is."""
-    small = aval.size <= 64 and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
-    return np.asarray(value).tobytes() if small else id(value)
+    """The bits of a number or of a small NumPy array; of anything else (on a device, traced) which array it is."""
+    known = aval.size <= 64 and not isinstance(value, jax.Array)
+    return np.asarray(value).tobytes() if known else id(value)
 
 
 def is_looked_through(equation: Any) -> bool:
