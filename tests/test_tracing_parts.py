@@ -1,4 +1,4 @@
-"""Parts of parameters, one-hot inputs, loops without a derivative, convolutions in reverse mode: layers, or true reasons."""
+"""Parts of parameters, one-hot inputs, loops without a derivative, flipped kernels: layers, or true reasons."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ CASES = {
     "a convolution in reverse mode": (
         {"c": (2, 2, 1, 5), "b": (5,), "o": (20, 1)},
         with_its_slope,
-        {"o": (20, 1)},
-        dict.fromkeys("cb", "also used outside its layer, in another way (conv_general_dilated at "),
+        {"c": (5, 5), "o": (20, 1)},
+        {},
     ),
     "one product of two concatenated kernels": ({"w": W, "b": (6,)}, gates, {"w": (D + 1, 6)}, {}),
     "columns of a kernel apart": (
