@@ -345,7 +345,8 @@ def test_a_penalty_in_the_loss_of_each_example_excludes_nothing():
 def test_what_is_left_as_it_is(way):
     """A fixed point that is not differentiated; a `shard_map` of the loss's own, whose layers are the rest."""
     params = {"inside": matrix(1, D, D), "out": matrix(2, D, 3)}
-    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    axis_types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=axis_types, devices=jax.devices()[:2])
 
     def loss_fn(params, x, labels):
         def layer(h):
