@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 from jax import core
-from jax.extend.core import Literal
+from jax.extend.core import ClosedJaxpr, Literal, Var
 
 from kfe_optax._marks.marks import layer_mark, loss_mark
 from kfe_optax._tracing.rules import RULES
@@ -56,6 +56,33 @@ def constants(equation: Any) -> Sequence[Any]:
         if hasattr(value, "jaxpr"):
             return value.consts
     return ()
+
+
+def with_programs(equation: Any, programs: Sequence[Any]) -> dict[str, Any]:
+    """An equation's parameters with other programs inside, in the order of `inner`; the same where those are the same."""
+    others = {id(old): new for old, new in zip(inner(equation), programs, strict=True) if old is not new}
+    if not others:
+        return equation.params
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(replaced, value)) if any(hasattr(each, "jaxpr") for each in value) else value
+        own = getattr(value, "jaxpr", value)
+        if id(own) not in others:
+            return value
+        return others[id(own)] if own is value else ClosedJaxpr(others[id(own)], value.consts)
+
+    return {name: replaced(value) for name, value in equation.params.items()}
+
+
+def is_dropped(variable: Any) -> bool:
+    """Whether nothing can read a variable."""
+    return type(variable).__name__ == "DropVar"
+
+
+def renewed(variable: Any) -> Any:
+    """A variable of the same type, for an equation that is put into a program once more."""
+    return variable if is_dropped(variable) else Var(variable.aval)
 
 
 def places(equation: Any) -> int:

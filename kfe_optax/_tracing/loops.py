@@ -66,7 +66,10 @@ def scan(equation: Any, inputs: list[Fact], source: int, walk: Walk, loops: int,
 def while_loop(
     equation: Any, inputs: list[Fact], source: int, walk: Walk, loops: int, into: Into
 ) -> list[Fact]:
+    """No derivative goes back through it, so that what it reads of a parameter is said but counts for nothing."""
     body = equation.params["body_jaxpr"].jaxpr
+    if source == DATA:
+        meetings.note(equation, inputs, walk)
     skip = equation.params["cond_nconsts"]
     inner = [
         fact._replace(trail=left(fact.trail, "while"), level=source, batch=UNKNOWN, unseen=NONE)

@@ -19,7 +19,8 @@ def note(equation: Any, inputs: list[Fact], walk: Walk) -> None:
         if fact.level != PARAMETERS or trail is None:
             continue
         if trail.path not in walk.others:
-            behind = f"{trail.lost}, then " if trail.lost else ""
+            lost = trail.lost or ("rev" if trail.flipped else None)
+            behind = f"{lost}, then " if lost else ""
             walk.others[trail.path] = behind + equations.written(equation)
 
 

@@ -1,7 +1,8 @@
 """Uses of one kernel in other layouts than its layer's, or with input and output exchanged.
 
 y = x W is a use; u = v Wᵀ, which is what reverse mode inside the loss and tied tables make of the same kernel, is a *transposed*
-one: its part of the gradient is Σ (∂L/∂u) vᵀ, so that ∂L/∂u stands in the place of ā, and v in that of g.
+one: its part of the gradient is Σ (∂L/∂u) vᵀ, so that ∂L/∂u stands in the place of ā, and v in that of g. Of a convolution the
+transposed use is one with the kernel flipped, and the patches of ∂L/∂u stand in the place of ā.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-from kfe_optax._layers.kinds import Dense, Embedding, Kind
+from kfe_optax._layers.kinds import Conv, Dense, Embedding, Kind
 from kfe_optax._layers.kinds.base import TRANSPOSED
 from kfe_optax._tracing.walks import Use
 
@@ -24,7 +25,11 @@ class Moves(NamedTuple):
 def oriented(use: Use, kind: Kind) -> Use:
     """A use by a rule as one of a layer of this kind; as it was where it is none."""
     own = use.info["kind"]
-    if "rule" not in use.info or own == kind or not isinstance(own, Dense):
+    if "rule" not in use.info or own == kind:
+        return use
+    if isinstance(own, Conv) and isinstance(kind, Conv):
+        return _reflected(use, own, kind)
+    if not isinstance(own, Dense):
         return use
     if isinstance(kind, Embedding):
         attends = (own.kernel, own.inputs, own.outputs) == ("ab", "...b", "...a")
@@ -61,3 +66,15 @@ def oriented(use: Use, kind: Kind) -> Use:
     labels = (each._replace(axis=kind.batch_axis(shapes[0])) for each in use.batch if each.axis == first)
     info = use.info | {"kind": kind, "shapes": shapes, "moves": moves}
     return dataclasses.replace(use, info=info, batch=frozenset(labels))
+
+
+def _reflected(use: Use, own: Conv, kind: Conv) -> Use:
+    """The use of a flipped kernel as a transposed one of a layer of this kind; as it was where it is none."""
+    v, u, v_dtype, u_dtype, _ = use.info["shapes"]
+    grouped = max(own.feature_groups, kind.feature_groups) > 1
+    if own.flipped == kind.flipped or grouped or len(use.parameters) > 1:
+        return use
+    if own.geometry != kind.geometry.transposed(u[1:-1], v[1:-1]):
+        return use
+    shapes = (u, v, u_dtype, v_dtype, TRANSPOSED)
+    return dataclasses.replace(use, info=use.info | {"kind": kind, "shapes": shapes})

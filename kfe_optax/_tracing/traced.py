@@ -8,14 +8,15 @@ import jax
 
 from kfe_optax._jax import checks, varying_axes
 from kfe_optax._statistics import tags
-from kfe_optax._tracing import adapters
+from kfe_optax._tracing import adapters, merging
 
 
 class Traced(NamedTuple):
     """A traced loss.
 
     Attributes:
-      program: a closed jaxpr from the parameters' leaves and the arrays to the loss, `aux` and the state of NNX objects.
+      program: a closed jaxpr from the parameters' leaves and the arrays to the loss, `aux` and the state of NNX objects, equal
+        equations as one.
       structure: of these outputs.
       registered: (spec, shape of the outputs, whether it has no weights) of each registered loss, in the order of tracing.
     """
@@ -54,4 +55,4 @@ def trace(
     leaves, container = jax.tree.flatten(parameters)
     with tags.listening(listener), tags.masked_rows(row_mask), adapters.intercepting():
         program = jax.make_jaxpr(function, axis_env=axes)(leaves, arrays)
-    return Traced(program, structures[-1], listener.registered)
+    return Traced(merging.merged(program, len(leaves)), structures[-1], listener.registered)

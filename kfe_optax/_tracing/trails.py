@@ -42,6 +42,9 @@ def step(equation: Any, inputs: Sequence[Trail | None]) -> Trail | None:
         return _broadcasted(equation, trail)
     if name in ("reshape", "squeeze"):
         return _reshaped(equation, trail)
+    if name == "rev" and not trail.views:
+        axes = {trail.dims[axis] for axis in equation.params["dimensions"]}
+        return dataclasses.replace(trail, flipped=tuple(sorted(axes ^ set(trail.flipped))))
     return dataclasses.replace(trail, lost=name)
 
 
@@ -58,6 +61,8 @@ def _broadcasted(equation: Any, trail: Trail) -> Trail:
     after = equation.outvars[0].aval.shape
     grown = [after[axis] != size for axis, size in zip(axes, before, strict=True)]
     if any(is_grown and own >= 0 for is_grown, own in zip(grown, trail.dims, strict=True)):
+        if trail.flipped:
+            return dataclasses.replace(trail, lost="rev")
         trail = bias.without_axes(trail, before, grown)
     dims = [-1] * len(after)
     for axis, own in zip(axes, trail.dims, strict=True):
@@ -74,7 +79,7 @@ def _reshaped(equation: Any, trail: Trail) -> Trail:
     if [size for size in after if size != 1] == list(before):
         rest = iter(trail.dims)
         return dataclasses.replace(trail, dims=tuple(-1 if size == 1 else next(rest) for size in after))
-    if min(trail.dims, default=-1) < 0:
+    if min(trail.dims, default=-1) < 0 or trail.flipped:
         return dataclasses.replace(trail, lost=equation.primitive.name)
     order = sorted(trail.dims)
     shape = [before[trail.dims.index(axis)] for axis in order]
@@ -91,8 +96,8 @@ def into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length:
         return dataclasses.replace(trail, broadcast=True, route=(*trail.route, False))
     if index < constants + carries:
         return dataclasses.replace(trail, lost="the carry of a scan")
-    if trail.views or min(trail.dims, default=-1) < 0:
-        return dataclasses.replace(trail, lost="reshape")
+    if trail.views or trail.flipped or min(trail.dims, default=-1) < 0:
+        return dataclasses.replace(trail, lost="rev" if trail.flipped else "reshape")
     axis, route = trail.dims[0], (*trail.route, True)
     return dataclasses.replace(trail, dims=trail.dims[1:], stack=(*trail.stack, (axis, length)), route=route)
 

@@ -26,8 +26,8 @@ def trouble(use: Use) -> str | None:
         if own.factor != 1 and (i or role == "bias" or use.info["kind"].statistics == "tokens"):
             return f"{which}changed before the layer uses it (times {own.factor:g})"
         mapped = sum(flags[i + 2] for _, flags in use.info["vmaps"])
-        if own.views and "rule" not in use.info:
-            return f"{which}changed before the layer uses it (reshape)"
+        if (own.views or own.flipped) and "rule" not in use.info:
+            return f"{which}changed before the layer uses it ({'reshape' if own.views else 'rev'})"
         axes = (*(axis for axis, _ in own.stack), *own.dims[:mapped])
         rank = sum(axis >= 0 for axis in own.dims) + len(own.stack)
         if axes != tuple(min(axis, rank - 1) for axis, _ in stack):

@@ -27,6 +27,7 @@ class Trail:
       route: for each scan around, outermost first, whether it is one of those.
       broadcast: True inside a loop that uses the same value in each iteration.
       factor: the number that it was multiplied with.
+      flipped: the parameter's axes that run backwards.
       stopped: True behind a stop_gradient.
       lost: the operation that ended the trail.
     """
@@ -38,6 +39,7 @@ class Trail:
     views: tuple[View, ...] = ()
     broadcast: bool = False
     factor: float = 1.0
+    flipped: tuple[int, ...] = ()
     stopped: bool = False
     lost: str | None = None
 

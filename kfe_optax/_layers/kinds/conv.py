@@ -23,6 +23,9 @@ class Conv(Kind):
     A patch is ordered as Flax's kernel (window, input channel). With feature groups the groups are blocks, exactly: W̄ is (groups,
     d_in, d_out). The product A⊗G of A = E[mean_t ā āᵀ] and G = E[Σ_t g gᵀ] is KFC's Ω⊗Γ (Ω = T A, Γ = G / T).
 
+    A transposed use, u = Σ_t W̄ v_t scattered over the input's positions, is what reverse mode inside the loss makes: ā_t is the
+    patch of ∂loss/∂u under t, without the 1, and g_t = v_t (see `Dense`).
+
     Attributes:
       approximation: "kfc": the patches as they are. "sua": inputs at different offsets are uncorrelated and the same
         everywhere, A = blockdiag(I_K⊗Σ, 0) + m mᵀ with Σ the covariance of the input's channels and m = [1_K⊗M; 1] their means.

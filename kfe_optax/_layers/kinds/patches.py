@@ -57,6 +57,18 @@ class Geometry:
             for s, reach, stride in zip(padded, self._reach, self.strides, strict=True)
         )
 
+    def transposed(self, spatial: tuple[int, ...], outputs: tuple[int, ...]) -> Geometry:
+        """Of the convolution with the flipped kernel that takes cotangents of the output to those of the input.
+
+        `spatial` and `outputs` are the spatial shapes of input and output.
+        """
+        pads = []
+        for axis, (before, _) in enumerate(self.pads(spatial)):
+            whole = (spatial[axis] - 1) * self.input_dilation[axis] + self._reach[axis]
+            first = self._reach[axis] - 1 - before
+            pads.append((first, whole - (outputs[axis] - 1) * self.strides[axis] - 1 - first))
+        return Geometry(self.window, self.input_dilation, tuple(pads), self.strides, self.kernel_dilation)
+
     def patches(self, x: jax.Array) -> jax.Array:
         """(m, *spatial, c) → (m, T, K, c): for each of T output positions the K inputs under the window, row-major in both."""
         spatial, channels = x.shape[1:-1], x.shape[-1]

@@ -65,4 +65,6 @@ def used(equation: Any, trails: list[Trail | None]) -> Found | None:
     (side,) = whole
     trail = trails[side]
     assert trail is not None
+    if trail.flipped and not rule.flips:
+        return None
     return rule.use(equation, side, trail)

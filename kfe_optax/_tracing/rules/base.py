@@ -94,9 +94,11 @@ class Rule(abc.ABC):
 
     Attributes:
       primitive: its name, as a jaxpr prints it.
+      flips: whether it knows parameters of which axes run backwards (`trail.flipped`).
     """
 
     primitive: ClassVar[str]
+    flips: ClassVar[bool] = False
 
     @abc.abstractmethod
     def use(self, equation: Any, side: int, trail: Trail) -> Found | None:

@@ -76,6 +76,7 @@ def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> 
     if (
         len(use.parameters) > 1
         or bias.stopped
+        or bias.flipped
         or kernel.stopped
         or bias.path == kernel.path
         or bias.factor != 1

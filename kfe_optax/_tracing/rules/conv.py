@@ -1,4 +1,4 @@
-"""`conv_general_dilated` is a convolution, in any layout."""
+"""`conv_general_dilated` is a convolution, in any layout; also with the kernel flipped, as reverse mode makes it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ class ConvGeneralDilated(Rule):
     """Strides, padding, dilations and feature groups as the equation has them."""
 
     primitive = "conv_general_dilated"
+    flips = True
 
     def use(self, equation, side, trail):
         params = equation.params
@@ -24,11 +25,17 @@ class ConvGeneralDilated(Rule):
             return None
         numbers = params["dimension_numbers"]
         out, into, *spatial = numbers.rhs_spec
-        order = [trail.dims[axis] for axis in (*spatial, into, out)]
+        flipped = bool(trail.flipped)
+        backwards = {*trail.flipped} == {trail.dims[axis] for axis in spatial}
+        if flipped and (not backwards or params["feature_group_count"] > 1):
+            return None
+        # A kernel that is flipped has its input's features last.
+        last = (out, into) if flipped else (into, out)
+        order = [trail.dims[axis] for axis in (*spatial, *last)]
         own = sorted(trail.dims)
         shape = equation.invars[1].aval.shape
         before = tuple(shape[trail.dims.index(axis)] for axis in own)
-        canonical = tuple(shape[axis] for axis in (*spatial, into, out))
+        canonical = tuple(shape[axis] for axis in (*spatial, *last))
         if order != own:
             view = View(tuple(map(own.index, order)), before, canonical)
             trail = dataclasses.replace(trail, views=(*trail.views, view))
@@ -39,14 +46,14 @@ class ConvGeneralDilated(Rule):
             tuple(params["lhs_dilation"]),
             tuple(params["rhs_dilation"]),
         )
-        kind = Conv(geometry=geometry, feature_groups=params["feature_group_count"])
+        kind = Conv(geometry=geometry, feature_groups=params["feature_group_count"], flipped=flipped)
         x, y = equation.invars[0].aval, equation.outvars[0].aval
         inputs, outputs = _layout(numbers.lhs_spec), _layout(numbers.out_spec)
         x, y = (
             jax.ShapeDtypeStruct(tuple(v.shape[axis] for axis in order), v.dtype)
             for v, order in ((x, inputs), (y, outputs))
         )
-        features = len(canonical) - 1
+        features = len(canonical) - (2 if flipped else 1)
         axes = tuple(features if axis == numbers.out_spec[1] else -1 for axis in range(y.ndim))
         return Found(kind, trail, 0, shapes(x, y), axes, inputs)
 
