@@ -13,7 +13,7 @@ import pytest
 import kfe_optax as kfe
 from kfe_optax._jax import counts
 from kfe_optax._jax.counts import CYCLE, LAST, added, following
-from kfe_optax._methods import layerwise
+from kfe_optax._methods import periods
 from kfe_optax.factors import base
 
 from . import problems
@@ -27,7 +27,7 @@ def test_a_period_goes_on(period):
     count, steps = jnp.int32(LAST - 2 * period), 5 * period
 
     def step(count, _):
-        return following(count), (count, layerwise.due(count, period))
+        return following(count), (count, periods.due(count, period))
 
     _, (seen, due) = jax.lax.scan(step, count, None, steps)
     assert (np.asarray(seen) > 0).all() and np.asarray(seen).max() == LAST

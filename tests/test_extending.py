@@ -16,7 +16,7 @@ from kfe_optax._aliases.assembly import around
 from kfe_optax._aliases.registry import Method
 from kfe_optax._jax import counts, failures
 from kfe_optax._layers.layers import Layers
-from kfe_optax._methods import layerwise, refreshes
+from kfe_optax._methods import layerwise, periods, refreshes
 from kfe_optax.factors import base
 from kfe_optax.factors.kfac import zeros
 
@@ -54,7 +54,7 @@ class Diagonal(NamedTuple):
             added = damping * (curvature.mean() if self.relative else 1)
             new[name] = step.gradients[name].astype(a.dtype) / jnp.maximum(curvature + added, 1e-30)
         more = failures.between(state.factors.failures, factors.failures)
-        due = layerwise.due(step.count, 10, 1) & step.finite
+        due = periods.due(step.count, 10, 1) & step.finite
         last_refresh = jnp.where(due, step.count, state.last_refresh)
         return new, DiagonalState(factors, damping, counts.added(state.failures, more), last_refresh)
 

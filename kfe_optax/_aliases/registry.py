@@ -32,7 +32,8 @@ class Method(NamedTuple):
     scale_by: ScaleBy
 
 
-# Every method by name: the conformance suite, the training job and the documentation read it.
+# Every method by name: the conformance suite, the training job and the documentation read it. What is exported from `kfe_optax`
+# stands in its `__init__.py` as well. `soap` reads no taps and `kfac_adaptive` has no learning rate: not here.
 METHODS: Mapping[str, Method] = {
     "kfac": Method(kfac, scale_by_kfac),
     "ekfac": Method(ekfac, scale_by_ekfac),

@@ -13,7 +13,7 @@ from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import kronecker, moving
 from kfe_optax._methods import basis as basis_lib
-from kfe_optax._methods import layerwise, scales
+from kfe_optax._methods import layerwise, periods, scales
 from kfe_optax._methods.basis import Refresh
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax._methods.roots import where_alive
@@ -78,9 +78,9 @@ class Ekfac(NamedTuple):
         damping = step.damping_of(self.damping, self.relative)
         if step.again:
             return self._applied(state, step, self._rotated(state, step), damping)
-        new_factors = layerwise.due(count, self.factor_update_period, self.initial_refreshes)
-        new_basis = layerwise.due(count, self.basis_update_period, self.initial_refreshes)
-        new_scale = layerwise.due(count, self.scale_update_period)
+        new_factors = periods.due(count, self.factor_update_period, self.initial_refreshes)
+        new_basis = periods.due(count, self.basis_update_period, self.initial_refreshes)
+        new_scale = periods.due(count, self.scale_update_period)
         # The stand-in s_A s_Gᵀ of a first scale is no measure of it: N squared mean gradients may be N times as much.
         known = state.last_refresh >= 0
         refresh = new_factors | new_basis
@@ -93,7 +93,7 @@ class Ekfac(NamedTuple):
         )
         rotated = self._rotated(state, step)
         if not self.batch:
-            scale, failed = layerwise.refreshed(
+            scale, failed = periods.new_if_due(
                 new_scale,
                 step.finite,
                 lambda: self._running_scale(state, rotated, step, known),
@@ -137,7 +137,7 @@ class Ekfac(NamedTuple):
         """Factors, basis and the batch scale from one shared pull."""
         first = state.last_refresh < 0
         source = Source(self.layers, pulled, step.gradients)
-        factors = layerwise.refreshed(
+        factors = periods.new_if_due(
             new_factors,
             step.finite,
             lambda: self.factors.update(state.factors, source, step.count),
@@ -145,7 +145,7 @@ class Ekfac(NamedTuple):
         )
         failed = counts.added(state.failures, failures.between(state.factors.failures, factors.failures))
         state = state._replace(factors=factors, failures=failed)
-        basis, scale, failed, last_refresh = layerwise.refreshed(
+        basis, scale, failed, last_refresh = periods.new_if_due(
             new_basis,
             step.finite,
             lambda: self._new_basis(state, step),
@@ -153,7 +153,7 @@ class Ekfac(NamedTuple):
         )
         state = state._replace(basis=basis, scale=scale, failures=failed, last_refresh=last_refresh)
         if self.batch:
-            scale, failed = layerwise.refreshed(
+            scale, failed = periods.new_if_due(
                 new_scale,
                 step.finite,
                 lambda: self._batch_scale(state, step.count, pulled, first),

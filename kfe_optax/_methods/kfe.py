@@ -18,7 +18,7 @@ from kfe_optax._linalg import kronecker, moving
 from kfe_optax._linalg.devices import Devices, Distribute
 from kfe_optax._linalg.moving import Pair
 from kfe_optax._methods import basis as basis_lib
-from kfe_optax._methods import layerwise
+from kfe_optax._methods import layerwise, periods
 from kfe_optax._methods.basis import Refresh
 from kfe_optax._methods.layerwise import Matrices, Step
 from kfe_optax._methods.refreshes import update_factors
@@ -206,8 +206,8 @@ class _InKfe(NamedTuple):
             self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
         )
         first = state.last_refresh < 0
-        due = layerwise.due(step.count, self.basis_update_period, self.initial_refreshes)
-        basis, inner, failed = layerwise.refreshed(
+        due = periods.due(step.count, self.basis_update_period, self.initial_refreshes)
+        basis, inner, failed = periods.new_if_due(
             due,
             step.finite,
             lambda: self._new_basis(factors, state, first, step.devices.inverses),

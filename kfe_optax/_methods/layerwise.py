@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit_axes, failures, static_values, varying_axes
+from kfe_optax._jax import checks, counts, explicit_axes, failures, static_values
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._layers.paths import Path, leaves_by_path, path_name
@@ -30,7 +30,6 @@ STATE_VERSION = 2
 Schedule = Callable[[Any], Any]
 ScalarOrSchedule = float | jax.Array | Schedule
 Matrices = dict[str, jax.Array]
-T = TypeVar("T")
 
 
 class Step(NamedTuple):
@@ -130,26 +129,6 @@ def value(scalar_or_schedule: ScalarOrSchedule, count: jax.Array, name: str) -> 
     result = scalar_or_schedule(count) if callable(scalar_or_schedule) else scalar_or_schedule
     checks.one_number(name, result)
     return jnp.asarray(result, jnp.result_type(float))
-
-
-def due(count: jax.Array, period: Any, first: int = 0) -> jax.Array:
-    """Whether a refresh with this period falls on step `count`; always in the first `first` steps."""
-    every = jnp.asarray(period).astype(jnp.int32)
-    return (count % every == 0) | (count < first)
-
-
-def refreshed(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -> T:
-    """`new()` on a step that is due and whose gradient is finite, `old` otherwise.
-
-    The branch is taken on the count alone: under a vmap over seeds, where the count is one and `finite` is one a seed, it
-    stays a branch.
-    """
-    old = varying_axes.like(old, finite)
-
-    def branch() -> T:
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new(), old)
-
-    return jax.lax.cond(due, branch, lambda: old)
 
 
 def layerwise(

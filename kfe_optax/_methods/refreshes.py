@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kfe_optax._jax import counts, failures
 from kfe_optax._jax.failures import Failure
 from kfe_optax._layers.layers import Layers
-from kfe_optax._methods import layerwise
+from kfe_optax._methods import periods
 from kfe_optax._methods.layerwise import Step
 from kfe_optax.factors.base import Source
 
@@ -52,13 +52,13 @@ def refreshed(
         method.factor_update_period,
         method.initial_refreshes,
     )
-    due = layerwise.due(step.count, method.inverse_update_period, method.initial_refreshes) | step.again
+    due = periods.due(step.count, method.inverse_update_period, method.initial_refreshes) | step.again
 
     def new() -> tuple[Any, jax.Array]:
         with jax.default_matmul_precision("highest"):
             return invert(factors)
 
-    roots, failed = layerwise.refreshed(due, step.finite, new, (state.roots, jnp.zeros((), jnp.int32)))
+    roots, failed = periods.new_if_due(due, step.finite, new, (state.roots, jnp.zeros((), jnp.int32)))
     more = failures.of(Failure.FACTORIZATION, failed) + failures.between(
         state.factors.failures, factors.failures
     )
@@ -78,4 +78,4 @@ def update_factors(
         with jax.default_matmul_precision("highest"):
             return factors.update(state, Source(layers, pulled, step.gradients), step.count)
 
-    return layerwise.refreshed(layerwise.due(step.count, period, initial_refreshes), step.finite, new, state)
+    return periods.new_if_due(periods.due(step.count, period, initial_refreshes), step.finite, new, state)

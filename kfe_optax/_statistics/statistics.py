@@ -1,8 +1,8 @@
 """The statistics of one layer from one Fisher draw: factors, second moments, per-example gradients.
 
-Rows hold ā (..., n, t, d_in) and g (..., n, t, d_out), sums hold what is left of them when a layer is used more than once. All
-answer the same questions; `...` are stacked layers and blocks. F = (1/N) Σ_n vec(M_n) vec(M_n)ᵀ with M_n = Σ_t ā_{n,t}
-g_{n,t}ᵀ, g carrying √N.
+Rows hold ā (..., n, t, d_in) and g (..., n, t, d_out), sums hold what is left of them when a layer is used more than once; what
+they are made of, field by field, is in `riders`. All answer the same questions; `...` are stacked layers and blocks. F = (1/N)
+Σ_n vec(M_n) vec(M_n)ᵀ with M_n = Σ_t ā_{n,t} g_{n,t}ᵀ, g carrying √N.
 """
 
 from __future__ import annotations

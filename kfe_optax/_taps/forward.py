@@ -12,7 +12,7 @@ from kfe_optax._jax import checks, explicit_axes, varying_axes
 from kfe_optax._layers.kinds.base import TRANSPOSED
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
-from kfe_optax._marks import marks, outputs, registrations
+from kfe_optax._marks import loss_tags, marks, registrations
 from kfe_optax._statistics import masks, riders, tags
 from kfe_optax._tracing import adapters, equations, rules, traced
 from kfe_optax._tracing.rebuild import Place, Rebuild, Riders
@@ -27,7 +27,7 @@ class Swaps:
     seeds: tuple[tuple[int, ...], ...]
     cotangents: tuple[tuple[int, ...], ...]  # for products with J, where the quadratic model is asked for
     shardings: Any  # of the leaves and the cotangent, where types have them
-    start: float  # of the Fisher's pull, see `outputs.Place`
+    start: float  # of the Fisher's pull, see `loss_tags.Place`
 
 
 class Pass(NamedTuple):
@@ -59,7 +59,7 @@ class Forward:
     static: Any
     has_aux: bool
     layers: Layers
-    place: outputs.Place
+    place: loss_tags.Place
     tangents: bool
 
     def loss(self, parameters: Any, arrays: Any) -> jax.Array:
@@ -83,7 +83,7 @@ class Forward:
         place = self.place._replace(axes=axes | varying_axes.axes_of((parameters, arrays)))
         registered = {output.serial: output for output in self.layers.outputs}
         zeros = varying_axes.over(
-            place.axes, outputs.control_zeros(registered.values(), self.tangents, loss_scale)
+            place.axes, loss_tags.control_zeros(registered.values(), self.tangents, loss_scale)
         )
         controls = dict(zip(registered, zeros, strict=True))
         riders = {
@@ -148,7 +148,7 @@ class _Tagger:
         layers: Layers,
         registered: dict[int, registrations.Output],
         controls: dict[int, Any],
-        place: outputs.Place,
+        place: loss_tags.Place,
         row_mask: Any,
     ):
         self._layers = list(layers.values())
@@ -214,8 +214,8 @@ class _Tagger:
         def tagged(z, *leaves):
             args = jax.tree.unflatten(params["structure"], leaves)
             if output.spec.loss is None:
-                return outputs.tagged_output(output, self._place, z, args[0], control)
-            return outputs.tagged_loss(output, self._place, z, args, control)
+                return loss_tags.tagged_output(output, self._place, z, args[0], control)
+            return loss_tags.tagged_loss(output, self._place, z, args, control)
 
         losses = marks.under_vmaps(tagged, params["vmaps"], *operands)
         if output.spec.loss is not None:
@@ -223,7 +223,7 @@ class _Tagger:
         return losses
 
 
-def _check_range(losses: Any, place: outputs.Place) -> None:
+def _check_range(losses: Any, place: loss_tags.Place) -> None:
     """Raises where what arrives at a registered loss in the Fisher's pull would be too small a number."""
     dtype = jnp.result_type(losses)
     if place.start < jnp.finfo(dtype).tiny:

@@ -13,7 +13,7 @@ from jax import core
 
 from kfe_optax._jax import checks, static_values, varying_axes
 from kfe_optax._layers.layers import Layers, require_layers, same_layers
-from kfe_optax._marks.outputs import FAINT, Place
+from kfe_optax._marks.loss_tags import FAINT, Place
 from kfe_optax._taps import accumulation
 from kfe_optax._taps import microbatches as microbatches_lib
 from kfe_optax._taps.forward import Forward

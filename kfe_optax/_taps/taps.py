@@ -17,7 +17,7 @@ from jax import core
 from kfe_optax._jax import varying_axes
 from kfe_optax._layers.layers import Layers
 from kfe_optax._layers.paths import leaves_by_path
-from kfe_optax._marks import outputs
+from kfe_optax._marks import loss_tags
 from kfe_optax._statistics.statistics import Statistics, make_statistics
 from kfe_optax._taps import microbatches
 from kfe_optax._taps.plan import Given, Passage, Plan
@@ -137,10 +137,10 @@ class Taps:
                 if plan.fisher == "exact":
                     column = index - first
                     inside = (column >= 0) & (column < output.columns)
-                    mode = jnp.stack([jnp.where(inside, outputs.EXACT, outputs.SILENT), column])
+                    mode = jnp.stack([jnp.where(inside, loss_tags.EXACT, loss_tags.SILENT), column])
                     first += output.columns
                 else:
-                    mode = jnp.stack([jnp.asarray(outputs.SAMPLED), jnp.asarray(passage.microbatch)])
+                    mode = jnp.stack([jnp.asarray(loss_tags.SAMPLED), jnp.asarray(passage.microbatch)])
                 folded = jax.random.fold_in(jax.random.fold_in(key, output.serial), index)
                 for leaf in modes:
                     leaves[leaf] = varying_axes.like(mode.astype(jnp.int32), leaves[leaf])
@@ -270,7 +270,7 @@ def _tangent(passage: Passage, vector: Any) -> list[jax.Array]:
         leaves = list(passage.leaves)
         for new, modes, places in zip(cotangents, swaps.modes, swaps.cotangents, strict=True):
             for leaf in modes:
-                leaves[leaf] = varying_axes.like(jnp.array([outputs.TANGENT, 0], jnp.int32), leaves[leaf])
+                leaves[leaf] = varying_axes.like(jnp.array([loss_tags.TANGENT, 0], jnp.int32), leaves[leaf])
             for leaf in places:
                 leaves[leaf] = new
         return passage.pull(leaves, swaps.start)[0]

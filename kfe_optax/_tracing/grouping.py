@@ -13,7 +13,7 @@ from kfe_optax._layers.kinds import Norm
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.paths import Path, path_name
 from kfe_optax._marks import marks
-from kfe_optax._tracing import troubles
+from kfe_optax._tracing import reasons as reasons_lib
 from kfe_optax._tracing.origins import Origins
 from kfe_optax._tracing.uses import Counted, as_one_layer, counted, outputs_of, spread_of, stack_of
 from kfe_optax._tracing.walks import Use, Walk
@@ -98,9 +98,9 @@ def layers_of(
 
 def _trouble_inside(group: list[Use], single: bool, shown: int | None, batch: Batch) -> str | None:
     """What is wrong with the uses of a kernel."""
-    trouble = next(filter(None, map(troubles.trouble, group)), None) or troubles.disagreement(group)
+    trouble = next(filter(None, map(reasons_lib.trouble, group)), None) or reasons_lib.disagreement(group)
     if group[0].info["kind"].per_example:
-        trouble = trouble or troubles.unknown_examples(group, single, batch.sizes, shown)
+        trouble = trouble or reasons_lib.unknown_examples(group, single, batch.sizes, shown)
     return trouble
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from kfe_optax._jax import checks, counts, explicit_axes
-from kfe_optax._methods import layerwise
+from kfe_optax._methods import layerwise, periods
 from kfe_optax._methods.request import Request
 from kfe_optax._taps.taps import Taps
 from kfe_optax._wrappers.levenberg_marquardt import adapted, loss_change, reduction_ratio, reversible
@@ -214,7 +214,7 @@ class _Rule(NamedTuple):
     ) -> tuple[Any, AdaptiveDampingState]:
         """The update that is taken, and the new state."""
         count, last, astray = counts.following(state.count), state.last, trial.astray
-        due = layerwise.due(count, self.period)
+        due = periods.due(count, self.period)
         if last is not None:
             delta = jax.tree.map(
                 lambda d, b: jnp.where(astray, -b.astype(d.dtype), d), trial.delta, _as(trial.delta, last)

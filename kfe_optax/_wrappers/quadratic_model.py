@@ -13,7 +13,7 @@ from kfe_optax._jax import checks, counts, explicit_axes, static_values
 from kfe_optax._layers.layers import Layers
 from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._methods import given as given_lib
-from kfe_optax._methods import layerwise, matrices
+from kfe_optax._methods import layerwise, matrices, periods
 from kfe_optax._methods import request as request_lib
 from kfe_optax._methods.layerwise import ScalarOrSchedule
 from kfe_optax._methods.request import Request
@@ -218,7 +218,7 @@ class _QuadraticModel(NamedTuple):
             return *propose(state.inner, Request(shift)), shift
         inner_damping = jnp.where(state.inner_damping > 0, state.inner_damping, shift)
         first, inner_state = propose(state.inner, Request(inner_damping))
-        due = (state.count > 0) & layerwise.due(state.count, self.search_period)
+        due = (state.count > 0) & periods.due(state.count, self.search_period)
         others = damping_search.neighbors(
             inner_damping, self.search_period, self.search_floor, self.search_ceiling
         )

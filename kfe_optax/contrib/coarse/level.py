@@ -16,7 +16,7 @@ from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.kronecker import Eigenbasis
 from kfe_optax._methods import given as given_lib
-from kfe_optax._methods import layerwise
+from kfe_optax._methods import layerwise, periods
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax.contrib.coarse import fisher, spaces
 from kfe_optax.factors import base
@@ -88,11 +88,11 @@ class Level(NamedTuple):
         layers = self._of(step)
         damping = layerwise.value(self.damping, step.count, "damping")
         if not step.again:
-            refresh = layerwise.due(step.count, self.inverse_update_period, self.initial_refreshes)
-            measure = layerwise.due(step.count, self.factor_update_period, self.initial_refreshes)
+            refresh = periods.due(step.count, self.inverse_update_period, self.initial_refreshes)
+            measure = periods.due(step.count, self.factor_update_period, self.initial_refreshes)
             # New vectors need a Fisher matrix of their own.
             measure = measure | refresh if self.space.moves else measure
-            state = layerwise.refreshed(
+            state = periods.new_if_due(
                 measure | refresh,
                 step.finite,
                 lambda: self._refreshed(state, step, fine, damping, measure, refresh),
