@@ -99,6 +99,10 @@ class _Merging:
                 names.update(known)
                 scope.changed = True
                 continue
+            if not wanted and made and index not in numbered.calls and self._counts[made[0]] > 1:
+                # Nothing reads it, and it would only be one more that reads its operands.
+                scope.changed = True
+                continue
             operands = [name(v) for v in equation.invars]
             call = numbered.calls.get(index)
             if call is not None and self._is_shared(call):
