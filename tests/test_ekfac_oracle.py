@@ -106,6 +106,7 @@ def test_alias(framework, x64):
         scale="batch",
         damping_type="plain",
         scale_decay=0.8,
+        scale_update_period=1,
         **PERIODS,
     )
     trajectory, state = problems.run(problem, layers, tx, 5)

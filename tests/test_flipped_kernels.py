@@ -149,7 +149,7 @@ def half(p, x):
     ("apply", "shapes", "reason"),
     [
         (alone, {"c": (3 * 3 * C + 1, H)}, None),
-        (half, {}, "rev, then conv_general_dilated at test_flipped_kernels.py:"),
+        (half, {"b": (H, 1, 1)}, "rev, then conv_general_dilated at test_flipped_kernels.py:"),
     ],
 )
 def test_a_layer_whose_kernel_is_flipped(apply, shapes, reason, x64):
