@@ -78,7 +78,7 @@ def layers_of(module, x):
 
 
 def test_a_circular_transposed_convolution_is_the_one_inside():
-    """Its output is folded after the sum over the window: the positions are those from before, and the bias is a shift of its own."""
+    """Its output is folded after the sum over the window: the positions are those from before, the bias a shift of its own."""
     module = nn.ConvTranspose(2, (3,), strides=(2,), padding="CIRCULAR")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)), jnp.float32)
     found, loss_fn, params = layers_of(module, x)
