@@ -10,6 +10,7 @@ from flax import linen as nn
 import kfe_optax as kfe
 
 from .dense import assert_close
+from .methods import quick
 from .test_tracing_merging import matrix
 
 N, SIDE, C, H = 5, 5, 2, 3
@@ -66,7 +67,9 @@ CRITICS = {
 }
 
 
-@pytest.mark.parametrize("name", CRITICS)
+@pytest.mark.parametrize(
+    "name", quick("SAME", "strides and padding", "dilations", "Flax, with strides", of=CRITICS)
+)
 def test_a_gradient_penalty(name, x64):
     """Gradients are JAX's, and Σ_t ā gᵀ over both kinds of uses is the gradient of each example."""
     (init, apply), x = CRITICS[name], matrix(0, N, SIDE, SIDE, C)

@@ -105,10 +105,10 @@ ACTIVATIONS = {
 }
 CASES = [
     ("tanh", plain, one_by_one),
-    ("tanh", plain, all_at_once),
+    pytest.param("tanh", plain, all_at_once, marks=pytest.mark.nightly),
     ("tanh", plain, each_example),
-    ("tanh", flax, one_by_one),
-    ("jitted, with a jit inside", plain, one_by_one),
+    pytest.param("tanh", flax, one_by_one, marks=pytest.mark.nightly),
+    pytest.param("jitted, with a jit inside", plain, one_by_one, marks=pytest.mark.nightly),
     ("jitted, with a jit inside", flax, all_at_once),
 ]
 
