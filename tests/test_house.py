@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import pathlib
+import types
 
 import kfe_optax
 
@@ -96,6 +97,10 @@ def test_public_names():
     """What `import *` gives is there, and is what the package's own names are."""
     for name in kfe_optax.__all__:
         assert hasattr(kfe_optax, name)
+    public = [getattr(kfe_optax, name) for name in kfe_optax.__all__]
+    for module in (member for member in public if isinstance(member, types.ModuleType)):
+        assert all(hasattr(module, name) for name in getattr(module, "__all__", ())), module
+        assert hasattr(module, "__all__") or not hasattr(module, "__path__"), module
     own = {name for name in vars(kfe_optax) if not name.startswith("_")}
     rooms = {path.stem for path in ROOT.iterdir()} - {"py"}
     assert own - rooms <= set(kfe_optax.__all__)

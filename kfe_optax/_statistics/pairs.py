@@ -45,17 +45,17 @@ def _products(first: Member, second: Member, rows: Callable[[Rows, Any], jax.Arr
 
 def _parts(member: Member) -> Any:
     statistics, index = member
-    parts = statistics._parts
+    parts = statistics.parts
     return parts if index is None else {name: part[index] for name, part in parts.items()}
 
 
 def _input_rows(statistics: Rows, parts: Any) -> jax.Array:
     reduce = statistics.layer.sharing == "reduce"
-    return statistics._mean_input(parts) if reduce else statistics._a(parts)
+    return statistics.mean_input(parts) if reduce else statistics.inputs(parts)
 
 
 def _output_rows(statistics: Rows, parts: Any) -> jax.Array:
-    g = statistics._g(parts)
+    g = statistics.outputs(parts)
     return g.sum(-2, keepdims=True) if statistics.layer.sharing == "reduce" else g
 
 
@@ -64,5 +64,5 @@ def _count(member: Member) -> Any:
     statistics, index = member
     rank = len(statistics.layer.stacked)
     reduce = statistics.layer.sharing == "reduce"
-    count = statistics._live_examples(rank) if reduce else statistics._count(rank)
+    count = statistics.live_examples(rank) if reduce else statistics.count(rank)
     return count if index is None or isinstance(count, int) else count[index]

@@ -25,15 +25,15 @@ class Rows:
 
     def __init__(self, layer: Layer, rider: Mapping[str, jax.Array], scale: Any):
         self.layer = layer
-        self._parts = riders.split(layer, rider)
+        self.parts = riders.split(layer, rider)
         self._scale = scale
 
-    def _a(self, parts: Any) -> jax.Array:
+    def inputs(self, parts: Any) -> jax.Array:
         layer = self.layer
         rows = layer.kind.input_rows(self._wide(parts), layer.kernel_shape, layer.bias)
         return masked(rows, parts.get("live"))
 
-    def _g(self, parts: Any) -> jax.Array:
+    def outputs(self, parts: Any) -> jax.Array:
         layer = self.layer
         rows = layer.kind.output_rows(self._wide(parts), layer.kernel_shape)
         return masked(rows, parts.get("live")) * jnp.asarray(self._scale, layer.factor_dtype)
@@ -43,11 +43,11 @@ class Rows:
 
     def _sum(self, function: Callable[..., Any], *more: Any, example_bytes: int = 0) -> Any:
         """Σ over chunks of examples of `function(parts, *more)`, layer by layer of a stack; `more` has one entry a layer."""
-        return self._by_chunks(chunks.fold, function, self._parts, more, example_bytes)
+        return self._by_chunks(chunks.fold, function, self.parts, more, example_bytes)
 
     def _map(self, function: Callable[..., Any], *more: Any) -> Any:
         """`function(parts, *more)`, which keeps the axis of the examples in front, as `_sum` in chunks."""
-        return self._by_chunks(chunks.mapped, function, self._parts, more)
+        return self._by_chunks(chunks.mapped, function, self.parts, more)
 
     def _by_chunks(self, how: Any, function: Any, parts: Any, more: Any, example_bytes: int = 0) -> Any:
         layer = self.layer
@@ -63,14 +63,14 @@ class Rows:
         return 3 * math.prod(self.layer.shape[len(self.layer.stacked) :]) * 4
 
     def rows(self):
-        return over_stack(lambda parts: (self._a(parts), self._g(parts)), len(self.layer.stacked))(
-            self._parts
+        return over_stack(lambda parts: (self.inputs(parts), self.outputs(parts)), len(self.layer.stacked))(
+            self.parts
         )
 
     def input_factor(self, diagonal=False):
         layer = self.layer
         if layer.sharing == "reduce":
-            return self._sum(lambda parts: gram(self._mean_input(parts), diagonal)) / self._live_examples(
+            return self._sum(lambda parts: gram(self.mean_input(parts), diagonal)) / self.live_examples(
                 len(layer.side_stack(0)) + (1 if diagonal else 2)
             )
         moments = self._sum(
@@ -78,25 +78,25 @@ class Rows:
                 self._wide(parts), parts.get("live"), layer.kernel_shape, layer.bias, diagonal
             )
         )
-        count = self._count(moments.ndim)
+        count = self.count(moments.ndim)
         return layer.kind.input_factor(moments, count, layer.kernel_shape, layer.bias, diagonal)
 
-    def _count(self, rank: int) -> Any:
+    def count(self, rank: int) -> Any:
         """The number of live positions, one a stacked layer, with as many axes as its moments."""
-        if "live" not in self._parts:
+        if "live" not in self.parts:
             return self.layer.examples * self.layer.positions
-        count = jnp.maximum(self._parts["live"].sum((-2, -1)), 1)
+        count = jnp.maximum(self.parts["live"].sum((-2, -1)), 1)
         return count.reshape(*count.shape, *(1,) * (rank - count.ndim))
 
-    def _live_examples(self, rank: int) -> Any:
+    def live_examples(self, rank: int) -> Any:
         """The number of examples with a live position, with `rank` axes."""
-        if "live" not in self._parts:
+        if "live" not in self.parts:
             return self.layer.examples
-        count = jnp.maximum((self._parts["live"].max(-1) > 0).sum(-1), 1)
+        count = jnp.maximum((self.parts["live"].max(-1) > 0).sum(-1), 1)
         return count.reshape(*count.shape, *(1,) * (rank - count.ndim))
 
-    def _mean_input(self, parts: Any) -> jax.Array:
-        a = self._a(parts)
+    def mean_input(self, parts: Any) -> jax.Array:
+        a = self.inputs(parts)
         if "live" not in parts:
             return a.mean(-2, keepdims=True)
         return a.sum(-2, keepdims=True) / jnp.maximum(parts["live"].sum(-1), 1)[:, None, None]
@@ -105,7 +105,7 @@ class Rows:
         reduce = self.layer.sharing == "reduce"
 
         def square(parts):
-            g = self._g(parts)
+            g = self.outputs(parts)
             return gram(g.sum(-2, keepdims=True) if reduce else g, diagonal)
 
         return self._sum(square) / self.layer.examples
@@ -114,15 +114,15 @@ class Rows:
         bases = {name: b for name, b in (("in", basis_in), ("out", basis_out)) if b is not None}
 
         def squares(parts, bases):
-            return second_moment(self._a(parts), self._g(parts), bases.get("in"), bases.get("out"))
+            return second_moment(self.inputs(parts), self.outputs(parts), bases.get("in"), bases.get("out"))
 
         return self._sum(squares, bases, example_bytes=self._gradient_bytes) / self.layer.examples
 
     def contract_output(self, v, diagonal=False):
-        return self._contract(lambda parts: (self._g(parts), self._a(parts)), v, diagonal)
+        return self._contract(lambda parts: (self.outputs(parts), self.inputs(parts)), v, diagonal)
 
     def contract_input(self, u, diagonal=False):
-        return self._contract(lambda parts: (self._a(parts), self._g(parts)), u, diagonal)
+        return self._contract(lambda parts: (self.inputs(parts), self.outputs(parts)), u, diagonal)
 
     def _contract(self, sides, matrix, diagonal):
         def contracted(parts, matrix):
@@ -134,23 +134,23 @@ class Rows:
         function = _traced_examples if pairing == "example" else _traced_positions
 
         def traced(parts):
-            return function(self._a(parts), self._g(parts), diagonal)
+            return function(self.inputs(parts), self.outputs(parts), diagonal)
 
         sums = self._sum(traced, example_bytes=self._gradient_bytes)
         return jax.tree.map(lambda v: v / self.layer.examples, sums)
 
     def example_gradients(self):
         def one(parts):
-            return jnp.einsum("...nta,...ntb->...nab", self._a(parts), self._g(parts))
+            return jnp.einsum("...nta,...ntb->...nab", self.inputs(parts), self.outputs(parts))
 
-        return over_stack(one, len(self.layer.stacked))(self._parts)
+        return over_stack(one, len(self.layer.stacked))(self.parts)
 
     def _alpha(self, parts: Any, p: jax.Array) -> jax.Array:
         """pᵀā of every block, (*blocks, m, t, v)."""
-        return jnp.einsum("...mti,...vi->...mtv", self._a(parts), p)
+        return jnp.einsum("...mti,...vi->...mtv", self.inputs(parts), p)
 
     def _gamma(self, parts: Any, q: jax.Array) -> jax.Array:
-        return jnp.einsum("...mto,...vo->...mtv", self._g(parts), q)
+        return jnp.einsum("...mto,...vo->...mtv", self.outputs(parts), q)
 
     def project_inputs(self, p):
         layer = self.layer
@@ -163,14 +163,14 @@ class Rows:
                 count = jnp.maximum(parts["live"].sum(-1), 1).astype(alpha.dtype)
                 return alpha.sum(1, keepdims=True) / count[:, None, None, None]
 
-            alpha, count = self._map(mean, p), self._live_examples(len(layer.stacked))
+            alpha, count = self._map(mean, p), self.live_examples(len(layer.stacked))
         elif layer.kind.per_example:
             # ā = 1 in every block: the blocks are one row, whose γ is the sum of theirs.
             stacked, vectors = p.shape[: len(layer.stacked)], p.shape[-2]
             return jnp.full((*stacked, layer.examples, 1, vectors, 1), layer.examples**-0.5, p.dtype)
         else:
             alpha = self._map(lambda parts, p: _blocks_last(self._alpha(parts, p)), p)
-            count = self._count(len(layer.stacked))
+            count = self.count(len(layer.stacked))
         scale = jax.lax.rsqrt(jnp.asarray(count, alpha.dtype))
         return alpha * scale.reshape(*scale.shape, *(1,) * 4)
 
@@ -194,18 +194,18 @@ class Rows:
         return self._map(self._inner, matrix)
 
     def _inner(self, parts: Any, matrix: jax.Array) -> jax.Array:
-        mapped = self._a(parts) @ matrix[..., None, :, :]
-        products = jnp.sum(mapped * self._g(parts), (-2, -1))
+        mapped = self.inputs(parts) @ matrix[..., None, :, :]
+        products = jnp.sum(mapped * self.outputs(parts), (-2, -1))
         return products.reshape(-1, products.shape[-1]).sum(0)
 
     def weighted_gradient(self, weights):
         layer = self.layer
         each = jnp.broadcast_to(weights.astype(layer.factor_dtype), (*layer.stacked, *weights.shape))
-        weighted = {**self._parts, "weights": each}
+        weighted = {**self.parts, "weights": each}
         return self._by_chunks(chunks.fold, self._weighted, weighted, (), self._gradient_bytes)
 
     def _weighted(self, parts: Any) -> jax.Array:
-        return jnp.einsum("...mti,...mto,m->...io", self._a(parts), self._g(parts), parts["weights"])
+        return jnp.einsum("...mti,...mto,m->...io", self.inputs(parts), self.outputs(parts), parts["weights"])
 
 
 def _blocks_last(values: jax.Array) -> jax.Array:

@@ -40,7 +40,7 @@ class Tokens(Rows):
         """Tokens (m, t), H (m, t, d) and the weights 1/k (m, t)."""
         tokens, live = self._tokens(parts), self._live(parts)
         same = (tokens[:, :, None] == tokens[:, None, :]).astype(live.dtype)
-        return tokens, same @ self._g(parts), live / jnp.maximum(same @ live[..., None], 1)[..., 0]
+        return tokens, same @ self.outputs(parts), live / jnp.maximum(same @ live[..., None], 1)[..., 0]
 
     def input_factor(self, diagonal=False):
         if self.layer.sharing == "reduce":
@@ -60,7 +60,7 @@ class Tokens(Rows):
             return self._by_token(tokens, live * counts / total**2)
 
         sums = self._sum(squares, example_bytes=self._pair_bytes)
-        return sums / self._live_examples(sums.ndim)
+        return sums / self.live_examples(sums.ndim)
 
     def second_moment_in(self, basis_in, basis_out):
         assert basis_in is None
@@ -104,7 +104,7 @@ class Tokens(Rows):
             return inputs.sum(-1), inputs, outputs
 
         def traced(parts):
-            g = self._g(parts)
+            g = self.outputs(parts)
             traces = jnp.sum(g * g, -1)
             # ‖ā‖ = 1 at every position.
             return traces.sum(), self._by_token(self._tokens(parts), traces), gram(g, diagonal[1])
@@ -113,18 +113,18 @@ class Tokens(Rows):
 
     def example_gradients(self):
         def one(parts):
-            tokens, g = self._tokens(parts), self._g(parts)
+            tokens, g = self._tokens(parts), self.outputs(parts)
             return jax.vmap(lambda t, g: jnp.zeros((self._vocabulary, g.shape[-1]), g.dtype).at[t].add(g))(
                 tokens, g
             )
 
-        return over_stack(one, len(self.layer.stacked))(self._parts)
+        return over_stack(one, len(self.layer.stacked))(self.parts)
 
     def _alpha(self, parts, p):
         return jnp.moveaxis(p[:, self._tokens(parts)], 0, -1) * self._live(parts)[..., None]
 
     def _inner(self, parts, matrix):
-        return jnp.sum(matrix[self._tokens(parts)] * self._g(parts), (-2, -1))
+        return jnp.sum(matrix[self._tokens(parts)] * self.outputs(parts), (-2, -1))
 
     def _weighted(self, parts):
-        return self._by_token(self._tokens(parts), self._g(parts) * parts["weights"][:, None, None])
+        return self._by_token(self._tokens(parts), self.outputs(parts) * parts["weights"][:, None, None])

@@ -7,24 +7,46 @@ axes of a layer, and sum over the exact columns or average over the samples of t
 factorizations are counted by the optimizers themselves: `kfe.info(opt_state).failures`.
 """
 
-from kfe_optax.diagnostics.blocks import eigenbasis_matrix as eigenbasis_matrix
-from kfe_optax.diagnostics.blocks import fisher_block as fisher_block
-from kfe_optax.diagnostics.blocks import gauss_newton_block as gauss_newton_block
-from kfe_optax.diagnostics.blocks import kronecker_matrix as kronecker_matrix
-from kfe_optax.diagnostics.check import LayerCheck as LayerCheck
-from kfe_optax.diagnostics.check import LayerChecks as LayerChecks
-from kfe_optax.diagnostics.check import check_layers as check_layers
-from kfe_optax.diagnostics.correlation import gradient_correlation as gradient_correlation
-from kfe_optax.diagnostics.correlation import mean_absolute_correlation as mean_absolute_correlation
-from kfe_optax.diagnostics.errors import eigenbasis_error as eigenbasis_error
-from kfe_optax.diagnostics.errors import fisher_norm as fisher_norm
-from kfe_optax.diagnostics.errors import fisher_trace as fisher_trace
-from kfe_optax.diagnostics.errors import kronecker_error as kronecker_error
-from kfe_optax.diagnostics.errors import relative_error as relative_error
-from kfe_optax.diagnostics.spectra import ConditionNumbers as ConditionNumbers
-from kfe_optax.diagnostics.spectra import condition_number as condition_number
-from kfe_optax.diagnostics.spectra import condition_numbers as condition_numbers
-from kfe_optax.diagnostics.spectra import eigenbasis_spectrum as eigenbasis_spectrum
-from kfe_optax.diagnostics.spectra import fisher_spectrum as fisher_spectrum
-from kfe_optax.diagnostics.spectra import kronecker_spectrum as kronecker_spectrum
-from kfe_optax.diagnostics.spectra import spectrum_error as spectrum_error
+from kfe_optax.diagnostics.blocks import eigenbasis_matrix, fisher_block, gauss_newton_block, kronecker_matrix
+from kfe_optax.diagnostics.check import LayerCheck, LayerChecks, check_layers
+from kfe_optax.diagnostics.correlation import gradient_correlation, mean_absolute_correlation
+from kfe_optax.diagnostics.errors import (
+    eigenbasis_error,
+    fisher_norm,
+    fisher_trace,
+    kronecker_error,
+    relative_error,
+)
+from kfe_optax.diagnostics.spectra import (
+    ConditionNumbers,
+    condition_number,
+    condition_numbers,
+    eigenbasis_spectrum,
+    fisher_spectrum,
+    kronecker_spectrum,
+    spectrum_error,
+)
+
+__all__ = [
+    "ConditionNumbers",
+    "LayerCheck",
+    "LayerChecks",
+    "check_layers",
+    "condition_number",
+    "condition_numbers",
+    "eigenbasis_error",
+    "eigenbasis_matrix",
+    "eigenbasis_spectrum",
+    "fisher_block",
+    "fisher_norm",
+    "fisher_spectrum",
+    "fisher_trace",
+    "gauss_newton_block",
+    "gradient_correlation",
+    "kronecker_error",
+    "kronecker_matrix",
+    "kronecker_spectrum",
+    "mean_absolute_correlation",
+    "relative_error",
+    "spectrum_error",
+]

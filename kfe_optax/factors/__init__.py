@@ -4,18 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from kfe_optax.factors.base import Factors as Factors
-from kfe_optax.factors.base import Term as Term
-from kfe_optax.factors.base import estimate as estimate
-from kfe_optax.factors.deflation import deflation as deflation
-from kfe_optax.factors.fismo import fismo as fismo
-from kfe_optax.factors.gradient import gradient as gradient
-from kfe_optax.factors.kfac import kfac as kfac
-from kfe_optax.factors.kfac_corrected import kfac_corrected as kfac_corrected
-from kfe_optax.factors.kpsvd import kpsvd as kpsvd
-from kfe_optax.factors.lanczos import lanczos as lanczos
-from kfe_optax.factors.streaming import streaming as streaming
-from kfe_optax.factors.tkfac import tkfac as tkfac
+from kfe_optax.factors.base import Factors, Term, estimate
+from kfe_optax.factors.deflation import deflation
+from kfe_optax.factors.fismo import fismo
+from kfe_optax.factors.gradient import gradient
+from kfe_optax.factors.kfac import kfac
+from kfe_optax.factors.kfac_corrected import kfac_corrected
+from kfe_optax.factors.kpsvd import kpsvd
+from kfe_optax.factors.lanczos import lanczos
+from kfe_optax.factors.streaming import streaming
+from kfe_optax.factors.tkfac import tkfac
+
+__all__ = [
+    "FACTORS",
+    "Factors",
+    "Term",
+    "deflation",
+    "estimate",
+    "fismo",
+    "gradient",
+    "kfac",
+    "kfac_corrected",
+    "kpsvd",
+    "lanczos",
+    "streaming",
+    "tkfac",
+]
 
 # What the conformance suites run over. FISMO's factors forget at a rate that depends on the gradient's size: not they.
 FACTORS: Mapping[str, Callable[..., Factors]] = {

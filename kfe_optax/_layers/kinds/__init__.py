@@ -4,11 +4,20 @@ One kind a file, one line in `KINDS`. A kind knows neither Flax nor an optimizer
 which kind, and everything else (riders, factors, transforms, the conformance tests) goes through `Kind`.
 """
 
-from kfe_optax._layers.kinds.base import Kind as Kind
+from kfe_optax._layers.kinds.base import Kind
 from kfe_optax._layers.kinds.conv import Conv
 from kfe_optax._layers.kinds.conv_local import ConvLocal
 from kfe_optax._layers.kinds.dense import Dense
 from kfe_optax._layers.kinds.embedding import Embedding
 from kfe_optax._layers.kinds.norm import Norm
+
+__all__ = [
+    "Conv",
+    "ConvLocal",
+    "Dense",
+    "Embedding",
+    "Kind",
+    "Norm",
+]
 
 KINDS: dict[str, type[Kind]] = {kind.name: kind for kind in (Dense, Conv, ConvLocal, Embedding, Norm)}
