@@ -79,7 +79,7 @@ def test_a_trial_is_the_run_of_its_setting(tiny_config, name, monkeypatch):
     monkeypatch.setattr(sweep_program, "_EVALUATION_BATCH", 20)
     schedule, steps = settings.schedule, 3
     builder = getattr(settings, name)
-    damped = "damping" in inspect.signature(builder).parameters
+    damped = "damping" in inspect.signature(METHODS[name].make).parameters
     if damped:
         tiny_config[name] = builder(
             schedule(0.1, "linear", end=0.02), schedule(1.0, "exponential", end=0.5), factor_update_period=2
