@@ -228,7 +228,7 @@ class GivenRows(Rows):
         n, t = a.shape[len(layer.stacked) :][:2]
         self.layer = dataclasses.replace(layer, examples=n, positions=t)
         assert not layer.bias  # ā is all of the input
-        self._parts, self._scale = {"input": a, "output": g}, 1.0
+        self.parts, self._scale = {"input": a, "output": g}, 1.0
 
 
 class Batch:
