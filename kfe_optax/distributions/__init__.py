@@ -4,9 +4,7 @@ from kfe_optax.distributions.base import Distribution
 from kfe_optax.distributions.bernoulli import Bernoulli
 from kfe_optax.distributions.categorical import Categorical
 from kfe_optax.distributions.gaussian import Gaussian
-from kfe_optax.distributions.heteroscedastic_gaussian import (
-    HeteroscedasticGaussian,
-)
+from kfe_optax.distributions.heteroscedastic_gaussian import HeteroscedasticGaussian
 from kfe_optax.distributions.poisson import Poisson
 
 __all__ = [

@@ -57,8 +57,7 @@ _SEARCHES = ("grid", "random")
 # The fields with a sweep setting of their own; a method that lacks one is swept without it.
 _NAMED = ("learning_rate", "damping", "max_kl")
 _POSITIVE = ("learning_rate", "damping")
-# Numbers that are part of the states' shapes.
-_STRUCTURAL = ("max_dim",)
+_STRUCTURAL = ("max_dim", "subspace")  # parts of the states' shapes
 
 
 class Trial(NamedTuple):
@@ -234,12 +233,11 @@ def _own_value(name: str, settings: ConfigDict) -> float:
                 f"The schedule of '{name}' starts at 0 and cannot be scaled; give it a positive 'value'."
             )
         found = found.value
-    found = 0.0 if found is None else found  # no bound, or a default of the library's
-    if isinstance(found, bool) or not isinstance(found, (int, float)):
-        raise ExperimentError(f"A sweep varies numbers, and '{name}' is {found!r}; vary another field.")
     if name in STEP_FIELDS or name in _STRUCTURAL:
         raise ExperimentError(f"'{name}' fixes the shape of the program; set it for the whole sweep instead.")
-    return found
+    if found is not None and (isinstance(found, bool) or not isinstance(found, (int, float))):
+        raise ExperimentError(f"A sweep varies numbers, and '{name}' is {found!r}; vary another field.")
+    return 0.0 if found is None else found  # empty: no bound, or the library's own default
 
 
 def _parse(name: str, text: str, settings: ConfigDict, search: str) -> _Range:
