@@ -236,7 +236,7 @@ def test_settings_that_an_optimizer_lacks_are_named_and_not_used(config, tmp_pat
         ({"others": "momentum.end=1"}, "the field 'momentum.end'"),
         ({"others": "max_dim=4,8"}, "'max_dim' fixes the shape of the program"),
         ({"others": "nesterov=0,1"}, "varies numbers, and 'nesterov' is False"),
-        ({"others": "fisher=1"}, "varies numbers, and 'fisher' is 'sampled'"),
+        ({"others": "fisher=1"}, "'fisher' fixes the shape of the program"),
         ({"steps": -1}, "cannot be negative"),
         ({"examples": -1}, "cannot be negative"),
         ({"chunk": 0}, "config.sweep.chunk must be at least 1"),
