@@ -29,8 +29,8 @@ and then, in the other one:
 
 Several dampings, or floors of it, are several kfac-jax runs in turn, beside one of Adam. With `--seconds 45` every run of
 kfac-jax instead takes as many steps as that time allows, one run after the other and without Adam: what
-`kfe-optax compare --config.compare.seconds=45` does with this package's optimizers. The printed losses are the mean over the
-pixels of all training images, at the parameters and at their running average, which `kfe_optax.kfac_adaptive` keeps too.
+`kfe-optax compare --config.compare.budget="45 seconds"` does with this package's optimizers. The printed losses are the mean
+over the pixels of all training images, at the parameters and at their running average, which `kfe_optax.kfac_adaptive` keeps too.
 Networks, losses, batch sizes and Adam's learning rates are those of `configs/*_autoencoder.py`.
 
 With kfac-jax's own floor, 1e-8, the damping goes from 3 to that floor within 200 steps on CURVES, and the parameters

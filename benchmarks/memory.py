@@ -22,7 +22,7 @@ import optax
 
 import kfe_optax as kfe
 from kfe_optax._layers.table import align, quantity
-from kfe_optax.experiments.models.vgg import VGG
+from kfe_optax.experiments.models import VGG
 
 NAMES = ("Adam", "K-FAC", "EKFAC, running scale", "EKFAC, batch scale", "TEKFAC")
 

@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.steps = 2000
     config.optimizer = "kfac"
     config.compare.optimizers = "sgd,adam,kfac,two_level_kfac"
-    config.compare.examples = 2048
+    config.evaluate_examples = 2048
 
     rate, decay = 1e-3, 1e-3
     config.adam = settings.adam(rate, weight_decay=decay)

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 64
     config.steps = 1000
     config.optimizer = "kfac"
-    config.compare.examples = 256
+    config.evaluate_examples = 256
 
     schedule = settings.schedule
     config.adam = settings.adam(schedule(4e-3, "linear", warmup=50))

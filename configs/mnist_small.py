@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 500
     config.steps = 300
     config.log_every = 5
+    config.evaluate_every = "5 steps"
 
     schedule = settings.schedule
     config.adam = settings.adam(schedule(7e-3, "linear", warmup=30))

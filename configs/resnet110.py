@@ -5,13 +5,18 @@ With CIFAR-10 (``--config.data_dir=...``) 200 epochs are ``--config.steps=78000`
 with them. Without it, the embedded digits in 32x32 pixels stand in.
 """
 
+from pathlib import Path
+
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments import protocols
+from kfe_optax.experiments.config_files import load_config
 
 
 def get_config() -> ConfigDict:
     """The config; every field can be overridden on the command line."""
-    return protocols.with_batch_norm(
-        "resnet110", "ResNet110 with batch norm", {"kind": "resnet", "depth": 110, "pre_activation": False}
-    )
+    config = load_config(str(Path(__file__).with_name("resnet20.py")))
+    config.name = "resnet110"
+    config.title = "ResNet110 with batch norm"
+    config.model.depth = 110
+    config.optimizer = "kfac"
+    return config

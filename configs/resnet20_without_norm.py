@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.steps = 200
     config.optimizer = "ekfac"
     config.compare.optimizers = "adam,ekfac"
-    config.compare.examples = 2048
+    config.evaluate_examples = 2048
 
     schedule = settings.schedule
     config.adam = settings.adam(schedule(1e-3, "linear", end=1e-4))

@@ -35,7 +35,7 @@ def get_config() -> ConfigDict:
     config.steps = 400
     config.optimizer = "adam_in_kfe"
     config.compare.optimizers = "adam,kfac,ekfac,adam_in_kfe"
-    config.compare.examples = 512
+    config.evaluate_examples = 512
 
     schedule = settings.schedule
     # The best of 2e-3 to 3e-2 in factors of two for 400 steps on tiny Shakespeare.

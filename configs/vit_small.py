@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 128
     config.steps = 400
     config.optimizer = "kfac"
-    config.compare.examples = 500
+    config.evaluate_examples = 500
 
     schedule = settings.schedule
     config.adam = settings.adam(schedule(1e-3, "cosine", warmup=20))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments.augmentation import augment_images, augmentations
+from kfe_optax.experiments.data import data_seed
 from kfe_optax.experiments.dataset import Dataset
-from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.errors import require
 from kfe_optax.experiments.growth import Phase, phases_of
 from kfe_optax.experiments.parallel import WHOLE, Share
 
@@ -23,18 +24,12 @@ class Batches:
     """Shuffled batches of a data set; the last partial batch of an epoch is dropped.
 
     The order of an epoch is a permutation drawn from (seed, epoch) alone, and the augmentation of a
-    batch is drawn from (seed, step). Nothing is consumed and nothing is carried along:
-    ``batches(step)`` is the same whether the run came to this step in one go or was stopped and
-    resumed. Where the batch grows, a new size begins a new epoch.
+    batch is drawn from (seed, step): ``batches(step)`` is the same whether the run came to this step in
+    one go or was stopped and resumed. Where the batch grows, a new size begins a new epoch.
 
-    Args:
-      images: the examples, one a row.
-      labels: their labels, one a row.
-      batch_size: examples a batch, or the phases of a growing batch, see ``growth.growing_batch``.
-      seed: of the order and the augmentation.
-      augment: ``""`` or names with commas between them, see ``augmentation.augment_images``.
-      image_shape: (height, width) or (height, width, channels) of a row; augmentation needs it.
-      share: which rows of every batch are drawn, where several processes share it.
+    ``batch_size`` may be the phases of a growing batch (``growth.growing_batch``), ``augment`` has names of
+    ``AUGMENTATIONS`` with commas between them, for which ``image_shape`` is (height, width) or (height, width,
+    channels), and ``share`` says which rows of every batch are drawn, where several processes share it.
 
     Example::
 
@@ -53,26 +48,22 @@ class Batches:
         image_shape: tuple[int, ...] = (),
         share: Share = WHOLE,
     ):
-        phases = (Phase(0, batch_size),) if isinstance(batch_size, int) else tuple(batch_size)
-        for phase in phases:
-            if not 1 <= phase.batch_size <= len(images):
-                raise ExperimentError(
-                    f"config.batch_size is {phase.batch_size} and there are {len(images)} training images; "
-                    f"choose a batch size from 1 to {len(images)}."
-                )
-        self._images = images
-        self._labels = labels
-        self._phases = phases
-        self._epochs = _first_epochs(phases, len(images))
-        self._seed = seed
-        self._augmentations = augmentations(augment, image_shape)
-        self._image_shape = image_shape
-        self._share = share
-        self._order: tuple[int, np.ndarray] | None = None  # the last epoch and its permutation
+        count = len(images)
+        self._phases = [Phase(0, batch_size)] if isinstance(batch_size, int) else list(batch_size)
+        for _, size in self._phases:
+            words = f"config.batch_size is {size} and there are {count} training images"
+            require(1 <= size <= count, f"{words}; choose a batch size from 1 to {count}.")
+        self._images, self._labels, self._seed, self._share = images, labels, seed, share
+        self._augmentations = _augmentations(augment, image_shape)
+        self._image_shape = (*image_shape, 1)[:3]
+        # The epoch with which each phase begins; a partial one before it counts.
+        pairs = itertools.pairwise(self._phases)
+        epochs = (math.ceil((later.start - start) / (count // size)) for (start, size), later in pairs)
+        self._first_epochs = list(itertools.accumulate(epochs, initial=0))
 
     def batch_size(self, step: int) -> int:
         """The number of examples in the batch of ``step``."""
-        return self._phases[self._phase(step)].batch_size
+        return self._place(step)[2]
 
     def first_steps(self, run_steps: int) -> list[int]:
         """The first step of each batch size within a run."""
@@ -82,66 +73,84 @@ class Batches:
         """The epoch, counted from 0, to which a step belongs."""
         return self._place(step)[0]
 
-    def _phase(self, step: int) -> int:
-        return bisect.bisect_right(self._phases, step, key=lambda phase: phase.start) - 1
-
-    def _place(self, step: int) -> tuple[int, int]:
-        """The epoch of a step, and the place of its batch within it."""
-        number = self._phase(step)
-        phase = self._phases[number]
-        epochs, position = divmod(step - phase.start, len(self._images) // phase.batch_size)
-        return self._epochs[number] + epochs, position
-
     def indices(self, step: int) -> np.ndarray:
         """Which images form the batch of ``step``."""
-        epoch, position = self._place(step)
-        if self._order is None or self._order[0] != epoch:
-            generator = np.random.default_rng((self._seed, epoch))
-            self._order = (epoch, generator.permutation(len(self._images)))
-        size = self.batch_size(step)
-        return self._order[1][position * size : (position + 1) * size]
+        epoch, position, size = self._place(step)
+        return _order(self._seed, epoch, len(self._images))[position * size : (position + 1) * size]
+
+    def _place(self, step: int) -> tuple[int, int, int]:
+        """The epoch of a step, the place of its batch within it, and the size of the batch."""
+        number = bisect.bisect_right(self._phases, step, key=lambda phase: phase.start) - 1
+        start, size = self._phases[number]
+        epochs, position = divmod(step - start, len(self._images) // size)
+        return self._first_epochs[number] + epochs, position, size
 
     def __call__(self, step: int) -> Batch:
         """The batch of ``step``, or this process's share: ``{"image": (batch, pixels), "label": (batch,)}``."""
-        own = self._share.rows(self.batch_size(step))
+        size = self.batch_size(step)
+        own = self._share.rows(size)
         chosen = self.indices(step)[own]
-        images = self._images[chosen]
+        rows = self._images[chosen]
         if self._augmentations:
             # numpy takes (seed, step, 0) for (seed, step), the key of an epoch's order: hence the 1.
             generator = np.random.default_rng((self._seed, step, 1))
-            images = augment_images(
-                images, self._image_shape, self._augmentations, generator, batch=(self.batch_size(step), own)
-            )
-        return {"image": images, "label": self._labels[chosen]}
+            images = rows.reshape(-1, *self._image_shape)
+            for augmentation in self._augmentations:
+                images = augmentation(images, generator, size, own)
+            rows = images.reshape(rows.shape)
+        return {"image": rows, "label": self._labels[chosen]}
 
 
-def _first_epochs(phases: Sequence[Phase], examples: int) -> list[int]:
-    """The epoch with which each phase begins; a partial one before it counts."""
-    first = [0]
-    for phase, following in itertools.pairwise(phases):
-        steps = following.start - phase.start
-        first.append(first[-1] + math.ceil(steps / (examples // phase.batch_size)))
-    return first
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def make_batches(
     config: ConfigDict, dataset: Dataset, seed: int | None = None, *, share: Share = WHOLE
 ) -> Batches:
-    """The training batches that a config describes: ``batch_size``, ``batch_growth``, ``seed`` and ``data.augment``.
+    """The training batches that a config describes: ``batch_size``, ``batch_growth`` and ``data.augment``.
 
     ``seed`` stands for that of the config where it is given.
-
-    Example::
-
-        batches = make_batches(config, load(config))
-        batches(0)["image"].shape                       # (512, 784)
     """
-    return Batches(
-        dataset.train_images,
-        dataset.train_labels,
-        phases_of(config, len(dataset.train_images)),
-        config.seed if seed is None else seed,
-        augment=config.data.augment,
-        image_shape=dataset.image_shape,
-        share=share,
+    (images, labels), shape = dataset.splits()["train"], dataset.image_shape
+    phases, seed = phases_of(config, len(images)), data_seed(config) if seed is None else seed
+    return Batches(images, labels, phases, seed, augment=config.data.augment, image_shape=shape, share=share)
+
+
+# Of images (n, height, width, channels), a generator, the size of the batch, and the images' rows in it: each process
+# draws for the whole batch, so that an image varies as it would in one process.
+Augmentation = Callable[[np.ndarray, np.random.Generator, int, slice], np.ndarray]
+
+
+def _crop(images: np.ndarray, generator: np.random.Generator, size: int, own: slice) -> np.ndarray:
+    """Windows at random places of the images, padded by 4 zeros on every side.
+
+    As in the papers on CIFAR-10, which pad after the normalization: by the mean color.
+    """
+    top, left = generator.integers(0, 9, (2, size))[:, own]
+    padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[1:3], axis=(1, 2))
+    return np.moveaxis(windows[np.arange(len(images)), top, left], 1, -1)
+
+
+def _flip(images: np.ndarray, generator: np.random.Generator, size: int, own: slice) -> np.ndarray:
+    """Half of the images with left and right exchanged."""
+    mirrored = generator.random(size)[own] < 0.5
+    return np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+# In the order in which they are applied.
+AUGMENTATIONS: dict[str, Augmentation] = {"crop": _crop, "flip": _flip}
+
+
+def _augmentations(names: str, image_shape: tuple[int, ...]) -> list[Augmentation]:
+    """Those that ``config.data.augment``, such as ``"crop,flip"``, names."""
+    found = {name.strip() for name in names.split(",")} - {""}
+    words = f"config.data.augment is '{names}'"
+    require(
+        found <= AUGMENTATIONS.keys(), f"{words}; choose from {', '.join(AUGMENTATIONS)}, or leave it empty."
     )
+    fits = not found or len(image_shape) in (2, 3)
+    require(fits, f"{words}, for images with height and width, and one example has shape {image_shape}.")
+    return [augmentation for name, augmentation in AUGMENTATIONS.items() if name in found]

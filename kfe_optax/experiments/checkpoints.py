@@ -11,26 +11,17 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from kfe_optax.experiments.checksums import find_damage, write_checksums
-from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.errors import ExperimentError, require
 from kfe_optax.experiments.job import TrainState
 from kfe_optax.experiments.optimizers import METHODS
-from kfe_optax.experiments.processes import wait_for_all, writes
+from kfe_optax.experiments.parallel import any_process, writes
 
 # Settings that say how long a run is, what it writes, on which devices it runs, and where its data lie
 # (the data themselves are compared); all others fix its trajectory.
-_FREE_FIELDS = (
-    "steps",
-    "log_every",
-    "checkpoint_every",
-    "compare",
-    "sweep",
-    "diagnose",
-    "title",
-    "data_dir",
-    "devices",
-    "distributed",
-    "cluster",
-)
+_FREE_FIELDS = {
+    *("steps", "log_every", "checkpoint_every", "evaluate_every", "evaluate_examples", "title", "data_dir"),
+    *("compare", "sweep", "diagnose", "devices", "distributed", "cluster"),
+}
 
 
 class Restored(NamedTuple):
@@ -50,23 +41,20 @@ class Checkpoints:
 
     Writes are synchronous and atomic: a checkpoint that is listed was whole, whatever interrupted
     the program, and checksums tell whether it still is. Several processes call every method together, and write each array once.
-
-    Example::
-
-        with Checkpoints(workdir, config, dataset.fingerprint()) as checkpoints:
-            checkpoints.save(step, state, seconds)
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, data_fingerprint: int):
-        self._config = _trajectory_settings(config)
-        self._data_fingerprint = data_fingerprint
-        self._seed = config.seed
+        # The settings that fix the trajectory, as JSON gives them back (tuples become lists).
+        others = _FREE_FIELDS | (METHODS.keys() - {config.optimizer})
+        fields = json.loads(json.dumps(config.to_dict()))
+        self._run: dict[str, Any] = {
+            "config": {name: value for name, value in fields.items() if name not in others},
+            "data_fingerprint": data_fingerprint,
+        }
         self._folder = (workdir / "checkpoints").absolute()
         self._folder.mkdir(exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -82,21 +70,17 @@ class Checkpoints:
         """Writes a checkpoint unless the newest one is of this very step."""
         if step == self.latest_step():
             return
-        run = {
-            "seed": self._seed,
-            "seconds": seconds,
-            "config": self._config,
-            "data_fingerprint": self._data_fingerprint,
-        }
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        run = ocp.args.JsonSave(self._run | {"seconds": seconds})
         try:
-            self._manager.save(step, args=items)
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=run))
             if writes():
                 write_checksums(self._folder / str(step))
         except Exception as error:  # a full disk is of another class from library to library
+            words = (
+                f"The checkpoint of step {step} cannot be written to '{self._folder}' ({_in_short(error)})"
+            )
             raise ExperimentError(
-                f"The checkpoint of step {step} cannot be written to '{self._folder}' ({_in_short(error)}); the earlier "
-                "ones stand: make room, and continue with --resume."
+                f"{words}; the earlier ones stand: make room, and continue with --resume."
             ) from error
 
     def restore(self, like: TrainState) -> Restored:
@@ -113,24 +97,23 @@ class Checkpoints:
                 continue
             # The record first: a changed model or optimizer would not fit the arrays.
             run = self._read(step, run=ocp.args.JsonRestore())
-            _refuse_changes(run["config"], self._config)
-            if run["data_fingerprint"] != self._data_fingerprint:
-                raise ExperimentError(
-                    "The checkpoint was made with other training images; point config.data_dir at the "
-                    "same data, or start afresh in another --workdir."
-                )
+            _refuse_changes(run["config"], self._run["config"])
+            words = (
+                "The checkpoint was made with other training images; point config.data_dir at the same data"
+            )
+            same = run["data_fingerprint"] == self._run["data_fingerprint"]
+            require(same, f"{words}, or start afresh in another --workdir.")
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             state = self._read(step, state=ocp.args.StandardRestore(abstract))
             if int(state.step) != step:  # a folder under another's name
                 damaged[step] = f"it holds step {int(state.step)}"
                 continue
             return Restored(state, step, run["seconds"], self._put_aside(damaged))
-        if not damaged:
-            raise ExperimentError("There is no checkpoint to continue from; start the run without --resume.")
+        require(damaged, "There is no checkpoint to continue from; start the run without --resume.")
         step, damage = max(damaged.items())
+        words = f"No checkpoint in '{self._folder}' is whole (of that of step {step}, {damage})"
         raise ExperimentError(
-            f"No checkpoint in '{self._folder}' is whole (of that of step {step}, {damage}); restore the folder from a "
-            "copy, or start afresh in another --workdir."
+            f"{words}; restore the folder from a copy, or start afresh in another --workdir."
         )
 
     def _read(self, step: int, **item: Any) -> Any:
@@ -138,47 +121,32 @@ class Checkpoints:
         try:
             (found,) = self._manager.restore(step, args=ocp.args.Composite(**item)).values()
         except Exception as error:
-            raise ExperimentError(
-                f"The checkpoint of step {step} in '{self._folder}' is whole and does not fit this program "
-                f"({_in_short(error)}); continue with the versions that wrote it, or start afresh in another --workdir."
-            ) from error
+            words = (
+                f"The checkpoint of step {step} in '{self._folder}' is whole and does not fit this program"
+            )
+            advice = "continue with the versions that wrote it, or start afresh in another --workdir"
+            raise ExperimentError(f"{words} ({_in_short(error)}); {advice}.") from error
         return found
 
     def _put_aside(self, damaged: dict[int, str]) -> tuple[str, ...]:
         """Moves damaged checkpoints out of the list; what became of them in words."""
-        if not damaged:
-            return ()
-        said = []
-        wait_for_all()  # who still looks for damage shall find the same
+        said, parent = [], self._folder.parent
         for step, damage in damaged.items():
-            target = self._folder.with_name(f"damaged_checkpoint_{step}")
+            any_process(False)  # waits for all: who still looks for damage, or counts, shall find the same
+            before = len(list(parent.glob(f"damaged_checkpoint_{step}*")))
+            target = parent / f"damaged_checkpoint_{step}{f'_{before + 1}' if before else ''}"
+            any_process(False)
             if writes():
-                number = 1
-                while target.exists():
-                    number += 1
-                    target = target.with_name(f"damaged_checkpoint_{step}_{number}")
                 (self._folder / str(step)).rename(target)
             said.append(f"the checkpoint of step {step} ({damage}), now '{target}'")
-        wait_for_all()
+        any_process(False)
         self._manager.reload()
         return tuple(said)
 
 
 def _in_short(error: Exception) -> str:
     """The first line of an exception's message, of which Orbax and TensorStore write many."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:400] if lines else type(error).__name__
-
-
-def _trajectory_settings(config: ConfigDict) -> dict[str, Any]:
-    """The settings that fix a run's trajectory, as JSON gives them back (tuples become lists)."""
-    fields = json.loads(json.dumps(config.to_dict()))
-    other_optimizers = METHODS.keys() - {config.optimizer}
-    return {
-        name: value
-        for name, value in fields.items()
-        if name not in _FREE_FIELDS and name not in other_optimizers
-    }
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
 
 
 def _refuse_changes(saved: dict[str, Any], current: dict[str, Any], prefix: str = "config") -> None:
@@ -186,8 +154,6 @@ def _refuse_changes(saved: dict[str, Any], current: dict[str, Any], prefix: str 
         old, new = saved.get(name), current.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_changes(old, new, f"{prefix}.{name}")
-        elif old != new:
-            raise ExperimentError(
-                f"The checkpoint was made with {prefix}.{name} = {old!r}, and it is {new!r} now; "
-                "resume with the same settings, or start afresh in another --workdir."
-            )
+            continue
+        words = f"The checkpoint was made with {prefix}.{name} = {old!r}, and it is {new!r} now"
+        require(old == new, f"{words}; resume with the same settings, or start afresh in another --workdir.")

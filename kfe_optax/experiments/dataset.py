@@ -1,34 +1,26 @@
-"""What every data source returns: two sets of flat images in one numeric range, of texts, or of inputs and targets."""
+"""What every data source returns: sets of flat images in one numeric range, of texts, or of inputs and targets."""
 
 from __future__ import annotations
 
-import math
 import zlib
 from typing import NamedTuple
 
 import numpy as np
 
-from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.errors import require
 
-LARGEST = 2**32  # bytes of a data set as float32; CIFAR-10, the largest of the published ones, takes 740 MB
-_LARGEST_LABEL = 2**31 - 1
+LARGEST = 2**32  # bytes of a data set as float32; CIFAR-10 takes 740 MB
+
+Examples = tuple[np.ndarray, np.ndarray | None]  # images and labels, which an autoencoder can do without
 
 
 def check_size(size: int, where: str) -> None:
-    """Refuses ``size`` bytes of data, before they are read or made, where memory may not hold them."""
-    if size > LARGEST:
-        raise ExperimentError(
-            f"{where} would take {size / 2**30:,.1f} GiB in memory, and at most {LARGEST / 2**30:g} are read; take fewer "
-            "or smaller examples."
-        )
+    """Refuses ``size`` bytes of data where memory may not hold them."""
+    require(size <= LARGEST, f"{where} would take {size / 2**30:,.1f} GiB in memory; take fewer examples.")
 
 
 class Dataset(NamedTuple):
-    """Images as rows of pixels, with their labels (zeros where a source has none).
-
-    The arrays stay on the host: a batch of 512 digits is 1.6 MB, which is copied to a device in far
-    less time than any training step takes, and the full set never competes with the optimizer's
-    state for device memory. CIFAR-10, the largest, takes 740 MB of the host's.
+    """Images as rows of pixels, with their labels (zeros where a source has none), in the host's memory.
 
     A text (``vocabulary`` > 0) has sequences of tokens, (n, length) int32, for images, and for labels
     the tokens one place later, of the same shape. A regression has inputs (n, d) for images, and for
@@ -37,11 +29,12 @@ class Dataset(NamedTuple):
 
     train_images: np.ndarray  # (n, pixels) float32
     train_labels: np.ndarray  # (n,) int32
-    test_images: np.ndarray  # (m, pixels) float32
-    test_labels: np.ndarray  # (m,) int32
+    test_images: np.ndarray
+    test_labels: np.ndarray
     source: str  # a few words for the reader of a log
     image_shape: tuple[int, ...] = ()  # of one example: (28, 28), (32, 32, 3), (pixels,) or (length,)
     vocabulary: int = 0  # the number of different tokens of a text, 0 for images
+    validation: tuple[np.ndarray, np.ndarray] | None = None  # images and labels
 
     @property
     def pixels(self) -> int:
@@ -53,13 +46,26 @@ class Dataset(NamedTuple):
         """The number of targets of one example, 0 for labels."""
         return self.train_labels.shape[1] if self.train_labels.dtype.kind == "f" else 0
 
-    def limited(self, train_size: int, test_size: int) -> Dataset:
-        """The first ``train_size`` and ``test_size`` images; 0 keeps all of them."""
+    def splits(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Images and labels of ``"train"``, of ``"validation"`` where there is one, and of ``"test"``."""
+        train, test = (self.train_images, self.train_labels), (self.test_images, self.test_labels)
+        validation = {"validation": self.validation} if self.validation else {}
+        return {"train": train, **validation, "test": test}
+
+    def divided(self, train_size: int, test_size: int, validation: int, seed: int) -> Dataset:
+        """The first examples of each set (0: all), ``validation`` of those for training, drawn with ``seed``, set apart."""
+        images, labels = self.train_images[: train_size or None], self.train_labels[: train_size or None]
+        words = f"config.data.validation is {validation} and there are {len(images)} training images"
+        require(validation < len(images), f"{words}; leave some for training.")
+        # Another key than those of the batches, (seed, epoch) and (seed, step, 1).
+        order = np.random.default_rng((seed, 0, 2)).permutation(len(images))
+        held, kept = order[:validation], order[validation:] if validation else slice(None)
         return self._replace(
-            train_images=self.train_images[: train_size or None],
-            train_labels=self.train_labels[: train_size or None],
+            train_images=images[kept],
+            train_labels=labels[kept],
             test_images=self.test_images[: test_size or None],
             test_labels=self.test_labels[: test_size or None],
+            validation=(images[held], labels[held]) if validation else None,
         )
 
     def fingerprint(self) -> int:
@@ -69,98 +75,75 @@ class Dataset(NamedTuple):
 
     def summary(self) -> str:
         """One line for a log."""
-        counts = f"{len(self.train_images):,} training and {len(self.test_images):,} test"
+        counts = {name: f"{len(images):,} {name}" for name, (images, _) in self.splits().items()}
+        counts["train"] += "ing"
+        what = f"images of {self.pixels} pixels"
         if self.vocabulary:
-            return f"{counts} sequences of {self.pixels} tokens out of {self.vocabulary} ({self.source})"
-        if self.outputs:
-            return f"{counts} inputs of {self.pixels} numbers, {self.outputs} targets each ({self.source})"
-        return f"{counts} images of {self.pixels} pixels ({self.source})"
+            what = f"sequences of {self.pixels} tokens out of {self.vocabulary}"
+        elif self.outputs:
+            what = f"inputs of {self.pixels} numbers, {self.outputs} targets each"
+        return f"{' and '.join(counts.values())} {what} ({self.source})"
 
 
-def flat_images(array: np.ndarray, where: str) -> np.ndarray:
-    """Pixels in [0, 1] as float32 rows, from bytes or from floats.
+def image_dataset(train: Examples, test: Examples | None, source: str) -> Dataset:
+    """A data set of any images, (n, pixels), (n, height, width) or (n, height, width, channels), and their labels.
 
-    Integers are taken as 0..255. Floats are kept when they lie in [0, 1], and divided by 255 when
-    they are plainly bytes stored as floats; any other range is refused, because a cross-entropy
-    on it would be meaningless and would not say so.
+    Without ``test`` a shuffled tenth is for testing: the same one for every seed of a run.
     """
-    if array.ndim < 2 or array.size == 0:
-        raise ExperimentError(
-            f"{where} has shape {array.shape}; images need shape (count, height, width) or "
-            "(count, pixels) with at least one image and one pixel."
-        )
-    if array.dtype.kind not in "uif":
-        raise ExperimentError(
-            f"{where} holds values of type {array.dtype}; images need integers 0 to 255 or floats 0 to 1."
-        )
-    flat = array.reshape(len(array), -1)
-    # Bytes need no scan of the values: on 60,000 images it would cost as much as the conversion.
-    low, high = (0.0, 255.0) if flat.dtype == np.uint8 else (float(flat.min()), float(flat.max()))
-    if not (low >= 0.0 and high <= 255.0):  # also catches NaN
-        raise ExperimentError(
-            f"{where} holds pixel values from {low:g} to {high:g}; rescale them to 0 to 1 (floats) "
-            "or 0 to 255 (integers)."
-        )
-    pixels = flat.astype(np.float32)
-    if flat.dtype.kind != "f" or high > 1.0:
-        pixels /= np.float32(255.0)
-    return pixels
+    shape = train[0].shape[1:]
+    images, labels = _flat(*train, f"The training set of '{source}'")
+    if test is not None:
+        words = f"'{source}' holds training images of shape {shape} and test images of shape"
+        require(test[0].shape[1:] == shape, f"{words} {test[0].shape[1:]}; they must agree.")
+        return Dataset(images, labels, *_flat(*test, f"The test set of '{source}'"), source, shape)
+    require(len(images) > 1, f"'{source}' holds one image; training and testing need one each.")
+    order = np.random.default_rng(0).permutation(len(images))
+    kept, held = np.split(order, [len(order) - max(1, len(order) // 10)])
+    return Dataset(images[kept], labels[kept], images[held], labels[held], source, shape)
 
 
-def shape_of_images(array: np.ndarray, where: str) -> tuple[int, ...]:
-    """The shape of one image: (pixels,), (height, width) or (height, width, channels)."""
-    shape = array.shape[1:]
-    if len(shape) > 3 or (len(shape) == 3 and shape[0] in (1, 3) and shape[2] not in (1, 2, 3, 4)):
-        raise ExperimentError(
-            f"{where} has shape {array.shape}; color images need shape (count, height, width, channels), "
-            "with the channels last."
-        )
-    return shape
+def _flat(images: np.ndarray, labels: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels in [0, 1] as float32 rows, and labels as int32.
 
-
-def check_same_shape(train: np.ndarray, test: np.ndarray, where: str) -> None:
-    """Refuses training and test images of different sizes."""
-    if train.shape[1:] != test.shape[1:]:
-        sizes = [math.prod(array.shape[1:]) for array in (train, test)]
-        raise ExperimentError(
-            f"{where} holds training images of {sizes[0]} pixels and test images of {sizes[1]}, of shapes "
-            f"{train.shape[1:]} and {test.shape[1:]}; they must agree."
-        )
-
-
-def flat_labels(array: np.ndarray | None, count: int, where: str) -> np.ndarray:
-    """Labels as int32, or zeros when a source has none (an autoencoder needs none)."""
-    if array is None:
-        return np.zeros(count, np.int32)
-    if array.shape == (count, 1):  # as Keras has them for CIFAR-10
-        array = array[:, 0]
-    if array.shape != (count,) or array.dtype.kind not in "ui":
-        raise ExperimentError(
-            f"{where} has shape {array.shape} and type {array.dtype}; {count} images need "
-            f"integer labels of shape ({count},)."
-        )
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > _LARGEST_LABEL:
-        # As int32, 2**32 + 1 would be class 1.
-        raise ExperimentError(
-            f"{where} has labels from {low} to {high}; number the classes from 0, or leave the labels out."
-        )
-    return array.astype(np.int32)
-
-
-def split_off_test(
-    images: np.ndarray,
-    labels: np.ndarray,
-    test_size: int,
-    source: str,
-    seed: int = 0,
-    image_shape: tuple[int, ...] = (),
-) -> Dataset:
-    """A dataset from one undivided set: a fixed shuffle, then the last ``test_size`` for testing.
-
-    The shuffle does not depend on the run's seed, so that runs with different seeds are measured
-    on the same test images.
+    Integers are taken for 0 to 255, as are floats above 1; a cross-entropy on any other range would be
+    meaningless and would not say so.
     """
-    order = np.random.default_rng(seed).permutation(len(images))
-    train, test = order[: len(order) - test_size], order[len(order) - test_size :]
-    return Dataset(images[train], labels[train], images[test], labels[test], source, image_shape)
+    count, shape = len(images), images.shape
+    channels_first = images.ndim == 4 and shape[1] <= 4 < shape[3]
+    fits = images.size > 0 and 2 <= images.ndim <= 4 and images.dtype.kind in "uif" and not channels_first
+    words = f"{where} has images of shape {shape} and type {images.dtype}; numbers (count, height, width), (count, pixels)"
+    require(fits, f"{words} or, channels last, (count, height, width, channels) are needed.")
+    check_size(4 * images.size, where)
+    low, high = images.min(), images.max()
+    words = f"{where} has pixel values from {low:g} to {high:g}; rescale them to 0 to 1 (floats) or 255 (integers)."
+    require(low >= 0 and high <= 255, words)  # NaN is neither
+    pixels = images.reshape(count, -1).astype(np.float32)
+    if images.dtype.kind != "f" or high > 1:
+        pixels /= np.float32(255)
+    labels = np.zeros(count, np.int32) if labels is None else labels.reshape(-1)  # Keras has a column of them
+    fits = len(labels) == count and labels.dtype.kind in "ui" and labels.min() >= 0 and labels.max() < 2**31
+    words = f"{where} has {count} images and labels of shape {labels.shape} and type {labels.dtype}"
+    require(fits, f"{words}; as many whole numbers, counted from 0, or no labels are needed.")
+    return pixels, labels.astype(np.int32)
+
+
+def text_dataset(text: str, length: int, source: str) -> Dataset:
+    """A text in sequences of ``length`` characters that do not overlap; its last tenth is for testing.
+
+    Character number i of the sorted characters of the first nine tenths is token i; all others are one
+    replacement token, the last of the vocabulary. The label of a character is the one that follows.
+    """
+    check_size(8 * len(text), f"'{source}'")
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    train, test = np.split(codes, [len(codes) - len(codes) // 10])
+    words = f"The text ({source}) has {len(codes):,} characters, and its last tenth is for testing; sequences of {length}"
+    require(len(test) > length, f"{words} need at least {10 * (length + 1):,}: change config.data.length.")
+    characters = np.unique(train)
+
+    def sequences(part: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        places = np.minimum(np.searchsorted(characters, part), len(characters) - 1)
+        tokens = np.where(characters[places] == part, places, len(characters)).astype(np.int32)
+        used = (len(tokens) - 1) // length * length
+        return tokens[:used].reshape(-1, length), tokens[1 : used + 1].reshape(-1, length)
+
+    return Dataset(*sequences(train), *sequences(test), source, (length,), len(characters) + 1)

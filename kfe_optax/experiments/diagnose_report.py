@@ -1,161 +1,87 @@
-"""What a ``diagnose`` run says: the mean errors, and at how many steps the theory's inequalities hold."""
+"""What a ``diagnose`` run shows: mean errors, whether the theory's inequalities hold, and a picture."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
-from rich import box
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.table import Table
 
-from kfe_optax.experiments.diagnose_records import Series
+from kfe_optax.experiments.report import plain_table
 
-# Float64 knows an error e to about 1e-15/e, see kfe.diagnostics.kronecker_error; the iterations end a little before that.
-_ROUNDING = 1e-7
-_SAME = 1e-3
-_ORDER = (
-    "kfac",
-    "tkfac",
-    "kpsvd",
-    "kfac_corrected",
-    "deflation",
-    "lanczos",
-    "ekfac",
-    "ekfac_running",
-    "tekfac",
-    "streaming_rank_1",
-    "best_rank_1",
-    "streaming_rank_2",
-    "best_rank_2",
+Values = Mapping[str, Mapping[str, np.ndarray]]  # {quantity: {method: a number a measured step}}
+# What optimality on one batch implies; a violation beyond rounding would be a mistake of the program. Float64 knows an
+# error e to about 1e-15/e, see kfe.diagnostics.kronecker_error, and the iterations end a little before that.
+_AT_MOST = (
+    *(("deflation", "kpsvd"), ("lanczos", "kpsvd"), ("lanczos", "kfac_corrected"), ("kpsvd", "kfac")),
+    *(("kpsvd", "tkfac"), ("kfac_corrected", "kfac"), ("ekfac", "kfac"), ("tekfac", "tkfac")),
 )
+_ROUNDING = 1e-7
+# Okabe and Ito's colors; markers tell the curves apart in black and white.
+_COLORS = ("#000000", "#7F7F7F", "#E69F00", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
+_STYLES = [{"color": color, "marker": marker} for color, marker in zip(_COLORS, "osv^DXP*", strict=True)]
+_PANELS = {
+    "error": "estimates from the step's own batch",
+    "spectrum_error": "the same, eigenvalues alone",
+    "stale_error": "factors and basis of the last refresh",
+    "loss": "training",
+}
 
 
-class Check(NamedTuple):
-    """An inequality at ``of`` steps, of which it holds at ``holds``; ``worst`` is the largest left minus right side."""
+def theory(error: Mapping[str, np.ndarray]) -> Iterator[str]:
+    """Which of the theory's inequalities between the methods' errors do not hold, and at how many steps, in sentences."""
+    failed = 0
+    for low, high in _AT_MOST:
+        excess = error[low] - error[high]
+        if (excess > _ROUNDING).any():
+            failed += 1
+            yield f"{low} <= {high} fails at {np.sum(excess > _ROUNDING)} of {excess.size} steps, by {excess.max():.1e} at most"
+    yield f"{len(_AT_MOST) - failed} of {len(_AT_MOST)} inequalities hold at all {error['kfac'].size} steps"
 
-    claim: str
-    holds: int
-    of: int
-    worst: float
-    theorem: bool
+
+def means_table(values: Values, between: np.ndarray, title: str) -> Table:
+    """The mean over training of each method's errors; ``between`` says which steps lie between refreshes."""
+    columns = [values["error"], values["spectrum_error"], {}]
+    if between.any():
+        columns[2] = {method: found[between] for method, found in values["stale_error"].items()}
+    rows = [
+        [method, *(f"{column[method].mean():.4f}" if method in column else "" for column in columns)]
+        for method in values["error"]
+    ]
+    caption = (
+        "Means over training of relative errors. Between refreshes: with factors and basis of the last one."
+    )
+    return plain_table(title, caption, ("method", "error", "spectrum error", "between refreshes"), rows)
 
 
-def checks(series: Series, basis_update_period: int) -> list[Check]:
-    """The claims of the papers, step by step.
+def plot_diagnosis(
+    steps: Sequence[int], values: Values, correlations: Mapping[str, np.ndarray], path: Path, title: str
+) -> None:
+    """Draws the errors and the loss over training, and the correlation matrices of the gradient's coordinates.
 
-    Those marked as theorems are consequences of optimality on one batch; a violation beyond rounding
-    would be a mistake of the program. The others are what the papers observe.
+    Example::
+
+        plot_diagnosis(found.steps, found.values, found.correlations, Path("diagnose.png"), "MNIST autoencoder, dense_5")
     """
-    error = {name: series.of("error", name) for name in series.methods("error")}
-    stale = {name: series.of("stale_error", name) for name in series.methods("stale_error")}
-    running = {name: series.of("running_error", name) for name in series.methods("running_error")}
-    between = np.array(series.steps) % basis_update_period != 0
-    rank_2 = np.maximum(error["deflation"], error["lanczos"])
-    found = [
-        _check(
-            "|deflation − Lanczos| <= 0.001",
-            np.abs(error["deflation"] - error["lanczos"]),
-            np.full(len(rank_2), _SAME),
-        ),
-        _check("deflation, Lanczos <= KPSVD", rank_2, error["kpsvd"]),
-        _check("deflation, Lanczos <= KFAC-corrected", rank_2, error["kfac_corrected"]),
-        _check("KPSVD <= K-FAC", error["kpsvd"], error["kfac"]),
-        _check("KPSVD <= TKFAC", error["kpsvd"], error["tkfac"]),
-        _check("KFAC-corrected <= K-FAC", error["kfac_corrected"], error["kfac"]),
-        _check("EKFAC <= K-FAC", error["ekfac"], error["kfac"]),
-        _check("TEKFAC <= TKFAC", error["tekfac"], error["tkfac"]),
-    ]
-    rises = {name: (stale[name] - error[name])[between] for name in ("kfac", "ekfac")}
-    stale = {name: values[between] for name, values in stale.items()}
-    found += [
-        _check("between refreshes: EKFAC <= amortized K-FAC", stale["ekfac"], stale["kfac"], False),
-        _check(
-            "between refreshes: EKFAC, running scale <= amortized K-FAC",
-            stale["ekfac_running"],
-            stale["kfac"],
-            False,
-        ),
-        _check(
-            "between refreshes: rise over a fresh estimate, EKFAC <= K-FAC",
-            rises["ekfac"],
-            rises["kfac"],
-            False,
-        ),
-        _check(
-            "running F: streaming rank 1 <= averaged KPSVD",
-            running["streaming_rank_1"],
-            running["kpsvd"],
-            False,
-        ),
-        _check(
-            "running F: streaming rank 2 <= averaged Lanczos",
-            running["streaming_rank_2"],
-            running["lanczos"],
-            False,
-        ),
-    ]
-    return found
-
-
-def _check(claim: str, low: np.ndarray, high: np.ndarray, theorem: bool = True) -> Check:
-    excess = low - high
-    worst = float(excess.max()) if excess.size else float("nan")
-    return Check(claim, int(np.sum(excess <= _ROUNDING)), excess.size, worst, theorem)
-
-
-def checks_table(found: list[Check]) -> Table:
-    """A row a claim: at how many steps it holds, and by how much it is missed or kept at the worst step."""
-    table = Table(
-        title="Claims, step by step",
-        caption="Worst: the largest left minus right side. Theorems hold for any batch; the others are observations.",
-        box=box.SIMPLE_HEAD,
-        caption_justify="left",
-    )
-    table.add_column("claim")
-    table.add_column("holds at", justify="right", no_wrap=True)
-    table.add_column("worst", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for check in found:
-        verdict = f"{check.holds} of {check.of} steps"
-        if check.holds < check.of:
-            verdict = f"[bold]{verdict}[/bold]"
-        table.add_row(check.claim, verdict, f"{check.worst:+.1e}", "theorem" if check.theorem else "")
-    return table
-
-
-def means_table(series: Series, basis_update_period: int, title: str) -> Table:
-    """The mean over training of each method's errors, on a batch, between refreshes and against the running F."""
-    between = np.array(series.steps) % basis_update_period != 0
-    everywhere = np.ones(len(series.steps), bool)
-    columns = (
-        ("error", "error", everywhere),
-        ("spectrum\nerror", "spectrum_error", everywhere),
-        ("between\nrefreshes", "stale_error", between),
-        ("spectrum", "stale_spectrum_error", between),
-        ("running F", "running_error", everywhere),
-    )
-    table = Table(
-        title=title,
-        caption="Means over training of relative errors. Between refreshes: with factors and basis of the last refresh.",
-        box=box.SIMPLE_HEAD,
-        caption_justify="left",
-    )
-    table.add_column("method", no_wrap=True)
-    for header, *_ in columns:
-        table.add_column(header, justify="right")
-    found = {name for _, quantity, _ in columns for name in series.methods(quantity)}
-    for method in sorted(found, key=_ORDER.index):
-        cells = []
-        for _, quantity, where in columns:
-            known = method in series.methods(quantity)
-            values = series.of(quantity, method)[where] if known else np.empty(0)
-            values = values[np.isfinite(values)]
-            cells.append(f"{values.mean():.4f}" if values.size else "")
-        table.add_row(method, *cells)
-    return table
-
-
-def correlation_sentence(series: Series) -> str:
-    """The mean absolute correlation in both spaces, over training."""
-    parameters, kfe = (series.of("correlation", name).mean() for name in ("parameters", "kfe"))
-    return f"mean |correlation| of the gradient's coordinates: {parameters:.3f} in parameter space, {kfe:.3f} in the KFE"
+    figure = Figure(figsize=(15, 8.6), dpi=100, layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+    styles = dict(zip(values["error"], itertools.cycle(_STYLES), strict=False))
+    for (quantity, words), axes in zip(_PANELS.items(), panels, strict=False):
+        for method, found in values[quantity].items():
+            style = styles.get(method, _STYLES[0])
+            axes.plot(steps, found, **style, markevery=max(1, len(steps) // 8), label=method)
+        axes.set(yscale="log", xlabel="training step", ylabel=quantity.replace("_", " "))
+        axes.set_title(words, fontsize=11)
+        axes.grid(True, color="#DDDDDD", linewidth=0.7)
+        axes.legend(frameon=False, fontsize=9)
+    for (space, matrix), axes in zip(correlations.items(), panels[4:], strict=True):
+        image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        axes.set_title(f"correlation of the gradient, {space}, step {steps[-1]}", fontsize=11)
+    figure.colorbar(image, ax=panels[5])
+    figure.suptitle(title, fontsize=12)
+    FigureCanvasAgg(figure)
+    figure.savefig(path)

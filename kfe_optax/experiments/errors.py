@@ -8,3 +8,9 @@ class ExperimentError(ValueError):
     files that the system denies; everything else keeps its traceback, because everything else is a
     defect of the program and not of its input.
     """
+
+
+def require(condition: object, sentence: str) -> None:
+    """Raises an ``ExperimentError`` with the sentence where the condition does not hold."""
+    if not condition:
+        raise ExperimentError(sentence)

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
-import sys
 import threading
 from collections.abc import Generator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-_SHOW_CURSOR = b"\x1b[?25h"
 INTERRUPTED = 130  # the shell's status of a program that Ctrl-C ended
-
-# What ends a program: Ctrl-C, a scheduler, a terminal that is closed (which Windows does not have).
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, *filter(None, [getattr(signal, "SIGHUP", None)]))
 
 
 class Interruption:
@@ -25,12 +19,6 @@ class Interruption:
     the two would leave nothing to save. A second signal raises ``KeyboardInterrupt`` at once, for
     a user who does not care to wait, but not within ``deferred()``. Signals reach the main thread
     only; elsewhere this does nothing.
-
-    Example::
-
-        with Interruption() as interruption:
-            while not interruption.requested:
-                state, loss = step(state, batch)
     """
 
     _deferring = False
@@ -40,10 +28,14 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
+        # What ends a program: Ctrl-C, a scheduler, a terminal that is closed (which Windows does not have, and
+        # which ``nohup`` has a program ignore).
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        closed = getattr(signal, "SIGHUP", None)
+        if closed is not None and signal.getsignal(closed) != signal.SIG_IGN:
+            numbers.append(closed)
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                if not _ignored(number):
-                    self._previous[number] = signal.signal(number, self._handle)
+            self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -64,27 +56,3 @@ class Interruption:
         if self.requested and not self._deferring:
             raise KeyboardInterrupt
         self.requested = True
-
-
-def end_at_signals() -> None:
-    """From now on SIGINT, SIGTERM and SIGHUP end the program at once with a sentence, but in an ``Interruption``.
-
-    Starting a program is importing and compiling, where libraries swallow an exception, or crash by it.
-    """
-    for number in _SIGNALS:
-        if not _ignored(number):
-            signal.signal(number, _end)
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    del number, frame
-    with contextlib.suppress(Exception):  # a stream that is gone, or was being written to
-        sys.stdout.flush()
-        # A progress bar hides the cursor of a terminal.
-        os.write(2, (_SHOW_CURSOR if sys.stderr.isatty() else b"") + b"kfe-optax: interrupted.\n")
-    os._exit(INTERRUPTED)
-
-
-def _ignored(number: int) -> bool:
-    """Whether it is a SIGHUP that ``nohup`` has the program ignore."""
-    return number not in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == signal.SIG_IGN

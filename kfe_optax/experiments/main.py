@@ -1,4 +1,4 @@
-"""The entry of the console script ``kfe-optax``: turns mistakes and Ctrl-C into sentences."""
+"""The entry of the commands: turns mistakes and Ctrl-C into sentences."""
 
 from __future__ import annotations
 
@@ -8,36 +8,24 @@ import sys
 from collections.abc import Sequence
 
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.interruption import INTERRUPTED, end_at_signals
+from kfe_optax.experiments.interruption import INTERRUPTED
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status: 0, 2 for a mistake, 130 after Ctrl-C.
-
-    Example::
-
-        main(["train", "--config=configs/mnist_small.py", "--config.steps=100"])
-    """
+    """Runs a command and returns its exit status: 0, 2 for a mistake, 130 after Ctrl-C."""
     # JAX factorizes on a CPU with SciPy's OpenBLAS, whose threads spin against those of XLA: an
     # eigendecomposition takes up to forty times as long as with one. OpenBLAS reads the variable
     # when it is first needed, which is later than here.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    if argv is None:
-        end_at_signals()
-    try:
-        return _run(list(sys.argv[1:] if argv is None else argv))
-    except KeyboardInterrupt:
-        _say("interrupted.")
-        return INTERRUPTED
-
-
-def _run(arguments: list[str]) -> int:
     try:
         # Imported here: it takes seconds, in which Ctrl-C may come. The training job's own dependencies are an
         # extra, which the library does without.
         from kfe_optax.experiments.command_line import run_command
 
-        return run_command(arguments)
+        return run_command(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        _say("interrupted.")
+        return INTERRUPTED
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("kfe_optax"):
             raise
@@ -65,4 +53,6 @@ def _say(sentence: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from kfe_optax_command import main as command
+
+    sys.exit(command())

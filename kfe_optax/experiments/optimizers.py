@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import re
 import traceback
@@ -17,18 +16,17 @@ import optax
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
-from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.errors import ExperimentError, require
 from kfe_optax.experiments.ranges import check_settings
-from kfe_optax.experiments.schedules import Schedule, make_schedule
+from kfe_optax.experiments.schedules import make_schedule
 
 
 class Method(NamedTuple):
     """One line of the table.
 
-    ``make`` takes a learning rate, the layers where ``curvature`` is set, and the sub-config's
-    other fields by name. An optimizer without curvature is driven by a plain gradient, so that its
-    steps cost what they cost without this library. A ``self_tuning`` one takes no learning rate: it
-    finds the length of its steps itself, for which its taps also tell the loss at other parameters.
+    ``make`` takes a learning rate, the layers where ``curvature`` is set, and the sub-config's other fields by name.
+    Without curvature the gradient is a plain one. A ``self_tuning`` optimizer takes no learning rate: it finds the length
+    of its steps itself, for which its taps also tell the loss at other parameters.
     """
 
     make: Callable[..., Any]
@@ -36,22 +34,38 @@ class Method(NamedTuple):
     self_tuning: bool = False
 
 
-def _with_weight_decay(make: Callable[..., Any]) -> Callable[..., Any]:
-    """The optimizer with ``weight_decay`` times the parameters added to its gradient, an L2 penalty's."""
+def _with_options_of(other: Callable[..., Any], *without: str) -> Callable[[Callable[..., Any]], Any]:
+    """A signature in which ``**options`` are the keyword options of ``other``, for configs to have them."""
 
-    @functools.wraps(make)
-    def optimizer(learning_rate: Any, *, weight_decay: Any = 0.0, **options: Any) -> Any:
-        transform = make(learning_rate, **options)
-        if not isinstance(weight_decay, jax.Array) and not weight_decay:
-            return transform
-        return optax.chain(optax.add_decayed_weights(weight_decay), transform)
+    def joined(make: Callable[..., Any]) -> Callable[..., Any]:
+        parameters = {**inspect.signature(other).parameters, **inspect.signature(make).parameters}
+        found = [each for name, each in parameters.items() if name not in ("options", "layers", *without)]
+        keywords = [each.replace(kind=each.KEYWORD_ONLY) for each in found]
+        make.__signature__ = inspect.Signature(keywords)  # ty: ignore[missing-attribute]
+        return make
 
-    own = inspect.signature(make)
-    decay = inspect.Parameter("weight_decay", inspect.Parameter.KEYWORD_ONLY, default=0.0, annotation=float)
-    optimizer.__signature__ = own.replace(parameters=[*own.parameters.values(), decay])  # ty: ignore[missing-attribute]
-    return optimizer
+    return joined
 
 
+def _decayed(transform: Any, weight_decay: Any) -> Any:
+    if not isinstance(weight_decay, jax.Array) and not weight_decay:
+        return transform
+    return optax.chain(optax.add_decayed_weights(weight_decay), transform)
+
+
+@_with_options_of(optax.adam)
+def adam(learning_rate: Any, *, weight_decay: float = 0.0, **options: Any) -> Any:
+    """`optax.adam`, with ``weight_decay`` times the parameters added to its gradient, an L2 penalty's."""
+    return _decayed(optax.adam(learning_rate, **options), weight_decay)
+
+
+@_with_options_of(optax.sgd)
+def sgd(learning_rate: Any, *, weight_decay: float = 0.0, **options: Any) -> Any:
+    """`optax.sgd`, with an L2 penalty as `adam` has it."""
+    return _decayed(optax.sgd(learning_rate, **options), weight_decay)
+
+
+@_with_options_of(kfe.in_kfe, "inner", "carry", "rest")
 def adam_in_kfe(
     learning_rate: Any,
     layers: kfe.Layers,
@@ -61,14 +75,9 @@ def adam_in_kfe(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     basis: str = "kfac",
-    decay: Any = 0.95,
-    factor_update_period: int = 10,
-    basis_update_period: int = 50,
+    decay: float = 0.95,
     initial_refreshes: int = 1,
-    refresh: str = "eigh",
-    refresh_tolerance: float | None = None,
-    max_dim: int | None = None,
-    distribute: Any = "none",
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Adam in the eigenbasis of the factors named ``basis``.
 
@@ -79,55 +88,55 @@ def adam_in_kfe(
       factor_update_period, basis_update_period, initial_refreshes, refresh, refresh_tolerance, max_dim, distribute: see
         `kfe.in_kfe`.
     """
-    options = locals()
-    for name in ("learning_rate", "layers", "b1", "b2", "eps", "weight_decay", "basis", "decay"):
-        del options[name]
+    factors = _named("are no factors", kfe.factors.FACTORS, basis)(decay=decay)
+    adam = optax.scale_by_adam(b1, b2, eps)
     return optax.chain(
-        kfe.in_kfe(optax.scale_by_adam(b1, b2, eps), layers, basis=_factors(basis, decay), **options),
+        kfe.in_kfe(adam, layers, basis=factors, initial_refreshes=initial_refreshes, **options),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
 
 
-def _factors(name: str, decay: Any) -> kfe.factors.Factors:
-    if name not in kfe.factors.FACTORS:
-        raise ExperimentError(
-            f"There are no factors '{name}'; choose one of {', '.join(kfe.factors.FACTORS)}."
-        )
-    return kfe.factors.FACTORS[name](decay=decay)
-
-
-def _preconditioner(name: str) -> Callable[..., Any]:
-    if name not in kfe.METHODS:
-        raise ExperimentError(f"There is no preconditioner '{name}'; choose one of {', '.join(kfe.METHODS)}.")
-    return kfe.METHODS[name].scale_by
-
-
+# A new optimizer is a line here.
 METHODS: Mapping[str, Method] = {
-    "adam": Method(_with_weight_decay(optax.adam), curvature=False),
-    "sgd": Method(_with_weight_decay(optax.sgd), curvature=False),
+    "adam": Method(adam, curvature=False),
+    "sgd": Method(sgd, curvature=False),
     **{name: Method(method.optimizer, curvature=True) for name, method in kfe.METHODS.items()},
     "adam_in_kfe": Method(adam_in_kfe, curvature=True),
     "soap": Method(kfe.soap, curvature=True),
     "kfac_adaptive": Method(kfe.kfac_adaptive, curvature=True, self_tuning=True),
 }
+# Of a sub-config's fields, what is told to the differentiation and not to the transform: which Fisher the taps
+# sample; and what an optimizer may have otherwise than the config: its batches.
+STEP_FIELDS = ("fisher", "num_samples")
+BATCH_FIELDS = ("batch_size", "data_seed")
+
+
+def _named(kind: str, registry: Mapping[str, Any], name: str) -> Any:
+    require(name in registry, f"There {kind} '{name}'; choose one of {', '.join(registry)}.")
+    return registry[name]
 
 
 def find_method(name: str) -> Method:
     """The table's entry for ``name``."""
-    if name not in METHODS:
-        raise ExperimentError(f"There is no optimizer '{name}'; choose one of {', '.join(METHODS)}.")
-    return METHODS[name]
+    return _named("is no optimizer", METHODS, name)
 
 
 def optimizer_settings(config: ConfigDict, name: str) -> ConfigDict:
     """The sub-config of one optimizer, ``config.<name>``."""
-    if name not in config:
-        raise ExperimentError(
-            f"The config has no settings for '{name}'; add 'config.{name} = "
-            f"settings.{name}(...)' to its file."
-        )
+    words = (
+        f"The config has no settings for '{name}'; add 'config.{name} = settings.{name}(...)' to its file."
+    )
+    require(name in config, words)
     return config[name]
+
+
+def config_of(config: ConfigDict, name: str) -> ConfigDict:
+    """The config with the batch size and the data seed that ``config.<name>`` has of its own."""
+    find_method(name)
+    settings = optimizer_settings(config, name)
+    own = {field: settings[field] for field in BATCH_FIELDS if settings.get(field) is not None}
+    return ConfigDict({**config, **own}) if own else config
 
 
 def make_optimizer(
@@ -138,52 +147,54 @@ def make_optimizer(
     Schedules become functions of the step, and every other field is handed to the constructor
     under its own name, so that a config file can set any option without a change here. ``distribute``
     goes to optimizers with curvature: which linear algebra the devices divide among themselves.
-
-    Raises:
-      ExperimentError: there is no such optimizer, a learning rate is missing, or is given to an optimizer
-        that has none, a number cannot be, or the constructor refuses its options.
-
-    Example::
-
-        transform = make_optimizer("ekfac", config.ekfac, run_steps=980, layers=layers)
     """
     method = find_method(name)
-    _check_learning_rate(name, method, settings)
-    check_settings(name, settings, run_steps)
+    for field in ("learning_rate", "max_kl") if method.self_tuning else ():
+        words = (
+            f"config.{name}.{field} is set, and '{name}' finds the length of its steps itself; leave it out."
+        )
+        require(settings.get(field) is None, words)
+    words = (
+        f"config.{name} has no learning rate; set config.{name}.learning_rate, as settings.{name}(...) does."
+    )
+    require(method.self_tuning or settings.get("learning_rate") is not None, words)
+    check_settings(name, settings)
     with refusals(name, settings, constructing=True):
-        return _constructed(name, method, settings, run_steps, layers, distribute)
+        options = {
+            field: _option(field, value, run_steps)
+            for field, value in settings.items()
+            if field not in STEP_FIELDS + BATCH_FIELDS
+        }
+        # Objects, by the name of their registry.
+        if options.get("factors") is not None:
+            factors = _named("are no factors", kfe.factors.FACTORS, options["factors"])
+            options["factors"] = factors(decay=options["decay"])
+        if options.get("preconditioner") is not None:
+            named = _named("is no preconditioner", kfe.METHODS, options["preconditioner"])
+            options["preconditioner"] = named.scale_by
+        if method.curvature and distribute != "none":
+            options["distribute"] = distribute
+        rate = () if method.self_tuning else (options.pop("learning_rate"),)
+        transform = method.make(*rate, *((layers,) if method.curvature else ()), **options)
+        return transform if method.curvature else optax.with_extra_args_support(transform)
 
 
-def _constructed(
-    name: str, method: Method, settings: ConfigDict, run_steps: int, layers: Any, distribute: str
-) -> optax.GradientTransformationExtraArgs:
-    options: dict[str, Any] = {
-        field: make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
-        for field, value in settings.items()
-        if field not in STEP_FIELDS and field not in _BOUNDS
-    }
-    if method.curvature and distribute != "none":
-        options["distribute"] = distribute
-    for field in _BOUNDS:
-        if field in settings:
-            options[field] = _bound(field, settings[field], run_steps)
-    # A flag of the command line cannot say None: an empty word is none, and a search every 0 steps.
-    options = {
-        field: None if isinstance(value, str) and not value else value for field, value in options.items()
-    }
-    if options.get("search_period") == 0:
-        options["search_period"] = None
-    # Objects, by the name of their registry.
-    if options.get("factors") is not None:
-        options["factors"] = _factors(options["factors"], options["decay"])
-    if options.get("preconditioner") is not None:
-        options["preconditioner"] = _preconditioner(options["preconditioner"])
-    if method.self_tuning:
-        return method.make(layers, **options)
-    learning_rate = options.pop("learning_rate")
-    if method.curvature:
-        return method.make(learning_rate, layers, **options)
-    return optax.with_extra_args_support(method.make(learning_rate, **options))
+def _option(field: str, value: Any, run_steps: int) -> Any:
+    """What a constructor is told: a flag of the command line cannot say None, and says "", or 0 for no clip and no search."""
+    start = value.value if isinstance(value, ConfigDict) else value
+    may_be_none = isinstance(value, str) or field in ("max_kl", "max_change", "search_period")
+    if may_be_none and not isinstance(start, jax.Array) and not start:
+        return None
+    option: Any = make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
+    if may_be_none and isinstance(start, jax.Array):  # traced, by a sweep: instead of none it is infinite
+        return lambda count: jnp.where(start > 0, option(count) if callable(option) else option, jnp.inf)
+    return option
+
+
+def tap_options(name: str, settings: ConfigDict) -> dict[str, Any]:
+    """What ``kfe.value_grad_and_taps`` is told: fields of the sub-config, and what the optimizer ``name`` needs."""
+    options = {field: settings[field] for field in STEP_FIELDS if field in settings}
+    return options | {"quadratic_model": True} if find_method(name).self_tuning else options
 
 
 @contextlib.contextmanager
@@ -192,11 +203,6 @@ def refusals(name: str, settings: ConfigDict, *, constructing: bool = False) -> 
 
     Only what the library itself raises: an error from anywhere else is a defect and keeps its traceback. While
     ``constructing`` an optimizer nothing is computed, and all that is wrong is what the config says.
-
-    Example::
-
-        with refusals("kfac", config.kfac):
-            state = transform.init(params)
     """
     try:
         yield
@@ -205,20 +211,13 @@ def refusals(name: str, settings: ConfigDict, *, constructing: bool = False) -> 
         if not (of_library(error) or (constructing and type(error) in (TypeError, ValueError))):
             raise
         sentence = " ".join(str(error).split())
-        raise ExperimentError(
-            f"config.{_spoken_of(name, settings, sentence)} cannot be used: {sentence}"
-        ) from error
-
-
-def _spoken_of(name: str, settings: ConfigDict, sentence: str) -> str:
-    """The field of the sub-config ``name`` that a sentence names first, or the sub-config where it names none."""
-    # What `kfac_adaptive` calls damping_floor is the floor of the transform inside it.
-    for prefix in ("", "damping_"):
-        words = {field: re.search(rf"\b{field.removeprefix(prefix)}\b", sentence) for field in settings}
-        places = {match.start(): field for field, match in words.items() if match}
-        if places:
-            return f"{name}.{places[min(places)]}"
-    return name
+        # The field that it names first. What `kfac_adaptive` calls damping_floor is the floor of the transform inside it.
+        place = name
+        for prefix in ("damping_", ""):
+            words = {field: re.search(rf"\b{field.removeprefix(prefix)}\b", sentence) for field in settings}
+            starts = {match.start(): field for field, match in words.items() if match}
+            place = f"{name}.{starts[min(starts)]}" if starts else place
+        raise ExperimentError(f"config.{place} cannot be used: {sentence}") from error
 
 
 def of_library(error: Exception) -> bool:
@@ -228,48 +227,3 @@ def of_library(error: Exception) -> bool:
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     experiments = Path(__file__).parent
     return raised_in.is_relative_to(experiments.parent) and not raised_in.is_relative_to(experiments)
-
-
-def _check_learning_rate(name: str, method: Method, settings: ConfigDict) -> None:
-    if method.self_tuning:
-        for field in ("learning_rate", "max_kl"):
-            if settings.get(field) is not None:
-                raise ExperimentError(
-                    f"config.{name}.{field} is set, and '{name}' finds the length of its steps itself; leave it out."
-                )
-    elif settings.get("learning_rate") is None:
-        raise ExperimentError(
-            f"config.{name} has no learning rate; set config.{name}.learning_rate, as settings.{name}(...) does."
-        )
-
-
-_BOUNDS = ("max_kl", "max_change")
-
-
-def _bound(field: str, setting: Any, run_steps: int) -> float | jax.Array | Schedule | None:
-    """The bound of a clip; 0, or a schedule that starts there, stands for no clip, which is None.
-
-    A flag of the command line cannot say None. A traced bound, of a sweep, cannot be asked; instead of
-    0 it is infinite.
-    """
-    scheduled = isinstance(setting, ConfigDict)
-    start = setting.value if scheduled else setting
-    traced = isinstance(start, jax.Array)
-    if not traced and not start:  # None or 0
-        return None
-    if not scheduled:
-        return setting
-    bound: Any = make_schedule(setting, run_steps)
-    if not traced:
-        return bound
-    return lambda count: jnp.where(start > 0, bound(count) if callable(bound) else bound, jnp.inf)
-
-
-# Which Fisher the taps sample is an option of the differentiation, not of the transform.
-STEP_FIELDS = ("fisher", "num_samples")
-
-
-def tap_options(name: str, settings: ConfigDict) -> dict[str, Any]:
-    """What ``kfe.value_grad_and_taps`` is told: fields of the sub-config, and what the optimizer ``name`` needs."""
-    options = {field: settings[field] for field in STEP_FIELDS if field in settings}
-    return options | {"quadratic_model": True} if find_method(name).self_tuning else options

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from ml_collections import ConfigDict, config_dict
 
 import kfe_optax as kfe
+from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.schedules import as_schedule
 
 # What a config cannot say: the layers are found in its model, and these are functions, trees or objects.
@@ -23,10 +24,6 @@ def fields_of(make: Callable[..., Any], **given: Any) -> ConfigDict:
     """A field for every option of ``make`` that a config can say, at ``given``'s value or its own default.
 
     What is None, and what has no default and is not given, is an empty field of the option's type.
-
-    Example::
-
-        fields_of(kfe.kfac, learning_rate=0.1).decay     # 0.95
     """
     options = inspect.signature(make).parameters
     fields = {
@@ -70,13 +67,8 @@ def descriptions(make: Callable[..., Any]) -> dict[str, str]:
 
 def _choices(make: Callable[..., Any], name: str) -> str:
     options = get_type_hints(make).get(name)
-    words = [
-        word
-        for kind in (options, *get_args(options))
-        if get_origin(kind) is Literal
-        for word in get_args(kind)
-    ]
-    return ", ".join(map(repr, words))
+    kinds = [kind for kind in (options, *get_args(options)) if get_origin(kind) is Literal]
+    return ", ".join(repr(word) for kind in kinds for word in get_args(kind))
 
 
 def _described(name: str) -> dict[str, str]:
@@ -84,3 +76,26 @@ def _described(name: str) -> dict[str, str]:
     for part in name.split("."):
         make = getattr(make, part, None)
     return descriptions(make) if callable(make) else {}
+
+
+def configured(layers: kfe.Layers, text: str) -> kfe.Layers:
+    """The layers as ``config.layers`` has them: "PATTERN:OPTION=VALUE,...", or "PATTERN:without", with ";" in between."""
+    for part in filter(None, map(str.strip, text.split(";"))):
+        pattern, _, words = (piece.strip() for piece in part.rpartition(":"))
+        try:
+            if words == "without":
+                layers = layers.without(pattern)
+                continue
+            options: dict[str, Any] = {}
+            for option in words.split(","):
+                name, _, value = (piece.strip() for piece in option.partition("="))
+                if not (name and value):
+                    raise ValueError(f"{option!r} is no option.")
+                options[name] = int(value) if value.isdecimal() else value
+            layers = layers.configure(pattern, **options)
+        except (TypeError, ValueError) as error:
+            form = "Write PATTERN:OPTION=VALUE or PATTERN:without, as in 'Conv_*:approximation=sua'."
+            raise ExperimentError(
+                f"config.layers holds '{part}', which cannot be used: {error} {form}"
+            ) from error
+    return layers

@@ -2,97 +2,80 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.errors import require
 
 _LARGEST_WHOLE = 2**31 - 1  # the counts of a state and JAX's seeds are of 32 bits
 
-
-class _Range(NamedTuple):
-    """A test of a finite number, and what passes it in words."""
-
-    holds: Callable[[float], bool]
-    words: str
-
-
-_NOT_NEGATIVE = _Range(lambda number: number >= 0, "a finite number that is not negative")
-_POSITIVE = _Range(lambda number: number > 0, "a finite number above 0")
-_AT_LEAST_ONE = _Range(lambda number: number >= 1, "a whole number of at least 1")
-_BELOW_ONE = _Range(lambda number: 0 <= number < 1, "a number from 0 up to, and not including, 1")
-_AT_MOST_ONE = _Range(lambda number: 0 <= number <= 1, "a number from 0 to 1")
-
-_RANGES: Mapping[str, _Range] = {
+_Range = tuple[Callable[[float], bool], str]
+_NOT_NEGATIVE: _Range = (lambda number: number >= 0, "a finite number that is not negative")
+_POSITIVE: _Range = (lambda number: number > 0, "a finite number above 0")
+_AT_LEAST_ONE: _Range = (lambda number: number >= 1, "a whole number of at least 1")
+_BELOW_ONE: _Range = (lambda number: 0 <= number < 1, "a number from 0 up to, and not including, 1")
+_AT_MOST_ONE: _Range = (lambda number: 0 <= number <= 1, "a number from 0 to 1")
+_RANGES: dict[str, _Range] = {
     **dict.fromkeys(("momentum", "b1", "b2", "averaging", "dropout"), _BELOW_ONE),
     **dict.fromkeys(("decay", "scale_decay"), _AT_MOST_ONE),
     **dict.fromkeys(("factor_update_period", "inverse_update_period", "basis_update_period"), _AT_LEAST_ONE),
     **dict.fromkeys(("scale_update_period", "damping_period", "num_samples", "max_dim"), _AT_LEAST_ONE),
     **dict.fromkeys(("damping", "coarse_damping", "initial_damping"), _POSITIVE),
-    **dict.fromkeys(("length", "variations", "inputs", "outputs"), _AT_LEAST_ONE),
+    **dict.fromkeys(("length", "variations", "inputs", "outputs", "batch_size"), _AT_LEAST_ONE),
 }
-# In config.model every whole number counts units, layers or pixels.
-_SIZES: Mapping[type, _Range] = {int: _AT_LEAST_ONE, float: _NOT_NEGATIVE}
 
 
 def check_config(config: ConfigDict) -> None:
-    """Refuses a seed, lengths, sizes of the data and sizes of the model that cannot be.
-
-    Raises:
-      ExperimentError: a number is not finite or out of its range.
-    """
-    _check("config.seed", config.seed, _NOT_NEGATIVE)
-    for field in ("steps", "log_every", "checkpoint_every"):
-        # That they are positive is asked by the commands that use them.
-        _check(f"config.{field}", abs(config.get(field, 1)), _NOT_NEGATIVE)
-    for field, value in config.data.items():
-        _check(f"config.data.{field}", value, _RANGES.get(field, _NOT_NEGATIVE))
-    if "compare" in config:
-        _check("config.compare.seconds", config.compare.seconds, _NOT_NEGATIVE)
-    for field, value in config.model.items():
-        several = isinstance(value, list | tuple)
-        for number in value if several else (value,):
-            place = f"{'A number of ' * several}config.model.{field}"
-            _check(place, number, _RANGES.get(field, _SIZES.get(type(number), _POSITIVE)))
+    """Refuses seeds, lengths, sizes of the data and sizes of the model that cannot be."""
+    # That the last ones are positive is asked by the commands that use them.
+    fields = ("seed", "data_seed", "averaging", "steps", "log_every", "checkpoint_every")
+    _check({field: config[field] for field in fields if field in config}, "config")
+    _check(config.data, "config.data")
+    # In config.model every whole number counts units, layers or pixels.
+    _check(config.model, "config.model", _AT_LEAST_ONE)
 
 
-def check_settings(name: str, settings: ConfigDict, run_steps: int) -> None:
+def check_settings(name: str, settings: ConfigDict) -> None:
     """Refuses numbers of ``config.<name>`` that no optimizer can train with; traced ones pass.
 
-    Rates, strengths and bounds are finite and not negative, dampings positive in every one of ``run_steps``
-    steps, moments below 1, weights of running averages at most 1, periods at least 1.
-
-    Raises:
-      ExperimentError: a number is not finite or out of its range, or a sub-config is no schedule.
-
-    Example::
-
-        check_settings("adam", settings.adam(1e-3, b1=1.0), run_steps=100)  # refused
+    Rates, strengths and bounds are finite and not negative, dampings positive, moments below 1, weights of running
+    averages at most 1, periods at least 1.
     """
     for field, value in settings.items():
-        place, allowed = f"config.{name}.{field}", _RANGES.get(field, _NOT_NEGATIVE)
-        if not isinstance(value, ConfigDict):
-            _check(place, value, allowed)
-            continue
-        if "kind" not in value or "value" not in value:
-            raise ExperimentError(
-                f"{place} is neither a number nor a schedule; write settings.schedule(...)."
-            )
-        # The step after the last one would be the first with the end of a schedule that spans the run.
-        reached = value.kind in ("linear", "cosine") and 0 < value.get("steps", 0) < run_steps
-        for part, number in value.items():
-            in_use = part == "value" or (part == "end" and reached)
-            _check(f"{place}.{part}", number, allowed if in_use else _NOT_NEGATIVE)
+        place = f"config.{name}.{field}"
+        if isinstance(value, ConfigDict):
+            words = f"{place} is neither a number nor a schedule; write settings.schedule(...)."
+            require("kind" in value and "value" in value, words)
+            _check(value, place, ranges={"value": _RANGES.get(field, _NOT_NEGATIVE)})
+    _check(settings, f"config.{name}")
 
 
-def _check(place: str, number: Any, allowed: _Range) -> None:
-    """Raises for a number outside ``allowed``; what is no number passes."""
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        return
-    if isinstance(number, int) and abs(number) > _LARGEST_WHOLE:
-        raise ExperimentError(f"{place} is {number}; give a whole number of at most {_LARGEST_WHOLE}.")
-    if not (math.isfinite(number) and allowed.holds(number)):
-        raise ExperimentError(f"{place} is {number}; give {allowed.words}.")
+def check_positive(config: ConfigDict, *fields: str) -> None:
+    """Refuses a config in which one of ``fields`` is not a positive count."""
+    for field in fields:
+        value: Any = functools.reduce(operator.getitem, field.split("."), config)
+        require(value >= 1, f"config.{field} is {value}; set it to at least 1.")
+
+
+def _check(
+    fields: Mapping[str, Any] | ConfigDict,
+    place: str,
+    whole: _Range = _NOT_NEGATIVE,
+    ranges: Mapping[str, _Range] = _RANGES,
+) -> None:
+    """Refuses numbers out of the range of their field's name; what is no number passes."""
+    for field, value in fields.items():
+        several = isinstance(value, list | tuple)
+        name = f"{'A number of ' * several}{place}.{field}"
+        for number in value if several else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            too_large = isinstance(number, int) and abs(number) > _LARGEST_WHOLE
+            require(not too_large, f"{name} is {number}; give a whole number of at most {_LARGEST_WHOLE}.")
+            holds, words = ranges.get(field, whole if isinstance(number, int) else _NOT_NEGATIVE)
+            require(math.isfinite(number) and holds(number), f"{name} is {number}; give {words}.")

@@ -15,10 +15,10 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 import kfe_optax as kfe
-from kfe_optax.experiments.optimizers import METHODS, STEP_FIELDS, find_method
+from kfe_optax.experiments.optimizers import BATCH_FIELDS, METHODS, STEP_FIELDS, find_method
 from kfe_optax.experiments.options import fields_of
 from kfe_optax.experiments.schedules import make_schedule as make_schedule
 from kfe_optax.experiments.schedules import schedule as schedule
@@ -51,6 +51,8 @@ def method(name: str, learning_rate: Any = None, damping: Any = None, **options:
     known = inspect.signature(chosen.make).parameters
     given = {"learning_rate": learning_rate, "damping": damping}
     fields: dict[str, Any] = {"fisher": "sampled", "num_samples": 1} if chosen.curvature else {}
+    # Where they are given, for this optimizer in the place of the config's.
+    fields |= {field: config_dict.placeholder(int) for field in BATCH_FIELDS}
     fields |= (_NATURAL if "max_kl" in known else {}) | _OWN.get(name, {})
     fields |= {option: value for option, value in given.items() if value is not None} | options
     found = fields_of(chosen.make, **fields)
@@ -99,7 +101,8 @@ def with_relatives(config: ConfigDict) -> ConfigDict:
         shared = {
             field: value
             for field, value in config[relative].items()
-            if (field in known or field in STEP_FIELDS) and field not in _NOT_SHARED.get(name, ())
+            if (field in known or field in STEP_FIELDS or (field in BATCH_FIELDS and value is not None))
+            and field not in _NOT_SHARED.get(name, ())
         }
         config[name] = method(name, **shared)
     return config
@@ -121,15 +124,22 @@ def base_config(name: str) -> ConfigDict:
             "name": name,
             "title": name,
             "seed": 0,
+            # Of the order of the batches and of the split; none: the seed.
+            "data_seed": config_dict.placeholder(int),
             "data_dir": "",
             "data": {
                 "name": "mnist",
                 "train_size": 0,
                 "test_size": 0,
+                "validation": 0,  # training examples that are set apart, by the data seed
                 "normalize": False,  # mean 0 and standard deviation 1 in every channel
                 "augment": "",  # of the training batches: "crop,flip"
                 "channels": 1,  # of "digits32"
                 "length": 128,  # characters of a sequence of text
+                "variations": 50,  # of each of the "faces"
+                "inputs": 10,  # of "planted"
+                "outputs": 10,
+                "noise": 0.0,
             },
             "model": {
                 "kind": "autoencoder",
@@ -157,14 +167,20 @@ def base_config(name: str) -> ConfigDict:
             # comes from the cluster's environment.
             "distributed": False,
             "cluster": {"coordinator": "", "process_id": -1, "num_processes": 0},
+            # The decay of a running average of the parameters, which is evaluated in their place; 0: none.
+            "averaging": 0.0,
             "steps": 980,
             "log_every": 10,
             "checkpoint_every": 500,
+            # How often the loss on so many training images and on the whole other sets is recorded: "1 epoch",
+            # "50 steps", or "end".
+            "evaluate_every": "1 epoch",
+            "evaluate_examples": 2000,
             "compare": {
                 "optimizers": "adam,sgd,kfac,ekfac",
-                "steps": 0,
-                "seconds": 0.0,
-                "examples": 2000,
+                # Of each: "300 steps", "20 epochs" or "30 seconds"; "" stands for config.steps.
+                "budget": "",
+                "seeds": 1,  # how many, from config.seed on
             },
             # 'kfe-optax sweep --help' explains the values.
             "sweep": {
@@ -172,12 +188,13 @@ def base_config(name: str) -> ConfigDict:
                 "learning_rate": "x0.1:x10:5",
                 "damping": "x0.1:x10:5",
                 "max_kl": "",
+                "batch_size": "",
                 "others": "",
+                "objective": "train_loss",
                 "trials": 25,
                 "seeds": "",
                 "steps": 0,
                 "examples": 0,
-                "chunk": 5,
             },
             # 'kfe-optax diagnose --help' explains the values.
             "diagnose": {
@@ -186,14 +203,6 @@ def base_config(name: str) -> ConfigDict:
                 "steps": 150,
                 "every": 5,
                 "basis_update_period": 50,
-                "examples": 0,
-                "decay": 0.95,
-                "running_examples": 128,
-                "window": 60,
-                "spectrum_limit": 1500,
-                "coordinates": 36,
-                "tolerance": 1e-5,
-                "max_iterations": 500,
             },
         }
     )

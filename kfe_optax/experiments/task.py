@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.errors import FlaxError
 from ml_collections import ConfigDict
 
 from kfe_optax import losses
 from kfe_optax.experiments.dataset import Dataset
-from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.errors import ExperimentError, require
 from kfe_optax.experiments.models import Autoencoder, Classifier, LinearNetwork, make_model
 
 Params = Any
@@ -26,6 +28,16 @@ _EVALUATION_BATCH = 1000
 _EVALUATION_POSITIONS = 2**17
 # Sets a step's dropout apart from its sampled targets, which take the step's key itself.
 _DROPOUT = 0x64726F70
+# Each with what the outputs predict, which is compared with the truth, and its words.
+_LOSSES: dict[str, tuple[Callable, Callable, str]] = {
+    "softmax_cross_entropy": (
+        losses.softmax_cross_entropy_with_integer_labels,
+        functools.partial(jnp.argmax, axis=-1),
+        "cross-entropy",
+    ),
+    "sigmoid_binary_cross_entropy": (losses.sigmoid_binary_cross_entropy, jax.nn.sigmoid, "cross-entropy"),
+    "squared_error": (losses.squared_error, jnp.asarray, "squared error"),
+}
 
 
 class Task(NamedTuple):
@@ -53,8 +65,17 @@ class Task(NamedTuple):
     layers: str = ""  # see `layer_options`
 
     def init(self, key: jax.Array, images: jax.typing.ArrayLike) -> tuple[Params, State]:
-        """The initial parameters and state; ``images`` only give the shapes."""
-        variables = dict(self.model.init(key, images))
+        """The initial parameters and state; ``images`` only give the shapes.
+
+        Raises:
+          ExperimentError: the numbers of config.model do not make a network.
+        """
+        try:
+            variables = dict(self.model.init(key, images))
+        except ExperimentError:
+            raise
+        except (TypeError, ValueError, AssertionError, FlaxError) as error:
+            raise ExperimentError(f"config.model makes no network of these data: {error}.") from error
         return variables.pop("params"), variables
 
     @property
@@ -65,7 +86,7 @@ class Task(NamedTuple):
     def evaluate(
         self, params: Params, images: np.ndarray, labels: np.ndarray, state: State | None = None
     ) -> dict[str, float]:
-        """The means of ``loss`` and the task's other measures over all of ``images``.
+        """The means of ``loss`` and of ``accuracy`` or ``squared_error``, an example's sum, over all of ``images``.
 
         Every image counts once: the last batch is padded to the common shape, so that one
         compilation serves all, and the padding has weight zero.
@@ -92,146 +113,59 @@ def make_task(config: ConfigDict, dataset: Dataset) -> Task:
         params, _ = task.init(key, batch["image"])
         loss, grads = jax.value_and_grad(task.loss_fn)(params, batch)
     """
-    return _of_config(config, dataset)._replace(layers=config.get("layers", ""))
-
-
-def _of_config(config: ConfigDict, dataset: Dataset) -> Task:
-    model = make_model(config.model, dataset)
+    model: Any = make_model(config.model, dataset)
+    field, other, sums, over = "label", "squared_error", 1, "characters" if dataset.vocabulary else ""
     if isinstance(model, Autoencoder):
-        return _regression(model, config.loss, _Targets("an autoencoder", "image", dataset.pixels, "pixels"))
-    if isinstance(model, LinearNetwork):
-        return _regression(
-            model, config.loss, _Targets("planted targets", "label", dataset.outputs, "outputs")
-        )
-    if dataset.vocabulary:
-        return _classification(model, config.loss, "cross-entropy, mean over characters", dataset.pixels)
-    _check_labels(config, dataset, model)
-    positions = 1 if isinstance(model, Classifier) else dataset.pixels
-    return _classification(model, config.loss, "cross-entropy", positions)
-
-
-class _Targets(NamedTuple):
-    """What a model predicts number by number."""
-
-    name: str
-    field: str  # of the batch
-    count: int
-    plural: str  # of one number
-
-
-def _regression(model: nn.Module, loss: str, targets: _Targets) -> Task:
-    """Numbers (n, count): the pixels of an autoencoder's own images, or targets."""
-    choices = [name for name in _VALUE_LOSSES if targets.field == "image" or name not in _OF_PROBABILITIES]
-    if loss not in choices:
-        raise ExperimentError(
-            f"config.loss is '{loss}'; for {targets.name} choose one of {', '.join(choices)}."
-        )
-    value_loss, mean_of_outputs, words = _VALUE_LOSSES[loss]
-
-    def example_losses(outputs: jax.Array, batch: Batch) -> jax.Array:
-        return value_loss(outputs, batch[targets.field]).sum(axis=-1)
-
-    def measures(outputs: jax.Array, batch: Batch, weights: jax.Array) -> Measures:
-        errors = jnp.square(mean_of_outputs(outputs) - batch[targets.field]).sum(axis=-1)
-        return {
-            "loss": jnp.sum(weights * example_losses(outputs, batch)) / targets.count,
-            "squared_error": jnp.sum(weights * errors),
-        }
-
-    scale, name = 1.0 / targets.count, f"{words}, mean over {targets.plural}"
-    return _task(model, example_losses, measures, scale, name)
-
-
-def _classification(model: nn.Module, loss: str, loss_name: str, positions: int) -> Task:
-    """Classes of images, logits (n, classes), or the next characters of texts, (n, length, vocabulary)."""
-    if loss != "softmax_cross_entropy":
-        raise ExperimentError(f"config.loss is '{loss}'; for a classifier set it to 'softmax_cross_entropy'.")
-
-    def label_losses(logits: jax.Array, batch: Batch) -> jax.Array:
-        return losses.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-
-    def of_example(values: jax.Array) -> jax.Array:
-        # The mean over a text's characters.
-        return values.reshape(len(values), -1).mean(axis=-1)
-
-    def measures(logits: jax.Array, batch: Batch, weights: jax.Array) -> Measures:
-        correct = logits.argmax(axis=-1) == batch["label"]
-        return {
-            "loss": jnp.sum(weights * of_example(label_losses(logits, batch))),
-            "accuracy": jnp.sum(weights * of_example(correct)),
-        }
-
-    return _task(model, label_losses, measures, 1.0, loss_name, positions)
-
-
-def _check_labels(config: ConfigDict, dataset: Dataset, model: nn.Module) -> None:
-    """Refuses images without labels, and labels without a class."""
-    if dataset.outputs:
-        raise ExperimentError(
-            f"The data ({dataset.source}) have targets, not classes; set config.model.kind to 'linear'."
-        )
-    highest = int(max(dataset.train_labels.max(), dataset.test_labels.max()))
-    if highest == 0:
-        raise ExperimentError(
-            f"The data ({dataset.source}) have no labels to classify by; set config.model.kind to 'autoencoder'."
-        )
-    if isinstance(model, Classifier):
-        classes, setting = model.sizes[-1], f"config.model.sizes ends with {model.sizes[-1]}; let it end with"
+        field, sums, over = "image", dataset.pixels, "pixels"
+        fitting = ["sigmoid_binary_cross_entropy", "squared_error"]
+    elif isinstance(model, LinearNetwork):
+        sums, over = dataset.outputs, "outputs"
+        fitting = ["squared_error"]
     else:
-        classes = cast(Any, model).classes
-        setting = f"config.model.classes is {classes}; set it to"
-    if highest >= classes:
-        raise ExperimentError(f"The labels go up to {highest} and {setting} at least {highest + 1}.")
-
-
-def _task(
-    model: nn.Module,
-    losses_of: Callable[[jax.Array, Batch], jax.Array],
-    measures: Callable[[jax.Array, Batch, jax.Array], Measures],
-    loss_scale: float,
-    loss_name: str,
-    positions: int = 1,
-) -> Task:
-    """The task whose training loss is the mean of ``losses_of(outputs, batch)``."""
+        other, fitting = "accuracy", ["softmax_cross_entropy"]
+        _check_labels(dataset, model)
+    words = f"config.loss is '{config.loss}'; for config.model.kind '{config.model.kind}' choose one of"
+    require(config.loss in fitting, f"{words} {', '.join(fitting)}.")
+    loss_of, predict, name = _LOSSES[config.loss]
     has_state = getattr(model, "batch_norm", False)
     has_dropout = getattr(model, "dropout", 0.0) > 0.0
     # The other models make no difference between training and evaluation.
     training: dict[str, Any] = {"train": True} if has_state or has_dropout else {}
 
-    def loss_fn(
-        params: Params, batch: Batch, state: State | None = None, key: jax.Array | None = None
-    ) -> Any:
-        variables = {"params": params, **(state or {})}
-        rngs = {"dropout": jax.random.fold_in(_given(key), _DROPOUT)} if has_dropout else None
-        if not has_state:
-            outputs = model.apply(variables, batch["image"], rngs=rngs, **training)
-            return losses_of(cast(jax.Array, outputs), batch).mean()
-        outputs, moved = model.apply(
-            variables, batch["image"], rngs=rngs, mutable=list(state or {}), **training
-        )
-        return losses_of(cast(jax.Array, outputs), batch).mean(), moved
+    def values(function: Callable, outputs: jax.Array, batch: Batch) -> jax.Array:
+        found = function(outputs, batch[field])
+        return found.sum(axis=-1) if over in ("pixels", "outputs") else found
+
+    def other_of(outputs: jax.Array, truth: jax.Array) -> jax.Array:
+        return predict(outputs) == truth if other == "accuracy" else jnp.square(predict(outputs) - truth)
+
+    def loss_fn(params: Params, batch: Batch, state: State | None = None, key: Any = None) -> Any:
+        if has_dropout and key is None:
+            raise ValueError("The model has dropout: call loss_fn(params, batch, state, key).")
+        rngs = {"dropout": jax.random.fold_in(key, _DROPOUT)} if has_dropout else None
+        variables, mutable = {"params": params, **(state or {})}, list(state or {}) if has_state else False
+        found: Any = model.apply(variables, batch["image"], rngs=rngs, mutable=mutable, **training)
+        outputs, moved = found if has_state else (found, None)
+        loss = values(loss_of, outputs, batch).mean()
+        return (loss, moved) if has_state else loss
 
     @jax.jit
     def measure(params: Params, batch: Batch, weights: jax.Array, state: State) -> Measures:
-        outputs = cast(jax.Array, model.apply({"params": params, **state}, batch["image"]))
-        return measures(outputs, batch, weights)
+        outputs = model.apply({"params": params, **state}, batch["image"])
+        found = {"loss": values(loss_of, outputs, batch) / sums, other: values(other_of, outputs, batch)}
+        # The mean over a text's characters.
+        return {name: jnp.sum(weights * each.reshape(len(each), -1).mean(-1)) for name, each in found.items()}
 
-    return Task(model, loss_fn, loss_scale, loss_name, measure, has_state, positions)
-
-
-def _given(key: jax.Array | None) -> jax.Array:
-    if key is None:
-        raise ValueError("The model has dropout: call loss_fn(params, batch, state, key).")
-    return key
+    name += f", mean over {over}" * bool(over)
+    positions = 1 if isinstance(model, Autoencoder | Classifier | LinearNetwork) else dataset.pixels
+    return Task(model, loss_fn, 1 / sums, name, measure, has_state, positions, config.get("layers", ""))
 
 
-# For each loss of numbers: the function, the mean of its predictive distribution, and its name.
-_VALUE_LOSSES: dict[str, tuple[Callable, Callable[[jax.Array], jax.Array], str]] = {
-    "sigmoid_binary_cross_entropy": (
-        losses.sigmoid_binary_cross_entropy,
-        jax.nn.sigmoid,
-        "cross-entropy",
-    ),
-    "squared_error": (losses.squared_error, lambda outputs: outputs, "squared error"),
-}
-_OF_PROBABILITIES = ("sigmoid_binary_cross_entropy",)  # targets between 0 and 1, as pixels are
+def _check_labels(dataset: Dataset, model: Any) -> None:
+    """Refuses images without labels, and labels without a class."""
+    highest = max(int(labels.max()) for _, labels in dataset.splits().values())
+    words = f"The data ({dataset.source}) have no labels to classify by"
+    require(highest > 0, f"{words}; set config.model.kind to 'autoencoder'.")
+    classes = dataset.vocabulary or model.classes
+    words = f"The labels go up to {highest} and config.model has {classes} classes"
+    require(highest < classes, f"{words}; let 'classes', or the last of 'sizes', be at least {highest + 1}.")

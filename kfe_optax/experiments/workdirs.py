@@ -8,8 +8,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import IO
 
-from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.processes import any_process, writes
+from kfe_optax.experiments.errors import ExperimentError, require
+from kfe_optax.experiments.parallel import any_process, writes
 
 try:
     import fcntl
@@ -24,17 +24,8 @@ def claimed(workdir: str | Path, command: str, files: Sequence[str]) -> Generato
     The file ``<command>.run`` in it is what is locked, and the mark of a folder whose ``files`` a run of the
     command has written: elsewhere there may be none of these names. Of several processes of one run the first
     does all this.
-
-    Raises:
-      ExperimentError: the folder cannot be written to, holds such a file without the mark, or is in use.
-
-    Example::
-
-        with claimed("runs/first", "train", ("metrics.csv",)) as folder:
-            (folder / "metrics.csv").write_text(...)
     """
-    mark, refusal = contextlib.nullcontext(), None
-    path = Path(workdir)
+    mark, refusal, path = contextlib.nullcontext(), None, Path(workdir)
     try:
         path = path.expanduser()
         path.mkdir(parents=True, exist_ok=True)
@@ -56,21 +47,17 @@ def _marked(path: Path, command: str, files: Sequence[str]) -> IO[str]:
     """The mark, open and locked for as long as it stays open."""
     mark = path / f"{command}.run"
     foreign = [name for name in files if os.path.lexists(path / name)]
-    if foreign and not mark.exists():
-        raise ExperimentError(
-            f"'{path}' holds '{foreign[0]}' and no '{mark.name}', the mark of a run of '{command}': another program's file "
-            "would be overwritten; choose another --workdir."
-        )
+    words = f"'{path}' holds '{', '.join(foreign)}' and no '{mark.name}', the mark of a run of '{command}'"
+    advice = "another program's file would be overwritten; choose another --workdir"
+    require(not foreign or mark.exists(), f"{words}: {advice}.")
     file = mark.open("a", encoding="utf-8")
     try:
         if fcntl is not None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
-        raise ExperimentError(
-            f"'{path}' is in use by another run of '{command}' (process {mark.read_text(encoding='utf-8').strip()}); wait for "
-            "its end, or choose another --workdir."
-        ) from error
+        words = f"'{path}' is in use by another run of '{command}' (process {mark.read_text(encoding='utf-8').strip()})"
+        raise ExperimentError(f"{words}; wait for its end, or choose another --workdir.") from error
     except OSError:
         pass  # a file system without locks
     file.truncate(0)

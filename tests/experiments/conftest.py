@@ -23,7 +23,7 @@ def get_config():
     config.batch_size = 16
     config.steps = 6
     config.log_every = 1
-    config.compare.examples = 32
+    config.evaluate_examples = 72
     config.adam = settings.adam(settings.schedule(1e-2, warmup=2))
     config.sgd = settings.sgd(1e-3)
     config.kfac = settings.kfac(0.1, 1.0, factor_update_period=2, inverse_update_period=4)
@@ -85,12 +85,17 @@ def tiny_config_file(tiny_npz: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def tiny_config(tiny_config_file: Path) -> ConfigDict:
+def config_of(npz: Path) -> ConfigDict:
     """The config of ``tiny_config_file``."""
     namespace: dict = {}
-    exec(tiny_config_file.read_text(), namespace)
+    exec(TINY_CONFIG.format(data_dir=str(npz)), namespace)
     return namespace["get_config"]()
+
+
+@pytest.fixture
+def tiny_config(tiny_npz: Path) -> ConfigDict:
+    """The config of ``tiny_config_file``."""
+    return config_of(tiny_npz)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ class Normed(nn.Module):
 
 def use(config: ConfigDict, monkeypatch: Any, **options: Any) -> ConfigDict:
     """The config with this model."""
-    monkeypatch.setitem(models.KINDS, "normed", models.Kind(Normed))
+    monkeypatch.setitem(models.KINDS, "normed", Normed)
     config.model = ConfigDict({"kind": "normed", "batch_norm": True, "dropout": 0.0, **options})
     config.loss = "softmax_cross_entropy"
     return config

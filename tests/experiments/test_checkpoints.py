@@ -23,7 +23,7 @@ from kfe_optax.experiments.diagnose import diagnose
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import TrainState
 from kfe_optax.experiments.main import main
-from kfe_optax.experiments.records import Record, Recorder
+from kfe_optax.experiments.records import Recorder
 from kfe_optax.experiments.sweep import sweep
 from kfe_optax.experiments.train import train
 from kfe_optax.experiments.workdirs import claimed
@@ -225,7 +225,7 @@ def test_a_full_disk_while_a_record_is_written_leaves_a_checkpoint(
     original = Recorder.write
 
     def full_at_three(self, record):
-        if record.step == 3:
+        if record["step"] == 3:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(self, record)
 
@@ -251,7 +251,7 @@ def test_a_full_disk_while_a_record_is_written_leaves_a_checkpoint(
 def test_rows_stand_until_their_copy_is_written(tmp_path):
     with Recorder(tmp_path) as recorder:
         for step in (1, 2, 3):
-            recorder.write(Record(step, 0, 0.5, 1.0, 1.0))
+            recorder.write({"step": step, "loss": 0.5})
     before = (tmp_path / "metrics.csv").read_text()
     (tmp_path / "metrics.csv.new").mkdir()  # in its place nothing can be written
     with pytest.raises(OSError, match="metrics.csv.new"):

@@ -11,10 +11,10 @@ from rich.console import Console
 
 import kfe_optax as kfe
 from kfe_optax.experiments.config_files import load_config
+from kfe_optax.experiments.data import planted_targets
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.job import make_layers
 from kfe_optax.experiments.optimizers import METHODS, make_optimizer
-from kfe_optax.experiments.planted import planted_targets
 from kfe_optax.experiments.task import make_task
 from kfe_optax.experiments.train import train
 

@@ -40,8 +40,8 @@ def test_train_with_overrides_and_resume(tiny_config_file, tmp_path, capsys):
     assert "resumed    at step 4" in capsys.readouterr().out
     with (tmp_path / "run" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]
-    assert {float(row["damping"]) for row in rows} == {0.5}
+    assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4", "5"]
+    assert {float(row["damping"]) for row in rows[1:]} == {0.5}
 
 
 @pytest.mark.nightly
@@ -52,7 +52,7 @@ def test_compare_prints_a_table_and_writes_a_figure(tiny_config_file, tmp_path, 
                 "compare",
                 f"--config={tiny_config_file}",
                 "--config.compare.optimizers=sgd,ekfac",
-                "--config.compare.steps=3",
+                "--config.compare.budget=3 steps",
                 f"--workdir={tmp_path}",
             ]
         )
@@ -165,7 +165,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_that_resumes(tiny_config_file,
     )
     try:
         metrics, deadline = workdir / "metrics.csv", time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text().count("\n") > 3):
+        while not (metrics.exists() and metrics.read_text().count("\n") > 4):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -179,7 +179,7 @@ def test_ctrl_c_in_a_terminal_leaves_a_checkpoint_that_resumes(tiny_config_file,
     step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
     with metrics.open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
-    assert steps == list(range(1, step + 1))
+    assert steps == list(range(step + 1))
     arguments = [*command[3:-2], f"--config.steps={step + 2}", f"--workdir={workdir}", "--resume"]
     # A schedule that spans the run depends on its length, which this resumption changes.
     assert main(arguments) == 0

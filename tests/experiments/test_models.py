@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from kfe_optax.experiments.data import planted_targets
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.models import Autoencoder, Classifier, ResNet, make_model
+from kfe_optax.experiments.models import make_model
+from kfe_optax.experiments.settings import base_config
+from kfe_optax.experiments.task import make_task
 
 IMAGE_SHAPE = (32, 32, 3)
 
@@ -29,6 +32,11 @@ def text_data(length=7, vocabulary=11, count=3):
 
 def model_of(dataset=None, **settings):
     return make_model(ConfigDict(settings), dataset or image_data())
+
+
+def initial(model, inputs):
+    """The parameters, by one compiled program."""
+    return jax.jit(model.init)(jax.random.key(0), inputs)["params"]
 
 
 def count(tree):
@@ -63,10 +71,11 @@ def test_a_network_with_norm_first_has_no_norm_on_its_shortcuts():
     assert count(params) == 11_173_962 - 2 * (896 + 64 + 448 - 512)
 
 
-@pytest.mark.parametrize("pre_activation", [False, True])
+@pytest.mark.parametrize("pre_activation", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_kernels_without_batch_norm_have_the_papers_variances(pre_activation):
-    model = ResNet(image_shape=(8, 8, 3), depth=20, batch_norm=False, pre_activation=pre_activation)
-    params = model.init(jax.random.key(0), np.zeros((1, 192), np.float32))["params"]
+    dataset = image_data((8, 8, 3))
+    model = model_of(dataset, kind="resnet", depth=14, batch_norm=False, pre_activation=pre_activation)
+    params = initial(model, dataset.train_images)
 
     def variance(layer):
         kernel = np.asarray(layer["kernel"])
@@ -84,20 +93,14 @@ def test_kernels_without_batch_norm_have_the_papers_variances(pre_activation):
     assert variance(params["logits"])[0] == pytest.approx(2.0, rel=0.3)
 
 
-def test_a_width_scales_every_layer():
-    for settings in ({"kind": "vgg", "depth": 11, "head": (64,)}, {"kind": "resnet", "depth": 8}):
-        model = model_of(image_data((8, 8, 1)), width=0.125, batch_norm=False, **settings)
-        params = model.init(jax.random.key(0), image_data((8, 8, 1)).train_images)["params"]
-        sizes = {kernel.shape[-1] for kernel in jax.tree.leaves(params) if kernel.ndim > 1}
-        assert max(sizes - {10}) == (64 if settings["kind"] == "vgg" else 8)
-
-
-def test_gray_images_of_another_size_pass():
-    for kind in ("vgg", "resnet"):
-        dataset = image_data((28, 28))
-        model = model_of(dataset, kind=kind, width=0.05, batch_norm=False, classes=3)
-        outputs, _ = jax.eval_shape(model.init_with_output, jax.random.key(0), dataset.train_images)
+def test_gray_images_of_another_size_pass_and_a_width_scales_every_layer():
+    dataset = image_data((28, 28))
+    for kind, depth, largest in (("vgg", 11, 64), ("resnet", 8, 8)):
+        model = model_of(dataset, kind=kind, depth=depth, width=0.125, batch_norm=False, classes=3)
+        outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), dataset.train_images)
         assert outputs.shape == (2, 3)
+        sizes = {kernel.shape[-1] for kernel in jax.tree.leaves(variables) if kernel.ndim > 1}
+        assert max(sizes) == largest
 
 
 @pytest.mark.slow
@@ -115,7 +118,7 @@ def test_a_character_sees_those_before_it_and_no_other(settings):
     dataset = text_data()
     model = model_of(dataset, **settings)
     tokens = dataset.train_images
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = initial(model, tokens)
     logits = model.apply({"params": params}, tokens)
     assert logits.shape == (3, 7, 11)
     changed = model.apply({"params": params}, np.where(np.arange(7) == 4, (tokens + 1) % 11, tokens))
@@ -129,7 +132,7 @@ def test_a_loop_of_blocks_is_the_blocks_in_a_row():
     settings = {"kind": "transformer", "width": 8, "depth": 3, "heads": 2, "hidden": 6}
     tokens = dataset.train_images
     plain, loop = model_of(dataset, **settings), model_of(dataset, **settings, scan=True)
-    params = plain.init(jax.random.key(0), tokens)["params"]
+    params = initial(plain, tokens)
     blocks = [params[f"block_{index}"] for index in (1, 2, 3)]
     others = {name: own for name, own in params.items() if not name.startswith("block")}
     stacked = {**others, "blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
@@ -155,7 +158,10 @@ def test_a_tied_head_has_no_parameters_of_its_own():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"kind": "transformer", "width": 8, "depth": 2, "heads": 2, "hidden": 6, "scan": True},
+        pytest.param(
+            {"kind": "transformer", "width": 8, "depth": 2, "heads": 2, "hidden": 6, "scan": True},
+            marks=pytest.mark.slow,
+        ),
         {"kind": "recurrent", "width": 5, "embedding": 4},
     ],
     ids=["transformer", "recurrent"],
@@ -164,7 +170,7 @@ def test_dropout_is_of_training_alone(settings):
     dataset = text_data()
     model = model_of(dataset, **settings, dropout=0.5)
     tokens = dataset.train_images
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = initial(model, tokens)
 
     def trained(seed):
         rngs = {"dropout": jax.random.key(seed)}
@@ -179,7 +185,7 @@ def test_dropout_is_of_training_alone(settings):
 def test_patches_of_an_image_have_positions():
     model = model_of(kind="vision_transformer", patch=8, width=8, depth=1, heads=2, hidden=6)
     images = np.random.default_rng(0).normal(size=(2, 3072)).astype(np.float32)
-    params = model.init(jax.random.key(0), images)["params"]
+    params = initial(model, images)
     assert params["positions"].shape == (16, 8)
     moved = np.roll(images.reshape(-1, *IMAGE_SHAPE), 8, axis=1).reshape(2, -1)
     outputs, rolled = (model.apply({"params": params}, x) for x in (images, moved))
@@ -187,35 +193,46 @@ def test_patches_of_an_image_have_positions():
     assert np.abs(outputs - rolled).max() > 1e-4
 
 
-def test_the_dense_models_have_their_names_here():
-    dense = ConfigDict(
-        {"sizes": [12, 3], "activation": "tanh", "initializer": "he_normal", "linear_code": True}
-    )
-    dataset = image_data((2, 2, 3))
-    assert make_model(ConfigDict({**dense, "kind": "classifier"}), dataset) == Classifier(
-        (12, 3), "tanh", "he_normal"
-    )
-    found = make_model(ConfigDict({**dense, "kind": "autoencoder", "sizes": (12, 3, 12)}), dataset)
-    assert found == Autoencoder((12, 3, 12), "tanh", True, "he_normal")
-
-
 @pytest.mark.parametrize(
     ("settings", "dataset", "sentence"),
     [
         ({"kind": "perceptron"}, image_data(), "kind is 'perceptron'; choose one of autoencoder,"),
-        ({"kind": "transformer"}, image_data(), "'transformer' reads text, and the data .* are images"),
-        ({"kind": "vgg"}, text_data(), "'vgg' reads images, and the data .* are text"),
-        ({"kind": "classifier"}, text_data(), "reads images"),
-        ({"kind": "vgg", "sizes": (3,)}, image_data(), "no config.model.sizes; its fields are batch_norm,"),
-        ({"kind": "vgg", "image_shape": (3,)}, image_data(), "has no config.model.image_shape"),
-        ({"kind": "vgg", "depth": 12}, image_data(), "a VGG has depth 11 or 16"),
-        ({"kind": "resnet", "depth": 21}, image_data(), r"18, 34, or 6k \+ 2"),
+        (
+            {"kind": "transformer"},
+            image_data(),
+            r"'transformer' is for texts, and the data \(made up\) are not",
+        ),
+        ({"kind": "vgg"}, text_data(), r"'vgg' is not for texts, and the data \(made up\) are"),
+        ({"kind": "classifier"}, text_data(), "is not for texts"),
+        ({"kind": "linear"}, image_data(), "is for targets, and the data"),
+        ({"kind": "classifier"}, planted_targets(3, 2, 4, 2, 0.0), "is not for targets, and the data"),
+        ({"kind": "vgg", "sizes": (3,)}, image_data(), "got an unexpected keyword argument 'sizes'"),
+        ({"kind": "vgg", "image_shape": (3,)}, image_data(), "multiple values for .* 'image_shape'"),
         ({"kind": "resnet"}, image_data((3072,)), "rows of 3072 pixels without height and width"),
-        ({"kind": "recurrent", "cell": "rnn"}, text_data(), "choose one of lstm, gru"),
-        ({"kind": "transformer", "heads": 3}, text_data(), "let 'heads' divide 'width'"),
-        ({"kind": "vision_transformer", "patch": 5}, image_data(), "images are 32 x 32; let it divide both"),
+        ({"kind": "vgg", "depth": 12}, image_data(), "depth is '12'; choose one of 11, 16"),
+        ({"kind": "resnet", "depth": 21}, image_data(), r"18, 34, or 6k \+ 2"),
+        ({"kind": "recurrent", "cell": "rnn"}, text_data(), "cell is 'rnn'; choose one of lstm, gru"),
+        ({"kind": "transformer", "heads": 3}, text_data(), "makes no network of these data: .*heads"),
+        ({"kind": "classifier", "sizes": (8, 2)}, image_data(), r"sizes is \(8, 2\).*start with 3072"),
+        ({"kind": "classifier", "sizes": (3072, 1)}, image_data(), "labels go up to 1 .* at least 2"),
+        ({"kind": "resnet", "classes": 1}, image_data(), "labels go up to 1 .* at least 2"),
+        ({"kind": "autoencoder", "sizes": (3072,)}, image_data(), "and that of an autoencoder end with it"),
+        ({"kind": "autoencoder", "sizes": (3072, 3)}, image_data(), "and that of an autoencoder end with it"),
+        (
+            {"kind": "classifier", "sizes": (3072, 3, 2), "activation": "softsign"},
+            image_data(),
+            "choose one of relu, tanh",
+        ),
+        (
+            {"kind": "classifier", "sizes": (3072, 2), "initializer": "zeros"},
+            image_data(),
+            "choose one of lecun_normal",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence(settings, dataset, sentence):
+    config = base_config("mistaken")
+    config.model = ConfigDict(settings)
+    config.loss = "squared_error" if settings["kind"] == "autoencoder" else "softmax_cross_entropy"
     with pytest.raises(ExperimentError, match=sentence):
-        make_model(ConfigDict(settings), dataset)
+        jax.eval_shape(make_task(config, dataset).init, jax.random.key(0), dataset.train_images)

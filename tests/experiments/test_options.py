@@ -14,9 +14,8 @@ import kfe_optax as kfe
 from kfe_optax.experiments import settings
 from kfe_optax.experiments.command_line import _parse, run_command
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.layer_options import configured
-from kfe_optax.experiments.optimizers import METHODS, make_optimizer
-from kfe_optax.experiments.options import descriptions
+from kfe_optax.experiments.optimizers import METHODS, config_of, make_optimizer
+from kfe_optax.experiments.options import configured, descriptions
 from kfe_optax.experiments.schedules import make_schedule
 
 # Functions, trees and objects, which a config cannot say.
@@ -36,9 +35,7 @@ def get_config():
 def parse(tmp_path):
     path = tmp_path / "options.py"
     path.write_text(FILE)
-    return lambda *flags: (
-        _parse(["train", f"--config={path}", *(f"--config.{flag}" for flag in flags)]).config
-    )
+    return lambda *flags: _parse(["train", f"--config={path}", *(f"--config.{flag}" for flag in flags)])[1]
 
 
 @functools.cache
@@ -61,7 +58,7 @@ def test_every_option_is_a_field(name, parse):
     make, fields = METHODS[name].make, parse()[name]
     known = inspect.signature(make).parameters
     assert set(known) - UNSAID <= set(fields)
-    assert set(fields) - set(known) <= {"fisher", "num_samples"}
+    assert set(fields) - set(known) <= {"fisher", "num_samples", "batch_size", "data_seed"}
     told = descriptions(make)
     assert name in ("adam", "sgd") or all(told[field] for field in known)
 
@@ -141,26 +138,6 @@ def test_a_number_becomes_a_schedule(parse):
         parse("kfac.nothing.kind=linear")
 
 
-def test_a_scheduled_momentum_is_that_of_each_step(parse):
-    """δ ← g + μ_k δ, heavy ball, with the momentum of step k."""
-    config = parse("kfac.momentum.kind=linear", "kfac.momentum.end=0.0", "kfac.max_kl=0.0")
-    tx = make_optimizer("kfac", config.kfac, 2, layers())
-
-    def loss_fn(params, x):
-        hidden = jnp.tanh(x @ params["first"]["kernel"])
-        return kfe.losses.l2_loss(hidden @ params["last"]["kernel"]).sum(-1).mean()
-
-    differentiate = kfe.value_grad_and_taps(loss_fn, layers(), fisher="exact")
-    _, grads, taps = differentiate(params(), jnp.ones((5, 3)))
-    bare = kfe.scale_by_kfac(layers(), 1.0, initial_refreshes=1)
-    state, own, expected = tx.init(params()), bare.init(params()), 0.0
-    for k, momentum in enumerate((0.9, 0.45)):
-        updates, state = tx.update(grads, state, params(), taps=taps)
-        plain, own = bare.update(grads, own, params(), taps=taps)
-        expected = plain["last"]["kernel"] + momentum * expected
-        np.testing.assert_allclose(updates["last"]["kernel"], -0.1 * expected, rtol=1e-5, err_msg=str(k))
-
-
 def test_coarse_damping_follows_damping(parse):
     assert parse("two_level_kfac.damping.value=7.0").two_level_kfac.coarse_damping.value == 7.0
     found = parse(
@@ -211,3 +188,10 @@ def test_optax_optimizers_are_whole():
     state = own.init({"w": jnp.ones(2)})
     updates, _ = own.update({"w": jnp.ones(2)}, state, {"w": jnp.ones(2)})
     np.testing.assert_allclose(updates["w"], -0.1)
+
+
+def test_an_optimizer_may_have_batches_of_its_own(parse):
+    config = parse("kfac.batch_size=8", "kfac.data_seed=3", "batch_size=16")
+    assert (config_of(config, "kfac").batch_size, config_of(config, "kfac").data_seed) == (8, 3)
+    assert (config_of(config, "adam").batch_size, config_of(config, "adam").data_seed) == (16, None)
+    make_optimizer("kfac", config.kfac, 10, layers())

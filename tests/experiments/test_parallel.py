@@ -17,9 +17,8 @@ from kfe_optax.experiments.diagnose import diagnose
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import make_job
 from kfe_optax.experiments.main import main
-from kfe_optax.experiments.parallel import Share
-from kfe_optax.experiments.processes import join_processes
-from kfe_optax.experiments.sweep_space import make_space
+from kfe_optax.experiments.parallel import Share, join_processes
+from kfe_optax.experiments.sweep import sweep
 from kfe_optax.experiments.train import train
 
 from ..methods import quick
@@ -48,7 +47,7 @@ def on(config, mode, count=4):
 
 def loss_curve(workdir):
     with (workdir / "metrics.csv").open(newline="") as file:
-        return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
+        return [(row["step"], row["loss"]) for row in csv.DictReader(file) if row["step"] != "0"]
 
 
 def assert_close(found, expected):
@@ -183,7 +182,7 @@ def test_a_resumed_run_on_several_devices_equals_an_uninterrupted_one_bit_for_bi
     tiny_config, tmp_path, mode
 ):
     config = on(tiny_config, mode)
-    config.optimizer = "kfac"
+    config.optimizer = "adam" if mode == "sharded" else "kfac"
     whole = train(config, tmp_path / "whole", console=QUIET)
     config.steps = 3
     train(config, tmp_path / "parts", console=QUIET)
@@ -240,7 +239,7 @@ def test_compare_runs_on_several_devices(tiny_config, tmp_path):
     several = compare(on(tiny_config, "pmap"), tmp_path, QUIET)
     for first, second in zip(one, several, strict=True):
         assert second.measures["train_loss"] == pytest.approx(first.measures["train_loss"], rel=1e-4)
-        assert second.curve[0].loss == pytest.approx(first.curve[0].loss, rel=1e-6)
+        assert second.rows[0]["train_loss"] == pytest.approx(first.rows[0]["train_loss"], rel=1e-6)
 
 
 def test_a_growing_batch_grows_on_several_devices(tiny_config):
@@ -278,15 +277,20 @@ def test_every_size_of_a_growing_batch_is_shared_evenly(tiny_config):
         make_job(on(tiny_config, "sharded"), "adam", load(tiny_config), 6)
 
 
-def test_commands_of_one_device_refuse_several(tiny_config, tmp_path):
-    on(tiny_config, "sharded")
-    with pytest.raises(ExperimentError, match="'sweep' runs on one device"):
-        make_space(tiny_config)
-    with pytest.raises(ExperimentError, match="'diagnose' runs on one device"):
-        diagnose(tiny_config, tmp_path, console=QUIET)
+@pytest.mark.parametrize("command", [compare, sweep, diagnose])
+def test_commands_of_one_process_refuse_several(tiny_config, tmp_path, command):
     tiny_config.distributed = True
-    with pytest.raises(ExperimentError, match="'compare' runs in one process"):
-        compare(tiny_config, tmp_path, QUIET)
+    with pytest.raises(ExperimentError, match=f"'{command.__name__}' runs in one process"):
+        command(tiny_config, tmp_path, console=QUIET)
+
+
+def test_a_sweep_runs_on_several_devices(tiny_config, tmp_path):
+    tiny_config.update(optimizer="sgd", steps=2)
+    tiny_config.sweep.update(learning_rate="1e-3,1e-2", damping="")
+    alone = sweep(tiny_config, tmp_path / "one", console=QUIET)
+    several = sweep(on(tiny_config, "pmap"), tmp_path / "several", console=QUIET)
+    for one, other in zip(alone.trials, several.trials, strict=True):
+        assert one.user_attrs == pytest.approx(other.user_attrs, rel=1e-5)
 
 
 def test_processes_that_cannot_be_joined_are_one_sentence(tiny_config):

@@ -52,7 +52,7 @@ def in_one_process(config_file, workdir, steps, mode, count, resume=False):
 
 def rows(workdir):
     with (workdir / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["step"] != "0"]
 
 
 def losses(workdir):

@@ -8,7 +8,6 @@ import struct
 
 import jax
 import numpy as np
-import optax
 import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
@@ -19,12 +18,11 @@ from kfe_optax.experiments.compare import compare
 from kfe_optax.experiments.data import load
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import Interruption
-from kfe_optax.experiments.optimizers import METHODS, Method
-from kfe_optax.experiments.records import Recorder
+from kfe_optax.experiments.records import FIELDS, Recorder
 from kfe_optax.experiments.task import make_task
-from kfe_optax.experiments.train import evaluate, train
+from kfe_optax.experiments.train import train
 
-CURVATURE = ["kfac", "ekfac"]
+from .conftest import config_of
 
 
 @pytest.fixture
@@ -37,33 +35,75 @@ def rows(workdir):
         return list(csv.DictReader(file))
 
 
+def losses(workdir):
+    """All that a run has measured but times, as text: equal text is equal bits."""
+    names = [name for name in FIELDS if "second" not in name]
+    return [[row[name] for name in names] for row in rows(workdir)]
+
+
 def loss_curve(workdir):
-    """Steps and losses as text: equal text is equal bits."""
-    return [(row["step"], row["loss"]) for row in rows(workdir)]
+    """Steps and losses as text, from the first step on."""
+    return [(row["step"], row["loss"]) for row in rows(workdir) if row["step"] != "0"]
 
 
 def assert_same_state(first, second):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
-def test_a_run_leaves_records_checkpoints_and_measures(tiny_config, tmp_path, console):
-    tiny_config.optimizer = "adam"
-    tiny_config.steps = 40
-    outcome = train(tiny_config, tmp_path / "run", console=console)
-    losses = [float(row["loss"]) for row in rows(tmp_path / "run")]
-    assert len(losses) == 40
+@pytest.fixture(scope="module")
+def kfac_run(tiny_npz, tmp_path_factory):
+    """Nine steps of K-FAC, two epochs and a bit, with an evaluation after each epoch."""
+    config, folder = config_of(tiny_npz), tmp_path_factory.mktemp("kfac")
+    config.update(optimizer="kfac", steps=9)
+    return train(config, folder, console=Console(quiet=True)), folder
+
+
+def test_a_run_leaves_records_checkpoints_and_measures(kfac_run):
+    outcome, folder = kfac_run
+    found = rows(folder)
+    assert [row["step"] for row in found] == [str(step) for step in range(10)]
+    assert [float(row["epoch"]) for row in found] == [step / 4 for step in range(10)]
+    losses = [float(row["loss"]) for row in found[1:]]
     assert losses[-1] < losses[0]
-    assert [int(row["epoch"]) for row in rows(tmp_path / "run")][3:5] == [0, 1]
+    # At the start, after each epoch of four steps, and at the end.
+    for measure in ("train_loss", "train_squared_error", "test_loss", "test_squared_error"):
+        assert [row["step"] for row in found if row[measure]] == ["0", "4", "8", "9"]
+    assert float(found[-1]["train_loss"]) < float(found[0]["train_loss"])
+    assert not any(row["validation_loss"] or row["train_accuracy"] for row in found)
+    assert float(found[-1]["test_loss"]) == outcome.measures["test_loss"]
     assert outcome.measures["train_loss"] < losses[0]
-    assert set(outcome.measures) == {
-        "train_loss",
-        "train_squared_error",
-        "test_loss",
-        "test_squared_error",
-    }
-    assert (tmp_path / "run" / "checkpoints" / "40").is_dir()
-    assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
-    assert "optimizer: adam" in (tmp_path / "run" / "config.txt").read_text()
+    assert set(outcome.measures) == {f"{s}_{m}" for s in ("train", "test") for m in ("loss", "squared_error")}
+    last = found[-1]
+    assert float(last["damping"]) > 0.0
+    assert 0.0 < float(last["kl_factor"]) <= 1.0
+    assert int(last["last_refresh"]) == 8
+    assert int(last["failures"]) == int(last["nonfinite"]) == 0
+    assert (folder / "checkpoints" / "9").is_dir()
+    (board,) = (folder / "tensorboard").glob("events*")
+    assert b"run/test_loss" in board.read_bytes() and b"final/test_loss" in board.read_bytes()
+    assert "optimizer: kfac" in (folder / "config.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("every", "evaluated"), [("end", ["6"]), ("3 steps", ["0", "3", "6"]), ("2 epochs", ["0", "5", "6"])]
+)
+def test_when_is_evaluated(tiny_config, tmp_path, console, every, evaluated):
+    """With rows of their own, whatever is logged."""
+    tiny_config.update(optimizer="sgd", log_every=5, evaluate_every=every)
+    tiny_config.sgd.batch_size = 25  # two steps an epoch, of which the second one is not full
+    if every == "2 epochs":
+        tiny_config.sgd.batch_size, evaluated = 36, ["0", "4", "6"]
+    train(tiny_config, tmp_path / "run", console=console)
+    found = rows(tmp_path / "run")
+    assert [row["step"] for row in found if row["test_loss"]] == evaluated
+    assert [row["step"] for row in found] == sorted({*evaluated, "5", "6"})
+
+
+@pytest.mark.parametrize("every", ["", "epochs", "0 steps", "-1 steps", "1.5 epochs", "3 seconds", "often"])
+def test_when_cannot_be_evaluated(tiny_config, tmp_path, console, every):
+    tiny_config.update(optimizer="sgd", evaluate_every=every)
+    with pytest.raises(ExperimentError, match=rf"config.evaluate_every is '{every}'; give a number above 0"):
+        train(tiny_config, tmp_path / "run", console=console)
 
 
 def test_tensorboard_hides_what_followed_the_checkpoint_and_not_its_own_step(tmp_path):
@@ -78,58 +118,31 @@ def test_tensorboard_hides_what_followed_the_checkpoint_and_not_its_own_step(tmp
     assert [event.step for event in events if event.HasField("session_log")] == [8]
 
 
-@pytest.mark.parametrize("optimizer", CURVATURE)
-def test_an_optimizer_with_curvature_records_its_info(tiny_config, tmp_path, console, optimizer):
-    tiny_config.optimizer = optimizer
-    train(tiny_config, tmp_path / "run", console=console)
-    last = rows(tmp_path / "run")[-1]
-    assert float(last["damping"]) > 0.0
-    assert 0.0 < float(last["kl_factor"]) <= 1.0
-    assert int(last["last_refresh"]) == 4
-    assert int(last["failures"]) == int(last["nonfinite"]) == 0
-
-
-def test_averaged_parameters_are_evaluated_where_there_are_any(tiny_config, tmp_path, console, monkeypatch):
-    def averaged(learning_rate):
-        return optax.chain(optax.sgd(learning_rate), kfe.average_iterates())
-
-    monkeypatch.setitem(METHODS, "averaged", Method(averaged, curvature=False))
-    tiny_config.averaged = {"learning_rate": 1e-2}
-    tiny_config.optimizer = tiny_config.compare.optimizers = "averaged"
+def test_averaged_parameters_are_evaluated_where_there_are_any(tiny_config, tmp_path, console):
+    tiny_config.update(optimizer="adam", averaging=0.9)
+    tiny_config.compare.optimizers = "adam"
     outcome = train(tiny_config, tmp_path / "run", console=console)
     state, dataset = outcome.state, load(tiny_config)
     task = make_task(tiny_config, dataset)
     average = kfe.averaged_parameters(state.opt_state, state.params)
-    assert outcome.measures == evaluate(task, average, dataset)
-    assert outcome.measures != evaluate(task, state.params, dataset)
+    images, labels = dataset.splits()["test"]
+    assert outcome.measures["test_loss"] == task.evaluate(average, images, labels)["loss"]
+    assert outcome.measures["test_loss"] != task.evaluate(state.params, images, labels)["loss"]
     run = compare(tiny_config, tmp_path, console)[0]
     assert run.measures == outcome.measures
-    seen = slice(tiny_config.compare.examples)
-    last = task.evaluate(average, dataset.train_images[seen], dataset.train_labels[seen])
-    assert run.curve[-1].loss == pytest.approx(last["loss"], rel=1e-6)
-
-
-def test_the_log_interval_includes_the_last_step(tiny_config, tmp_path, console):
-    tiny_config.optimizer = "sgd"
-    tiny_config.log_every = 4
-    train(tiny_config, tmp_path / "run", console=console)
-    assert [row["step"] for row in rows(tmp_path / "run")] == ["4", "6"]
 
 
 @pytest.mark.parametrize(
     "optimizer",
-    [
-        CURVATURE[0],
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", *CURVATURE[1:], "kfac_adaptive")),
-    ],
+    ["kfac", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", "ekfac", "kfac_adaptive"))],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    tiny_config, tmp_path, console, monkeypatch, optimizer
+    tiny_config, tmp_path, console, monkeypatch, optimizer, kfac_run
 ):
-    tiny_config.optimizer = optimizer
-    tiny_config.steps = 9  # two epochs and a bit; the resumption falls between two refreshes
-    whole = train(tiny_config, tmp_path / "whole", console=console)
-
+    tiny_config.update(optimizer=optimizer, steps=9)  # the resumption falls between two refreshes
+    whole, folder = kfac_run
+    if optimizer != "kfac":
+        whole, folder = train(tiny_config, tmp_path / "whole", console=console), tmp_path / "whole"
     original = Batches.__call__
 
     def interrupted_at_five(self, step):
@@ -148,7 +161,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert not resumed.interrupted
     assert_same_state(resumed.state, whole.state)
     assert resumed.measures == whole.measures
-    assert loss_curve(tmp_path / "parts") == loss_curve(tmp_path / "whole")
+    assert losses(tmp_path / "parts") == losses(folder)
 
 
 def test_a_signal_between_two_steps_leaves_a_checkpoint(tiny_config, tmp_path, console, monkeypatch):
@@ -207,7 +220,7 @@ def test_a_finished_run_can_be_extended(tiny_config, tmp_path, console):
     tiny_config.steps = 8
     longer = train(tiny_config, tmp_path / "run", resume=True, console=console)
     assert longer.step == 8
-    assert [row["step"] for row in rows(tmp_path / "run")] == [str(step) for step in range(1, 9)]
+    assert [step for step, _ in loss_curve(tmp_path / "run")] == [str(step) for step in range(1, 9)]
 
 
 def test_resume_without_a_checkpoint_starts_the_run(tiny_config, tmp_path, console):
@@ -243,7 +256,7 @@ def test_a_resumed_run_needs_the_same_data(tiny_config, tmp_path, console):
 
 
 def test_seeds_differ_and_repeat(tiny_config, tmp_path, console):
-    tiny_config.optimizer = "ekfac"
+    tiny_config.optimizer = "adam"
     curves = []
     for index, seed in enumerate((0, 0, 1)):
         tiny_config.seed = seed
@@ -252,7 +265,7 @@ def test_seeds_differ_and_repeat(tiny_config, tmp_path, console):
     assert curves[0] == curves[1] != curves[2]
 
 
-@pytest.mark.parametrize("field", ["steps", "log_every", "checkpoint_every"])
+@pytest.mark.parametrize("field", ["steps", "log_every", "checkpoint_every", "evaluate_examples"])
 def test_counts_are_positive(tiny_config, tmp_path, console, field):
     tiny_config[field] = 0
     with pytest.raises(ExperimentError, match=f"config.{field} is 0; set it to at least 1"):

@@ -1,13 +1,16 @@
-"""Transformers: of image patches for classes, and of characters for the next one."""
+"""Models of sequences: transformers of image patches and of characters, and recurrent networks of characters."""
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from kfe_optax.experiments.models.dense import chosen
+
+CELLS: dict[str, type[nn.RNNCellBase]] = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
 _POSITIONS = nn.initializers.normal(0.02)
 
 
@@ -35,13 +38,9 @@ class Experts(nn.Module):
         scores = nn.Dense(self.experts, use_bias=False, name="router")(x)
         second = jax.lax.top_k(scores, 2)[0][..., 1:]
         weights = jax.nn.softmax(jnp.where(scores >= second, scores, -jnp.inf))
-        stack = nn.vmap(
-            Wide,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            axis_size=self.experts,
-        )
+        axes: Any = {"params": 0}
+        rngs: Any = {"params": True}
+        stack = nn.vmap(Wide, variable_axes=axes, split_rngs=rngs, in_axes=None, axis_size=self.experts)
         return jnp.einsum("e...d,...e->...d", stack(self.hidden, name="stack")(x), weights)
 
 
@@ -60,28 +59,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        dropout, still = self.dropout, not self.train
         # One mask for all examples; (1, 1, length, length).
         mask = nn.make_causal_mask(jnp.ones((1, x.shape[1]))) if self.causal else None
         attention = nn.MultiHeadDotProductAttention(
-            self.heads, dropout_rate=self.dropout, deterministic=not self.train, name="attention"
+            self.heads, dropout_rate=dropout, deterministic=still, name="attention"
         )
-        x = x + self._dropped(attention(nn.LayerNorm(name="norm_1")(x), mask=mask))
+        branch = attention(nn.LayerNorm(name="norm_1")(x), mask=mask)
+        x = x + nn.Dropout(dropout, deterministic=still)(branch)
         wide = Experts(self.experts, self.hidden) if self.experts > 1 else Wide(self.hidden)
         nn.share_scope(self, wide)
-        return x + self._dropped(wide(nn.LayerNorm(name="norm_2")(x))), None
-
-    def _dropped(self, x: jax.Array) -> jax.Array:
-        return nn.Dropout(self.dropout, deterministic=not self.train)(x)
+        return x + nn.Dropout(dropout, deterministic=still)(wide(nn.LayerNorm(name="norm_2")(x))), None
 
 
 class VisionTransformer(nn.Module):
-    """Patches of an image, embedded by a convolution, through blocks, to the logits of their mean.
-
-    Example::
-
-        model = VisionTransformer(image_shape=(32, 32, 3), patch=4)
-        params = model.init(key, flat_images)["params"]  # flat_images (n, 3072)
-    """
+    """Patches of an image, embedded by a convolution, through blocks, to the logits of their mean."""
 
     image_shape: tuple[int, int, int]
     classes: int = 10
@@ -110,14 +102,9 @@ class CharacterTransformer(nn.Module):
     """Characters (n, length) to the logits of each next one, (n, length, vocabulary).
 
     ``experts`` above one puts a mixture of so many in the place of each block's dense layers. ``tied`` takes the
-    embedding's table for the last layer as well. ``scan`` makes a loop of the
-    blocks, whose parameters are then stacked and whose activations are computed again in the
-    backward pass: a program and a memory that hardly grow with ``depth``.
-
-    Example::
-
-        model = CharacterTransformer(vocabulary=96, length=128)
-        params = model.init(key, tokens)["params"]  # tokens (n, 128) int32
+    embedding's table for the last layer as well. ``scan`` makes a loop of the blocks, whose parameters are
+    then stacked and whose activations are computed again in the backward pass: a program and a memory that
+    hardly grow with ``depth``.
     """
 
     vocabulary: int
@@ -137,25 +124,43 @@ class CharacterTransformer(nn.Module):
         positions = self.param("positions", _POSITIONS, (self.length, self.width))
         x = embed(tokens) + positions[: tokens.shape[1]]
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        block = functools.partial(
-            Block,
-            heads=self.heads,
-            hidden=self.hidden,
-            causal=True,
-            dropout=self.dropout,
-            train=train,
-            experts=self.experts,
-        )
+        block = (self.heads, self.hidden, True, self.dropout, train, self.experts)
         if self.scan:
-            loop = nn.scan(
-                nn.remat(Block, prevent_cse=False),
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "dropout": True},
-                length=self.depth,
-            )
-            x, _ = loop(**block.keywords, name="blocks")(x, None)
+            body: Any = nn.remat(Block, prevent_cse=False)
+            axes: Any = {"params": 0}
+            rngs: Any = {"params": True, "dropout": True}
+            loop = nn.scan(body, variable_axes=axes, split_rngs=rngs, length=self.depth)
+            x, _ = loop(*block, name="blocks")(x, None)
         else:
             for index in range(1, self.depth + 1):
-                x, _ = block(name=f"block_{index}")(x)
+                x, _ = Block(*block, name=f"block_{index}")(x)
         x = nn.LayerNorm(name="norm")(x)
         return embed.attend(x) if self.tied else nn.Dense(self.vocabulary, name="logits")(x)
+
+
+class Recurrent(nn.Module):
+    """Characters (n, length) to the logits of each next one, through layers of recurrent cells.
+
+    The cells are made of dense layers, one of each gate's inputs and one of its hidden state, and
+    start every sequence from zeros.
+    """
+
+    vocabulary: int
+    cell: str = "lstm"
+    embedding: int = 64
+    width: int = 256
+    depth: int = 1
+    dropout: float = 0.0
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        x = nn.Embed(self.vocabulary, self.embedding, name="embed")(tokens)
+        for index in range(1, self.depth + 1):
+            x = nn.Dropout(self.dropout, deterministic=not train)(x)
+            # Of the parameters' type: cells of float32 would not loop over a state of float64.
+            cell = chosen("cell", self.cell, CELLS)(
+                self.width, param_dtype=x.dtype, name=f"{self.cell}_{index}"
+            )
+            x = nn.RNN(cell, name=f"rnn_{index}")(x)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.Dense(self.vocabulary, name="logits")(x)
