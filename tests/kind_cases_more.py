@@ -271,24 +271,18 @@ def stacked(make, *args, **options):
     return Branch(apply, params, x, rows, first.configure, factors, first.plain)
 
 
-# No local convolution: its patches flatten members and examples, members first, behind which no example is known.
+# A convolution's members become feature groups, behind which a bias is a layer of its own; no local one: its patches flatten
+# members and examples, members first, behind which no example is known.
 STACKED = {
-    "conv": case(stacked, kc.conv, (3, 2), (2, 2)),
-    "feature_groups": case(stacked, kc.conv, (4,), (2,), channels=2, features=4, feature_group_count=2),
-    "transposed": case(stacked, kc.conv, (3,), (2,), transposed=True, strides=2, transpose_kernel=True),
-    "groups": case(stacked, kc.input_groups, 2, True),
-    "sua": case(stacked, kc.sua, True, True),
-    "sua_uncentered": case(stacked, kc.sua, False, True),
-    "reduce": case(stacked, kc.conv, (3, 4), (2, 2), **REDUCE),
+    "conv": case(stacked, kc.conv, (3, 2), (2, 2), use_bias=False),
+    "reduce": case(stacked, kc.conv, (3, 4), (2, 2), use_bias=False, **REDUCE),
     "axes": case(stacked, kc.general, (2, 3, 4), (2, 3), (-2, -1)),
-    "projection": case(stacked, kc.heads, 2, 1, (3, 2, 4), (3,), (-2, -1)),
     "blocks": case(stacked, kc.einsum, "btkd,kde->btke", (2, 3, 4), (N, 3, 2, 3)),
     "tokens": case(stacked, kc.embedding, (4,)),
     "layer_norm": case(stacked, norm, nn.LayerNorm, (2, 4), -1),
-    "twice": case(stacked, twice, kc.conv, (4,), (2,)),
+    "twice": case(stacked, twice, kc.conv, (4,), (2,), use_bias=False),
     "tokens_twice": case(stacked, tokens_twice),
     "twice_reduce": case(stacked, twice, kc.general, (4, 2), (3,), (-1,), **REDUCE),
-    "groups_twice": case(stacked, twice, kc.input_groups, 2, True),
 }
 
 

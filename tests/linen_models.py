@@ -158,7 +158,7 @@ def over_time(dtype):
     return linen(Recurrent(), dtype, *batch(dtype, 4, INPUTS))
 
 
-@case(IN, OUT, shared=(0, 1), example_gradients=False, tier="slow")
+@case(IN, OUT, tier="slow")
 def example_vmap(dtype):
     """The model and the loss written for one example, mapped over the batch."""
     model = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
@@ -175,7 +175,7 @@ def example_vmap(dtype):
     return loss_fn, params, (x, labels)
 
 
-@case(IN, OUT, shared=(0, 1), example_gradients=False)
+@case(IN, OUT)
 def model_vmap(dtype):
     """The model mapped over the batch, the loss outside."""
     model = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
@@ -202,7 +202,7 @@ def chunks(dtype):
     return loss_fn, params, (x, labels)
 
 
-@case((2, *IN), (2, *OUT), tier="slow")
+@case((IN[0], 2 * IN[1]), (2, *OUT), tier="slow")
 def ensemble(dtype):
     class Members(nn.Module):
         @nn.compact

@@ -152,9 +152,9 @@ def _partial(model, *args, **options):
 NETWORKS = {
     "resnet20": (_partial(ResNet, 3), False, 40, {}),
     "vgg16": (Vgg, False, 27, {}),
-    "vit": (VisionTransformer, False, 26, {"positions": "VisionTransformer has no curvature block"}),
-    "gpt": (Gpt, True, 11, {"positions": "Gpt has no curvature block"}),
-    "tied gpt": (_partial(Gpt, tied=True), True, 10, {"positions": "Gpt has no curvature block"}),
+    "vit": (VisionTransformer, False, 26, {"positions": "no supported layer reads it ("}),
+    "gpt": (Gpt, True, 11, {"positions": "no supported layer reads it ("}),
+    "tied gpt": (_partial(Gpt, tied=True), True, 10, {"positions": "no supported layer reads it ("}),
     "lstm": (_partial(Recurrent, nnx.LSTMCell), True, 10, {}),
     "optimized lstm": (_partial(Recurrent, nnx.OptimizedLSTMCell), True, 4, {}),
     "gru": (_partial(Recurrent, nnx.GRUCell), True, 4, {}),

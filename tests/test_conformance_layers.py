@@ -152,17 +152,6 @@ def example_gradients(case, loss_fn, params, args):
     return jax.tree.map(np.asarray, gradients)
 
 
-@pytest.mark.parametrize("name", ["example_vmap", "model_vmap"])
-def test_no_example_gradients_under_a_vmap(name):
-    """A layer that sees one example at a time says so."""
-    case = CASES[name]
-    loss_fn, params, args = case.make(jnp.float32)
-    layers = kfe.find_layers(loss_fn, params, *args)
-    _, _, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, *args)
-    with pytest.raises(ValueError, match="one example at a time"):
-        taps["layers_0"].example_gradients()
-
-
 @ALL
 def test_matrix_and_back(name, x64):
     """W̄ holds every element of the parameters once, stacked axes first; `from_matrix` is the inverse."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kfe_optax._marks.marks import ROW_MASK
 from kfe_optax._tracing import equations
 
 pytestmark = pytest.mark.release
@@ -72,9 +73,9 @@ def test_a_run_of_equations():
 
 def test_where_an_equation_was_written():
     def function(x):
-        with jax.named_scope("here"):
+        with jax.named_scope(f"{ROW_MASK}3"), jax.named_scope("here"):
             return x @ W
 
     (equation,) = (e for e in jax.make_jaxpr(function)(X).jaxpr.eqns if equations.is_place(e))
     assert equations.written(equation).startswith("dot_general at test_equations.py:")
-    assert equations.in_scope(equation, "here") and not equations.in_scope(equation, "her")
+    assert equations.row_mask_of(equation) == "3"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfe_optax._tracing.adapters import convolutions
+import kfe_optax as kfe
 
 from . import dense_kinds as dk
 from .dense import assert_close
@@ -96,35 +96,70 @@ def random(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def compare(module, spatial, transposed, options):
-    """Patches against the loops, and the loops' patches times the kernel against Flax."""
-    window, channels = module.kernel_size, 2
-    x = random(0, 2, *spatial, channels)
-    own = tables(spatial, window, transposed, **options)
-    expected = dk.patches(x, own)
-    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.asarray(x))["params"]
+CASES = {name: (*case[:2], False, case[2]) for name, case in CONVOLUTIONS.items()}
+CASES |= {f"transposed, {name}": (*case[:2], True, case[2]) for name, case in TRANSPOSED.items()}
+CASES |= {
+    f"flipped, {name}": (*case[:2], True, {**case[2], "transpose_kernel": True})
+    for name, case in TRANSPOSED.items()
+}
+WRAPPED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+def as_given(x, module):
+    """The input as the equation of the convolution has it, wrapped around before where Flax does so."""
+    mode = WRAPPED.get(module.padding) if isinstance(module.padding, str) else None
+    dilations = (
+        module.kernel_dilation
+        if isinstance(module.kernel_dilation, tuple)
+        else [module.kernel_dilation or 1] * 9
+    )
+    reaches = [(k - 1) * d for k, d in zip(module.kernel_size, dilations, strict=False)]
+    if mode:
+        return np.pad(x, [(0, 0), *((r // 2, r - r // 2) for r in reaches), (0, 0)], mode=mode)
+    return np.pad(x, [(0, 0), (reaches[0], 0), (0, 0)]) if module.padding == "CAUSAL" else x
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_patches(name, x64):
+    """The patches of the kind that is found are the loops', and these times the kernel are what Flax computes."""
+    spatial, window, transposed, options = CASES[name]
+    module = (nn.ConvTranspose if transposed else nn.Conv)(3, window, param_dtype=jnp.float64, **options)
+    x = random(0, 2, *spatial, 2)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
     params = {name: random(1, *leaf.shape) for name, leaf in shapes.items()}
-    kind = convolutions.conv_transpose(module) if transposed else convolutions.conv(module)
-    patches, y = jax.jit(lambda x: (kind.geometry.patches(x), module.apply({"params": params}, x)))(x)
-    kernel = params["kernel"]
-    if kind.flipped:
-        kernel = kernel[(slice(None, None, -1),) * len(window)].swapaxes(-1, -2)
-    z = expected.reshape(*expected.shape[:2], -1) @ kernel.reshape(-1, module.features) + params["bias"]
-    assert_close(y, z.reshape(y.shape), 1e-13)
+
+    def loss_fn(params, x):
+        return kfe.losses.squared_error(module.apply({"params": params}, x)).sum((1, -1)).mean()
+
+    (layer,) = kfe.find_layers(loss_fn, params, x).values()
+    kind, given = layer.kind, as_given(x, module)
+    patches, y = jax.jit(
+        lambda x, given: (kind.geometry.patches(given), module.apply({"params": params}, x))
+    )(x, given)
+    own = {name: value for name, value in options.items() if name != "transpose_kernel"}
+    expected = dk.patches(x, tables(spatial, window, transposed, **own))
     np.testing.assert_array_equal(patches, expected)
-    assert kind.geometry.output_shape(spatial) == y.shape[1:-1]
+    rows = np.concatenate([expected.reshape(*expected.shape[:2], -1), np.ones((*expected.shape[:2], 1))], -1)
+    assert_close(y, (rows @ layer.to_matrix(params)).reshape(y.shape), 1e-13)
+    assert kind.geometry.output_shape(given.shape[1:-1]) == y.shape[1:-1]
 
 
-@pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_patches_of_convolutions(name, x64):
-    spatial, window, options = CONVOLUTIONS[name]
-    module = nn.Conv(3, window, param_dtype=jnp.float64, **options)
-    compare(module, spatial, False, options)
+@pytest.mark.parametrize("padding", ["SAME", "SAME_LOWER", "VALID", [(1, 1)]])
+def test_images_of_another_size(padding, x64):
+    """What was found on one size holds on another, with the approximations, and both may be in one loss."""
+    module = nn.Conv(3, (3,), strides=2, padding=padding, param_dtype=jnp.float64)
+    params = module.init(jax.random.key(0), jnp.ones((2, 9, 2)))["params"]
 
+    def loss_fn(params, *inputs):
+        outputs = (module.apply({"params": params}, x).mean(1) for x in inputs)
+        return sum(kfe.losses.squared_error(y).sum(-1).mean() for y in outputs)
 
-@pytest.mark.parametrize("flipped", [False, True])
-@pytest.mark.parametrize("name", TRANSPOSED)
-def test_patches_of_transposed_convolutions(name, flipped, x64):
-    spatial, window, options = TRANSPOSED[name]
-    module = nn.ConvTranspose(3, window, transpose_kernel=flipped, param_dtype=jnp.float64, **options)
-    compare(module, spatial, True, options)
+    (found,) = kfe.find_layers(loss_fn, params, random(0, 4, 9, 2))
+    layers = kfe.find_layers(loss_fn, params, random(0, 4, 9, 2)).configure(approximation="sua")
+    collect = jax.jit(kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical"))
+    other = random(1, 4, 8, 2)
+    _, _, taps = collect(params, other)
+    again = kfe.find_layers(loss_fn, params, other).configure(approximation="sua")
+    _, _, expected = jax.jit(kfe.value_grad_and_taps(loss_fn, again, fisher="empirical"))(params, other)
+    assert_close(taps[found].covariances(), expected[found].covariances(), 1e-14)
+    assert list(kfe.find_layers(loss_fn, params, random(0, 4, 9, 2), other)) == [found]

@@ -29,7 +29,7 @@ QUICK = {
     "embeddings": "one_token repeated reduce",
     "norms": "batch_train layer axes_in_another_order separate_axes scale_only zero_scale flattened called_twice",
     "shared": "conv groups sua_uncentered conv_reduce flattened projection blocks_reduce recurrent tokens tokens_reduce",
-    "stacked": "feature_groups sua_uncentered projection tokens layer_norm twice_reduce",
+    "stacked": "conv axes tokens layer_norm twice_reduce",
     "masked": "positions prefix pooled flattened conv_stride tokens reduce dense_twice "
     "dense_alike_reduce tokens_twice tokens_twice_reduce all_dead",
 }
@@ -40,7 +40,7 @@ THOROUGH = {
     "embeddings": "one_token repeated",
     "norms": "layer scale_only",
     "shared": "conv recurrent tokens",
-    "stacked": "feature_groups tokens",
+    "stacked": "conv tokens",
     "masked": "positions tokens",
 }
 # In pieces of two examples and a rest, without waiting for the nightly test of all.

@@ -100,7 +100,7 @@ MODELS = {
     "Haiku's LayerNorm": (
         matrices(w=(D, 5), scale=(5,), offset=(5,), o=(5, C)),
         haiku_norm,
-        {"w": (D, 5), "scale": (5, 1, 1), "offset": (5, 1, 1), "o": (5, C)},
+        {"w": (D, 5), "scale": (5, 1, 2), "o": (5, C)},
     ),
     "one bias for two products": (
         matrices(ih=(8, D), hh=(8, 2), b=(8,), o=(2, C)),

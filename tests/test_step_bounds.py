@@ -26,12 +26,12 @@ def problem():
                 nn.Dense,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=None,
+                in_axes=0,
                 out_axes=0,
                 axis_size=3,
             )
             gain = self.param("gain", nn.initializers.ones, (40,))
-            hidden = ensemble(4, use_bias=False, name="stack")(x).sum(0)
+            hidden = ensemble(4, use_bias=False, name="stack")(jnp.stack([x, x + 1, 2 * x])).sum(0)
             return jnp.sin(gain) * nn.Dense(40, name="wide")(hidden)
 
     x = jax.random.normal(jax.random.key(0), (6, 5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -404,15 +405,123 @@ def test_a_row_mask_where_time_comes_first(flattened):
         differentiate(params, x, LABELS, row_mask=jnp.ones((N, N), bool))[2]["w"].covariances()
 
 
-@pytest.mark.parametrize("call", [jax.jit, jax.checkpoint, jax.vmap])
-def test_a_mask_inside_the_loss_around_a_call(call):
-    def loss_fn(params, x, labels):
-        with kfe.row_mask(jnp.arange(N) < 4):
-            logits = call(lambda x: x @ params["w"])(x)
-        return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+STEPS = jnp.stack([X, 2 * X, X[::-1]])
+LIVE = jnp.arange(3 * N).reshape(3, N) % 5 < 3
 
-    layers = kfe.find_layers(loss_fn, {"w": matrix(1, D, 3)}, X, LABELS)
-    assert not layers and "in a row_mask inside the loss" in layers.reasons[0]
+
+def masked_call(call):
+    def forward(dense, x):
+        with kfe.row_mask(LIVE[0]):
+            return call(dense)(x)
+
+    return X, X[LIVE[0]], forward
+
+
+def masked_step(dense, x, live):
+    with kfe.row_mask(live):
+        return dense(x)
+
+
+def lifted(dense, x):
+    with kfe.row_mask(LIVE[0]), kfe.row_mask(None):
+        return dense(x)
+
+
+def scanned(dense, x):
+    return jax.lax.scan(lambda _, step: (None, masked_step(dense, *step)), None, (x, LIVE))[1].sum(0)
+
+
+# name: (input, the rows that count, outputs of a dense layer on it)
+INSIDE = {
+    "jit": masked_call(jax.jit),
+    "checkpoint": masked_call(jax.checkpoint),
+    "vmap": masked_call(jax.vmap),
+    "lifted": (X, X, lifted),
+    "scan": (STEPS, STEPS[LIVE], scanned),
+    "vmap of each": (
+        STEPS.swapaxes(0, 1),
+        STEPS[LIVE],
+        lambda dense, x: jax.vmap(functools.partial(masked_step, dense))(x, LIVE.T).sum(1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_mask_inside_the_loss(name, x64):
+    """A counts its rows alone, with a tag and without one; a tag under a vmap sees one example, and refuses a mask of all."""
+    given, rows, forward = INSIDE[name]
+    params, x = {"kernel": matrix(1, D, 3)}, jnp.asarray(given, float)
+    for tag in (lambda x, y, params: y, kfe.tag_dense)[: 1 if name == "vmap" else 2]:
+
+        def loss_fn(params, x, tag=tag):
+            y = forward(lambda x: tag(x, x @ params["kernel"], params), x)
+            return kfe.losses.squared_error(y).sum(-1).mean()
+
+        layers = kfe.find_layers(loss_fn, params, x)
+        _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
+        assert_close(grads, jax.grad(loss_fn)(params, x), 1e-12)
+        assert_close(taps["kernel"].covariances()[0], rows.T @ rows / len(rows), 1e-6)
+
+
+def test_a_mask_that_a_derivative_leaves_behind():
+    """JAX drops what nothing reads from the derivative of a call."""
+    params = {"w": matrix(1, D, 3)}
+
+    def loss_fn(params, x):
+        @jax.jit
+        def energy(x):
+            with kfe.row_mask(LIVE[0]):
+                return jnp.tanh(x @ params["w"]).sum()
+
+        return kfe.losses.squared_error(jax.grad(energy)(x)).sum(-1).mean()
+
+    layers = kfe.find_layers(loss_fn, params, X)
+    assert not layers and "a derivative inside the loss leaves behind" in layers.reasons[0]
+
+
+def test_one_call_under_two_masks(x64):
+    """Equal products are one use, but not under different masks."""
+    params, x = {"w": matrix(1, D, 3)}, jnp.asarray(X, float)
+
+    def loss_fn(params, x):
+        @jax.jit
+        def call(x, mask):
+            with kfe.row_mask(mask):
+                return x @ params["w"]
+
+        return kfe.losses.squared_error(call(x, LIVE[0]) - call(x, LIVE[1])).sum(-1).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    _, _, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
+    rows = jnp.concatenate([x[LIVE[0]], x[LIVE[1]]])
+    assert_close(taps["w"].covariances()[0], rows.T @ rows / len(rows), 1e-6)
+
+
+def test_a_mask_under_a_vmap_over_models_is_refused():
+    params = {"w": jnp.stack([matrix(1, D, 3), matrix(2, D, 3)])}
+
+    def loss_fn(params, x):
+        y = jax.vmap(lambda w, x, live: masked_step(lambda x: x @ w, x, live))(
+            params["w"], STEPS[:2] + x, LIVE[:2]
+        )
+        return kfe.losses.squared_error(y.swapaxes(0, 1)).sum((-1, -2)).mean()
+
+    layers = kfe.find_layers(loss_fn, params, X)
+    with pytest.raises(ValueError, match="A vmap over models maps the row_mask"):
+        kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X)
+
+
+def test_a_vector_that_is_wider_than_the_output_is_no_bias(x64):
+    """One number an example, compared with thresholds (ordinal regression)."""
+    params, x = {"w": matrix(1, D, 1), "b": matrix(2, 5)}, jnp.asarray(X, float)
+
+    def loss_fn(params, x):
+        return kfe.losses.squared_error(x @ params["w"] + params["b"]).sum(-1).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x)
+    assert {name: layer.shape for name, layer in layers.items()} == {"w": (D, 1), "b": (5, 1, 1)}
+    _, grads, _ = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
+    assert_close(grads, jax.grad(loss_fn)(params, x), 1e-12)
 
 
 def test_a_loss_of_the_output_without_its_bias():

@@ -31,7 +31,7 @@ class Layer(Identity):
 
     Attributes, beside those of `Identity`:
       uses: ((input shape, output shape, input dtype, output dtype, label), ...) of the calls that were traced.
-      places: (place, route, x, label, moves, factor) of these calls in the program (see `rebuild.Place`).
+      places: (place, route, x, label, …) of these calls in the program (see `rebuild.Place`).
       examples, positions: n and t of its rows.
       per_example: whether its statistics know single examples.
       in_loop: whether it runs inside a loop that uses the same parameters in each iteration.

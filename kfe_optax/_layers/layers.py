@@ -192,9 +192,10 @@ class Layers(Mapping[str, Layer]):
 
         def like(layer: Layer) -> Layer:
             theirs = other._by_name.get(layer.name)
-            if theirs is None or theirs.kind.plain() != layer.kind:
+            if theirs is None or type(theirs.kind) is not type(layer.kind):
                 return layer
-            return dataclasses.replace(layer, kind=theirs.kind, sharing=theirs.sharing)
+            # The padding is this batch's, for images of its size.
+            return dataclasses.replace(layer, kind=layer.kind.like(theirs.kind), sharing=theirs.sharing)
 
         return kept._with(map(like, kept._layers))
 
@@ -259,7 +260,7 @@ def same_layers(expected: Layers, found: Layers) -> str | None:
     for name in expected:
         if name not in found:
             return f"layer {name!r} is gone"
-        if expected[name] != found[name]:
+        if _form(expected[name]) != _form(found[name]):
             fields = [
                 f.name
                 for f in dataclasses.fields(Layer)
@@ -276,3 +277,7 @@ def same_layers(expected: Layers, found: Layers) -> str | None:
         changed = set(expected.rest) ^ set(found.rest)
         return f"the parameters outside the layers differ ({', '.join(map(path_name, sorted(changed, key=str)))})"
     return None
+
+
+def _form(layer: Layer) -> Layer:
+    return dataclasses.replace(layer, kind=layer.kind.form())

@@ -1,4 +1,4 @@
-"""Primitives that stand in a traced loss where a layer, a registered loss or an unsupported module was met.
+"""Primitives that stand in a traced loss where a layer was marked, a registered loss was met or a row mask begins.
 
 They return what a plain program would have in their place, so that whatever is not replaced runs and is differentiated as usual.
 """
@@ -20,8 +20,9 @@ OUTPUT, ELEMENTS = "output", "elements"
 MET = "met"
 """Where parameters meet data in a way that is no use of a layer; no mark stands there."""
 
-ROW_MASK = "kfe_row_mask"
-"""The named scope of the equations in a `row_mask` inside the loss."""
+ROW_MASK = "kfe_row_mask_"
+"""How the named scope of the equations in a `row_mask` inside the loss begins; its mark's serial number follows, or `LIFTED`."""
+LIFTED = "lifted"
 
 Vmaps = tuple[tuple[int, tuple[bool, ...]], ...]
 """The vmaps around a mark, innermost first: their sizes, and which of its operands they map (along the first axis)."""
@@ -65,7 +66,7 @@ def _mark(name: str) -> Any:
 
 
 layer_mark = _mark("kfe_layer")  # operands: y, x, the layer's parameters as it used them, a row mask or none
-unsupported_mark = _mark("kfe_unsupported")  # operands: a parameter
+mask_mark = _mark("kfe_mask")  # operands: a row mask, (n, ...)
 
 loss_mark = Primitive(
     "kfe_loss"

@@ -39,18 +39,26 @@ def row_mask(mask: Any) -> Generator[None]:
       >>> layers["kernel"].positions
       5
     """
-    if tags.listener() is None:
+    listener = tags.listener()
+    if listener is None:
         yield
         return
+    serial = marks.LIFTED
+    if mask is not None:
+        serial = str(next(listener.masks))
+        marks.mask_mark.bind(jnp.asarray(mask), serial=serial, vmaps=())
     # A function of the model that was traced under another mask must be traced again.
-    with tags.masked_rows(mask), retracing.fresh(), jax.named_scope(marks.ROW_MASK):
+    with tags.masked_rows(mask), retracing.fresh(), jax.named_scope(marks.ROW_MASK + serial):
         yield
 
 
-def live(layer: Layer, mask: Any, free: tuple[int, ...], of_batch: bool = False) -> jax.Array | None:
+def live(
+    layer: Layer, mask: Any, free: tuple[int, ...], of_batch: bool = False, of_example: bool = False
+) -> jax.Array | None:
     """The row mask for a use of a layer with positions of shape `free`, 1 or 0; None without a mask.
 
-    `of_batch`: it is that of the whole batch, not one that a part of the model was called with.
+    `of_batch`: it is that of the whole batch, not one that a part of the model was called with. `of_example`: a vmap over the
+    examples maps it, too.
 
     Raises:
       ValueError: the mask's shape is no prefix of `free`.
@@ -60,7 +68,7 @@ def live(layer: Layer, mask: Any, free: tuple[int, ...], of_batch: bool = False)
     mask = jnp.asarray(mask) != 0
     shape = mask.shape
     name = repr(layer.name)
-    if layer.spread:
+    if layer.spread and not of_example:
         raise ValueError(
             f"row_mask has shape {shape}, but layer {name} is under a vmap over the batch and sees one example: open `with "
             "kfe.row_mask(mask of this example):` inside the vmap, or call the model on the whole batch."

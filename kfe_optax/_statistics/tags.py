@@ -3,8 +3,8 @@
 A *tag* returns a layer's output y unchanged. Its *rider* is a pytree of zeros that the forward pass never reads; the tag's
 backward rule defines the rider's cotangent to be what curvature needs: the layer's input x and g = ∂L/∂y row by row (a *row
 rider*), or sums over all uses of the layer (an *additive rider*: Σ x xᵀ, Σ g gᵀ, the number of rows, on request the
-per-example gradients). While a loss is traced, layers leave marks (see `marks`), by an adapter (`_tracing.adapters`) or by
-`tag_dense`; the tags are put on where the traced loss is rebuilt (see `rebuild`). Nothing stands in the caller's parameters.
+per-example gradients). While a loss is traced, `tag_dense` leaves marks (see `marks`); rules know the other uses (see
+`_tracing.rules`). The tags are put on where the traced loss is rebuilt (see `rebuild`); nothing stands in the caller's tree.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import itertools
 import warnings
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +34,7 @@ Roles = tuple[str, ...]
 
 
 class Listener:
-    """What listens while a loss is traced: it numbers the registered losses.
+    """What listens while a loss is traced: it numbers the registered losses and the row masks.
 
     What is the same on all devices along `axes` (an average over them, say) is drawn from on each of them.
     """
@@ -41,6 +42,7 @@ class Listener:
     def __init__(self, axes: varying_axes.Axes = frozenset()):
         self.axes = axes
         self.registered: list[tuple[Any, tuple[int, ...], bool]] = []  # spec, the outputs' shape, unweighted
+        self.masks = itertools.count()
 
 
 _listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("kfe_listener", default=None)
@@ -73,20 +75,15 @@ def masked_rows(mask: Any) -> Generator[None]:
         _row_mask.reset(token)
 
 
-def mark_layer(
-    kind: Kind, roles: Roles, x: Any, y: Any, parameters: Any, label: str = "", dtype: Any = None
-) -> Any:
+def _mark_layer(kind: Kind, roles: Roles, x: Any, y: Any, parameters: Any) -> Any:
     """Marks `y`, the output of a layer of the given kind for the input `x`; the identity when nobody listens.
 
-    `roles` names the roles of the parameters that the layer consists of; `parameters` are they as the layer used them. `label`
-    tells different uses of one layer apart.
+    `roles` names the roles of the parameters that the layer consists of; `parameters` are they as the layer used them.
     """
     if _listener.get() is None:
         return y
-    # An integer input (one-hot rows, tokens) has no tangent; the layer computes with it in the output's dtype anyway.
-    wide = dtype or jnp.result_type(y)
-    x = x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else jnp.asarray(x, wide)
-    shapes = (x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, label)
+    # An integer input (one-hot rows) has no tangent; the layer computes with it in the output's dtype anyway.
+    x = x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else jnp.asarray(x, jnp.result_type(y))
     mask = _row_mask.get()
     masks = () if mask is None else (mask,)
     return marks.layer_mark.bind(
@@ -96,17 +93,10 @@ def mark_layer(
         *masks,
         kind=kind,
         roles=roles,
-        shapes=shapes,
+        shapes=(x.shape, y.shape, np.dtype(x.dtype).name, np.dtype(y.dtype).name, ""),
         masked=mask is not None,
         vmaps=(),
     )
-
-
-def mark_unsupported(reason: str, parameters: Any) -> None:
-    """Notes why these parameters belong to no layer."""
-    if _listener.get() is not None:
-        for parameter in parameters:
-            marks.unsupported_mark.bind(parameter, reason=reason, vmaps=())
 
 
 def mark_loss(spec: Any, z: Any, args: tuple[Any, ...]) -> Any:
@@ -176,7 +166,7 @@ def tag_dense(
     roles = {"kernel": params[kernel]}
     if bias is not None and bias in params:
         roles["bias"] = params[bias]
-    return mark_layer(Dense(), tuple(roles), x, y, tuple(roles.values()))
+    return _mark_layer(Dense(), tuple(roles), x, y, tuple(roles.values()))
 
 
 def plain(params: Any) -> Any:

@@ -15,7 +15,7 @@ from kfe_optax._layers.layers import Layers
 from kfe_optax._marks import loss_tags, marks, registrations
 from kfe_optax._statistics import masks, riders, tags
 from kfe_optax._tracing import adapters, equations, rules, traced
-from kfe_optax._tracing.rebuild import Place, Rebuild, Riders
+from kfe_optax._tracing.rebuild import Kept, Place, Rebuild, Riders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +157,17 @@ class _Tagger:
         self._place = place
         self._row_mask = row_mask
         places = {use[0]: Place(i, *use[1:]) for i, layer in enumerate(self._layers) for use in layer.places}
+        beside = [
+            at for p in places.values() for at in (p.mask, *(p.kept or ())[:1]) if at is not None and at >= 0
+        ]
         places |= {at: Place(serial) for serial, output in registered.items() for at in output.places}
-        self.rebuild = Rebuild(places, self)
+        self.rebuild = Rebuild(places | {at: Kept(at) for at in beside}, self)
+        self._kept: dict[int, tuple[Any, list[Any]]] = {}
 
-    def __call__(self, place: Place, equation: Any, operands: list[Any], riders: Riders) -> Any:
+    def __call__(self, place: Place | Kept, equation: Any, operands: list[Any], riders: Riders) -> Any:
+        if isinstance(place, Kept):
+            self._kept[place.place] = equation, operands
+            return equations.result(equation, operands)
         if equation.primitive is marks.loss_mark:
             return self._loss(place.number, equation.params, operands)
         layer, rider = self._layers[place.number], riders[place.number]
@@ -170,10 +177,13 @@ class _Tagger:
         roles = len(params["roles"])
         names = list(rider)
 
+        masked = params["masked"]
+        of_example = masked and all(mapped[2 + roles] for _, mapped in params["vmaps"])
+
         def tagged(y, x, *rest):
-            mask = rest[0] if params["masked"] else None
             own = dict(zip(names, rest[-len(names) :], strict=True))
-            return self._tagged(layer, place, x, y, mask, own)
+            live = self._live(layer, place, x, y, rest[0] if masked else None, of_example=of_example)
+            return self._tagged(layer, place, x, y, live, own)
 
         y, x, *rest = operands
         own = list(rider.values())
@@ -189,18 +199,48 @@ class _Tagger:
         rule = rules.RULES[equation.primitive.name]
         layout = rule.layout(equation, place.x, operands)
         x, outward, back = layout if place.moves is None else layout.then(place.moves)
-        x = jax.lax.stop_gradient(x)
-        return back(self._tagged(layer, place, x, outward(y), self._row_mask, rider, of_batch=True))
+        if place.kept is not None:
+            of, operand = place.kept
+            x = x * self._kept[of][1][operand]
+        mask, of_batch = self._mask(layer, place)
+        own, names = list(rider.values()), list(rider)
 
-    def _tagged(
-        self, layer: Layer, place: Place, x: Any, y: Any, mask: Any, rider: Any, of_batch: bool = False
-    ) -> Any:
-        kind = layer.kind  # with its approximation
+        def tagged(y, x, mask, *own):
+            rider = dict(zip(names, own, strict=True))
+            live = self._live(layer, place, x, y, mask, of_batch=of_batch)
+            return self._tagged(layer, place, x, y, live, rider)
+
+        vmaps = tuple((size, (*flags[:2], False, *(flags[2],) * len(own))) for size, flags in place.vmaps)
+        return back(marks.under_vmaps(tagged, vmaps, outward(y), jax.lax.stop_gradient(x), mask, *own))
+
+    def _mask(self, layer: Layer, place: Place) -> tuple[Any, bool]:
+        """The row mask of a use by a rule, and whether its first axis is the batch's, as a vmap's over the examples is."""
+        if place.mask is None:
+            return self._row_mask, True
+        if place.mask < 0 or layer.kind.per_example:
+            return None, False
+        mark, (mask,) = self._kept[place.mask]
+        mapped = bool(mark.params["vmaps"])
+        if mapped and (place.vmaps or layer.stack_shape):
+            raise ValueError(
+                f"A vmap over models maps the row_mask that layer {layer.name!r} is in, and which of its axes are the members' "
+                "is not known: mark the layer with kfe.tag_dense, or open the row_mask around the vmap."
+            )
+        return mask, mapped
+
+    def _free(self, layer: Layer, place: Place, x: Any, y: Any) -> tuple[int, ...]:
         shapes = (y.shape, x.shape) if place.label == TRANSPOSED else (x.shape, y.shape)
-        free = kind.free(*shapes)
-        live = None
-        if not kind.per_example:
-            live = masks.live(layer, mask, free, of_batch)
+        return layer.kind.free(*shapes)
+
+    def _live(self, layer: Layer, place: Place, x: Any, y: Any, mask: Any, **of: bool) -> jax.Array | None:
+        """Which rows of a use count (see `masks.live`)."""
+        return (
+            None if layer.kind.per_example else masks.live(layer, mask, self._free(layer, place, x, y), **of)
+        )
+
+    def _tagged(self, layer: Layer, place: Place, x: Any, y: Any, live: jax.Array | None, rider: Any) -> Any:
+        kind = layer.kind  # with its approximation
+        free = self._free(layer, place, x, y)
         # The leading axis is the batch's, also when it is flattened with others.
         examples = layer.examples if layer.per_example else free[0]
         label, factor, bytes_ = place.label, place.factor, layer.row_bytes

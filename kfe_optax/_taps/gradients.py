@@ -163,9 +163,7 @@ def _compile(
         parts, whole = microbatches_lib.separate(stacked, arrays)
         first = jax.tree.map(lambda v: v[0], (parts, row_mask)) if k > 1 else (parts, row_mask)
         sample = microbatches_lib.merge(stacked, first[0], whole)
-        found = discovery.discover(
-            loss_reference(), has_aux, parameters, sample, rebuild, static, {}, first[1]
-        )
+        found = discovery.discover(loss_reference(), has_aux, parameters, sample, rebuild, static, first[1])
         found = _check(layers, found, fisher)
         if quadratic_model:
             _check_tangents(found)

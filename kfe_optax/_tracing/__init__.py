@@ -1,1 +1,1 @@
-"""From a loss to its layers: following parameters, rules and adapters, grouping uses, rebuilding with tags."""
+"""From a loss to its layers: following parameters, rules, grouping uses, rebuilding with tags."""

@@ -23,7 +23,6 @@ from kfe_optax._marks import marks
 from kfe_optax._marks.registrations import Output
 from kfe_optax._tracing import adapters, grouping, jaxprs, traced
 from kfe_optax._tracing import uses as uses_lib
-from kfe_optax._tracing.adapters import nnx as nnx_adapter
 from kfe_optax._tracing.trails import OWN_DERIVATIVE
 
 
@@ -69,9 +68,8 @@ def find_layers(
     """
     parameters, given, rebuild, _ = adapters.partition(params, args, kwargs)
     arrays, static = static_values.split_call(given)
-    classes = nnx_adapter.class_names(params) if nnx_adapter.is_module(params) else {}
     axes = tuple((name, 1) for name in varying_axes.names(axis_name))
-    return discover(loss_fn, has_aux, parameters, arrays, rebuild, static, classes, axes=axes)
+    return discover(loss_fn, has_aux, parameters, arrays, rebuild, static, axes=axes)
 
 
 def discover(
@@ -81,7 +79,6 @@ def discover(
     arrays: list[Any],
     rebuild: adapters.Rebuild,
     static: Static,
-    classes: dict[Path, str],
     row_mask: Any = None,
     axes: tuple[tuple[Any, int], ...] = (),
 ) -> Layers:
@@ -112,7 +109,7 @@ def discover(
     rest = tuple(path for path in shapes if path not in taken)
     unused = _unused(jaxpr, list(shapes))
     others = uses_lib.unseen(walk) | walk.others
-    explained = tuple(_advised(_reason(path, reasons, unused, classes, others)) for path in rest)
+    explained = tuple(_advised(_reason(path, reasons, unused, others)) for path in rest)
     outside = tuple(tuple(shapes[path].shape) for path in rest)
     unregistered = any(uses[i].info["mark"] is marks.layer_mark for i, _ in walk.live)
     return Layers(layers, rest, explained, outside, outputs, unregistered)
@@ -217,15 +214,12 @@ def _reason(
     path: Path,
     reasons: dict[Path, str],
     unused: frozenset[Path],
-    classes: dict[Path, str],
     others: dict[Path, str],
 ) -> str:
     if path in reasons:
         return reasons[path]
     if path in unused:
         return "the loss does not use it"
-    if path[:-1] in classes:
-        return f"{classes[path[:-1]]} has no curvature block"
     return (
         f"no supported layer reads it ({others[path]})" if path in others else "no supported layer reads it"
     )

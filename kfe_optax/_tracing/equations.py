@@ -5,8 +5,10 @@ All that JAX may change between releases.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +17,15 @@ import jax
 from jax import core
 from jax.extend.core import ClosedJaxpr, Literal, Var
 
-from kfe_optax._marks.marks import layer_mark, loss_mark
+from kfe_optax._marks.marks import ROW_MASK, layer_mark, loss_mark, mask_mark
 from kfe_optax._tracing.rules import RULES
 
 _CALLS = frozenset({"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"})
 
 
 def is_place(equation: Any) -> bool:
-    """Whether an equation may be a use of a layer or a registered loss."""
-    return equation.primitive in (layer_mark, loss_mark) or equation.primitive.name in RULES
+    """Whether an equation may be a use of a layer, a registered loss or the mark of a row mask."""
+    return equation.primitive in (layer_mark, loss_mark, mask_mark) or equation.primitive.name in RULES
 
 
 def is_rebuilt(equation: Any) -> bool:
@@ -85,6 +87,28 @@ def renewed(variable: Any) -> Any:
     return variable if is_dropped(variable) else Var(variable.aval)
 
 
+_CAST = ("convert_element_type", "pvary", "pcast")
+
+
+def multiplied(program: Any) -> dict[Any, Any]:
+    """{result of a product: what a product that is larger, and its only reader, multiplies it with}."""
+    made: dict[Any, Any] = {}  # what is a product, as it is or cast: the product
+    readers = [v for v in program.outvars if not isinstance(v, Literal)]
+    found = {}
+    for equation in program.eqns:
+        read = [v for v in equation.invars if not isinstance(v, Literal)]
+        readers += read
+        if equation.primitive.name == "mul":
+            if len(read) == 2:
+                found |= {v: other for v, other in zip(read, reversed(read), strict=True) if v in made}
+            made[equation.outvars[0]] = equation.outvars[0]
+        elif equation.primitive.name in _CAST and len(read) == 1 and read[0] in made:
+            made[equation.outvars[0]] = made[read[0]]
+    counts = collections.Counter(readers)
+    several = {made[v] for v in made if counts[v] != 1}
+    return {made[v]: other for v, other in found.items() if made[v] not in several}
+
+
 def places(equation: Any) -> int:
     """How many places an equation has: uses are told apart by theirs, counted in the order of the program."""
     return is_place(equation) or sum(map(_places_of, inner(equation)))
@@ -139,9 +163,10 @@ def result(equation: Any, operands: Sequence[Any]) -> Any:
     return known[equation.outvars[0]]
 
 
-def in_scope(equation: Any, name: str) -> bool:
-    """Whether an equation was traced in the `jax.named_scope` of this name."""
-    return name in str(equation.source_info.name_stack).split("/")
+def row_mask_of(equation: Any) -> str | None:
+    """The serial number of the innermost `row_mask` inside the loss in which an equation was traced, or `marks.LIFTED`."""
+    found = re.findall(rf"{ROW_MASK}(\w+)", str(equation.source_info.name_stack))
+    return found[-1] if found else None
 
 
 def written(equation: Any) -> str:

@@ -53,7 +53,7 @@ def _batch_of(walk: Walk, sizes: set[int]) -> Batch:
 def layers_of(
     walk: Walk, shapes: dict[Path, Any], batches: set[int]
 ) -> tuple[tuple[Layer, ...], dict[Path, str]]:
-    """Groups the uses by parameter into layers; the reason for every parameter that a use or module saw in vain.
+    """Groups the uses by parameter into layers; the reason for every parameter that was used in vain.
 
     `batches` are the sizes that the batch may have by the registered losses.
     """
@@ -93,7 +93,7 @@ def layers_of(
         layers.append(layer)
     flows = _flows(walk, names)
     found_layers = tuple(dataclasses.replace(layer, flow=flows[layer.name]) for layer in layers)
-    return found_layers, found.unsupported | found.beside | found.reasons | reasons
+    return found_layers, found.beside | found.reasons | reasons
 
 
 def _trouble_inside(group: list[Use], single: bool, shown: int | None, batch: Batch) -> str | None:
@@ -200,8 +200,18 @@ def _layer(name: str, paths: Any, group: list[Use], order: int, kernel: Any) -> 
 def _place(use: Use) -> tuple[Any, ...]:
     assert use.trail is not None
     info = use.info
-    x, label, moves = info.get("x", -1), info["shapes"][4], info.get("moves")
-    return use.place, use.trail.route, x, label, moves, use.trail.factor
+    x, label, moves, kept = info.get("x", -1), info["shapes"][4], info.get("moves"), use.trail.kept
+    return (
+        use.place,
+        use.trail.route,
+        x,
+        label,
+        moves,
+        use.trail.factor,
+        info.get("mask"),
+        info["vmaps"],
+        kept,
+    )
 
 
 def _flows(walk: Walk, names: dict[Path, str]) -> dict[str, Flow]:

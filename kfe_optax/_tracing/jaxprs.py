@@ -11,15 +11,13 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
 from kfe_optax._layers.flow import SAME
 from kfe_optax._marks import marks
-from kfe_optax._marks.marks import layer_mark, loss_mark, unsupported_mark
-from kfe_optax._tracing import batch_axes, equations, meetings, origins, rules
+from kfe_optax._marks.marks import layer_mark, loss_mark, mask_mark
+from kfe_optax._tracing import batch_axes, equations, meetings, origins, uses_by_rule
 from kfe_optax._tracing import loops as loops_lib
 from kfe_optax._tracing.batch_axes import UNKNOWN
 from kfe_optax._tracing.facts import (
@@ -37,13 +35,9 @@ from kfe_optax._tracing.facts import (
     with_number,
 )
 from kfe_optax._tracing.origins import Origin
-from kfe_optax._tracing.rules import bias as added
 from kfe_optax._tracing.trails import CARRIED, left, step
 from kfe_optax._tracing.unseen import NONE, Unseen
 from kfe_optax._tracing.walks import Trail, Use, Walk
-
-# These move the entries of a layer's output, and change none.
-_MOVED = CARRIED | {"name", "optimization_barrier", "transpose", "reshape", "squeeze"}
 
 
 def follow(jaxpr: Any, trails: Sequence[Trail | None], masked: bool = False) -> Walk:
@@ -87,114 +81,59 @@ def _walk(jaxpr: Any, facts: Sequence[Fact], walk: Walk, loops: int) -> list[Fac
             return Fact(None, NOTHING, number=None if np.iscomplexobj(number) else number)
         return known.get(variable, Fact(None, NOTHING))
 
-    scope, ahead = walk.scope, walk.place
+    scope, ahead, multiplied = walk.scope, walk.place, walk.multiplied
+    walk.multiplied = equations.multiplied(jaxpr)
     for equation in jaxpr.eqns:
         inputs = [read(v) for v in equation.invars]
-        trails = [fact.trail for fact in inputs]
-        source = max((fact.level for fact in inputs), default=NOTHING)
-        name = equation.primitive.name
         walk.place, ahead = ahead, ahead + equations.places(equation)
-        if equation.primitive in (layer_mark, loss_mark, unsupported_mark):
+        if equation.primitive is mask_mark:
+            walk.masks[equation.params["serial"]] = walk.place, scope
+            continue
+        if equation.primitive in (layer_mark, loss_mark):
             behind = _mark_reached(equation, inputs, walk, loops)
             known.update(dict.fromkeys(equation.outvars, behind))
             continue
         walk.scope, scoped = (*scope, id(equation)), walk.scoped
-        walk.scoped = scoped or equations.in_scope(equation, marks.ROW_MASK)
-        outputs = _inner(equation, name, inputs, walk, loops)
+        walk.scoped = equations.row_mask_of(equation) or scoped
+        outputs = _inner(equation, equation.primitive.name, inputs, walk, loops)
         walk.scope, walk.scoped = scope, scoped
         if outputs is None:
-            behind = origins.behind(equation, [fact.origins for fact in inputs])
-            live = derivative(name, inputs)
-            numbered = with_number(name, inputs)
-            fact = Fact(
-                numbered or step(equation, trails), source, behind, live, number=number_of(name, inputs)
-            )
-            batches = batch_axes.behind(equation, [fact.batch for fact in inputs])
-            outputs = [fact._replace(batch=batch) for batch in batches]
-            if name in CARRIED and len(inputs) == len(outputs) == 1:
-                outputs[0] = outputs[0]._replace(number=inputs[0].number)
-            how = _used if numbered is None else meetings.followed
-            outputs = how(equation, inputs, outputs, walk, loops)
+            other = walk.multiplied.get(equation.outvars[0]) if equation.outvars else None
+            outputs = _plain(equation, inputs, known.get(other), walk, loops)
         for variable, fact in zip(equation.outvars, outputs, strict=False):
             known[variable] = own(fact, variable)
-    walk.place = ahead
-    return [read(v) for v in jaxpr.outvars]
+    walk.place, walk.multiplied = ahead, multiplied
+    return [_left(read(v)) for v in jaxpr.outvars]
 
 
-def _used(equation: Any, inputs: list[Fact], outputs: list[Fact], walk: Walk, loops: int) -> list[Fact]:
-    """The facts of an equation's outputs where it uses a parameter by a rule, or adds a bias to such a use."""
-    name, linear = equation.primitive.name, [fact.linear for fact in inputs]
-    present = [output for output in linear if output is not None]
-    if len(inputs) == 1 and present:
-        moved = added.moved(present[0], equation) if name in _MOVED else None
-        if moved:
-            return [outputs[0]._replace(linear=moved)]
-    if name in ("add", "add_any") and len(present) == 1 and any(fact.number == 0 for fact in inputs):
-        return [outputs[0]._replace(linear=present[0])]
-    walk.readers.update(output.use for output in present)
-    behind = None
-    if name in ("add", "add_any") and present:
-        place = 0 if linear[0] is not None else 1
-        bias = inputs[1 - place].trail
-        if len(present) == 1 and bias is not None and not bias.lost and bias.dims:
-            shape = equation.invars[1 - place].aval.shape
-            use = added.with_bias(walk.uses[present[0].use], present[0], bias, shape)
-            if use is not None:
-                walk.uses[present[0].use] = use
-                return [outputs[0]._replace(trail=None)]
-        # A product with a parameter that is stopped has no bias.
-        free = [output for output in present if not _is_stopped(walk.uses[output.use])]
-        behind = added.summed(free or present)
-        if behind is not None:
-            # Whoever reads the sum is the reader.
-            walk.readers[behind.use] -= 1
-            outputs = [outputs[0]._replace(linear=behind)]
-    found = rules.used(equation, [fact.trail for fact in inputs])
-    if found is None or inputs[found.x].level == PARAMETERS:
-        if outputs and outputs[0].level == DATA:
-            meetings.note(equation, inputs, walk)
+def _left(fact: Fact) -> Fact:
+    """The fact of a program's output: data that a parameter was multiplied with in it stay behind."""
+    if fact.trail is None or fact.trail.kept is None:
+        return fact
+    return fact._replace(trail=dataclasses.replace(fact.trail, lost="mul"))
+
+
+def _plain(equation: Any, inputs: list[Fact], other: Fact | None, walk: Walk, loops: int) -> list[Fact]:
+    """The facts of the outputs of an equation without a program inside; `other` multiplies its product, if anything does."""
+    name = equation.primitive.name
+    level = max((fact.level for fact in inputs), default=NOTHING)
+    behind = origins.behind(equation, [fact.origins for fact in inputs])
+    numbered = with_number(name, inputs)
+    trail = numbered or step(equation, [fact.trail for fact in inputs])
+    fact = Fact(trail, level, behind, derivative(name, inputs), number=number_of(name, inputs))
+    batches = batch_axes.behind(equation, [fact.batch for fact in inputs])
+    outputs = [fact._replace(batch=batch) for batch in batches]
+    if name in CARRIED and len(inputs) == len(outputs) == 1:
+        outputs[0] = outputs[0]._replace(number=inputs[0].number)
+    if numbered is not None:
         return meetings.followed(equation, inputs, outputs, walk, loops)
-    x, index, out = inputs[found.x], len(walk.uses), outputs[0]
-    fixed = x.level != DATA
-    batch, labels = found.labels(x.batch), out.batch or found.labels_behind(x.batch)
-    if fixed:
-        # What is made for all examples shows where they are in what it feeds.
-        source = (walk.scope, id(equation.outvars[0]))
-        axis = found.kind.batch_axis(found.shapes[0])
-        batch |= batch_axes.at(axis, jax.ShapeDtypeStruct(found.shapes[0], jnp.float32), source)
-        labels |= batch_axes.at(0, equation.outvars[0].aval, source)
-    info = {
-        "mark": layer_mark,
-        "rule": equations.written(equation),
-        "x": found.x,
-        "kind": found.kind,
-        "roles": (found.role,),
-        "shapes": found.shapes,
-        "masked": walk.masked,
-        "scoped": walk.scoped or equations.in_scope(equation, marks.ROW_MASK),
-        "vmaps": (),
-    }
-    use = Use(
-        found.trail, (found.trail,), info, walk.place, loops, x.level == NOTHING, fixed, x.origins, x.origins
-    )
-    walk.uses.append(dataclasses.replace(use, live=x.live, batch=batch))
-    fact = Fact(None, out.level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), labels)
-    paths = x.unseen.paths if x.level == DATA else frozenset()
-    linear = found.output(index) if found.role != "bias" else behind
-    return meetings.met(equation, paths, x.live, [fact._replace(linear=linear)], walk, loops)
-
-
-def _is_stopped(use: Use) -> bool:
-    return use.trail is not None and use.trail.stopped
+    return uses_by_rule.recorded(equation, inputs, outputs, other, walk, loops)
 
 
 def _mark_reached(equation: Any, inputs: Sequence[Fact], walk: Walk, loops: int) -> Fact:
     """Records the use, and the fact of the mark's output."""
     info = {"mark": equation.primitive, **equation.params}
     first = inputs[0]
-    if equation.primitive is unsupported_mark:
-        walk.uses.append(Use(first.trail, (), info, walk.place, loops))
-        return first
     if equation.primitive is loss_mark:
         return _loss_reached(equation, inputs, info, walk, loops)
     x = inputs[1]

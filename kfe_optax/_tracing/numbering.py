@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from kfe_optax._marks.marks import ROW_MASK, loss_mark, unsupported_mark
+from kfe_optax._marks.marks import loss_mark, mask_mark
 from kfe_optax._tracing import equations
 from kfe_optax._tracing.rules import RULES
 
@@ -145,14 +145,16 @@ def is_looked_through(equation: Any) -> bool:
     placed = (*params["in_shardings"], *params["out_shardings"])
     plain = all(type(each).__name__ == "UnspecifiedValue" for each in placed)
     options = any(params["donated_invars"]) or params.get("compiler_options_kvs")
-    return plain and not options and not equations.in_scope(equation, ROW_MASK)
+    return plain and not options and equations.row_mask_of(equation) is None
 
 
 def may_be_shared(equation: Any) -> bool:
     """Whether one equation may stand for all that are equal to it."""
     name = equation.primitive.name
-    if equation.effects or equation.primitive in (loss_mark, unsupported_mark):
+    if equation.effects or equation.primitive in (loss_mark, mask_mark):
         return False
+    if equations.row_mask_of(equation) is not None:
+        return False  # the same function may be called with another mask
     own = name.startswith("custom_") or "callback" in name
     return not own and name not in ("optimization_barrier", "rng_uniform")
 
@@ -160,7 +162,7 @@ def may_be_shared(equation: Any) -> bool:
 def _alike(first: Any, second: Any) -> bool:
     """Whether equal equations make values of the same type under the same circumstances."""
     types = ([v.aval for v in equation.outvars] for equation in (first, second))
-    scoped = (equations.in_scope(equation, ROW_MASK) for equation in (first, second))
+    scoped = (equations.row_mask_of(equation) for equation in (first, second))
     circumstances = (getattr(equation, "ctx", None) for equation in (first, second))
     return all(a == b for a, b in (types, scoped, circumstances))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kfe_optax._tracing.uses import stack_of
+from kfe_optax._tracing.uses_by_rule import GONE
 from kfe_optax._tracing.walks import Use
 
 
@@ -13,8 +14,8 @@ def trouble(use: Use) -> str | None:
     if trail.lost:
         return f"changed before the layer uses it ({trail.lost})"
     stack = stack_of(use)
-    if use.info.get("scoped"):
-        return "in a row_mask inside the loss, which only a marked layer sees: mark it with kfe.tag_dense"
+    if use.info.get("mask") == GONE:
+        return "in a row_mask that a derivative inside the loss leaves behind: open it around the derivative"
     for i, (role, own) in enumerate(zip(use.info["roles"], use.parameters, strict=True)):
         # The bias, too: preconditioning would move what the gradient leaves alone.
         which = f"its {role} is " if i else ""

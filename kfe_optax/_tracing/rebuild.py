@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 from jax.extend.core import Literal
 
+from kfe_optax._marks.marks import Vmaps
 from kfe_optax._tracing import equations
 from kfe_optax._tracing.orientation import Moves
 
@@ -29,6 +30,9 @@ class Place(NamedTuple):
       x: of an equation that is itself a use, the operand that is the layer's input.
       label: of such a use.
       factor: the number that the kernel was multiplied with.
+      mask: the place of the row mask that it is in, −1 where that is lifted; None where it is the one of the whole batch.
+      vmaps: of such a use, the vmaps around it, as of a mark.
+      kept: (place, operand) of the data with which the layer's input is multiplied (see `Trail`).
       moves: the order of its axes in the layer's layout; None where it is the layer's own (see `orientation`).
     """
 
@@ -38,12 +42,21 @@ class Place(NamedTuple):
     label: str = ""
     moves: Moves | None = None
     factor: float = 1.0
+    mask: int | None = None
+    vmaps: Vmaps = ()
+    kept: tuple[int, int] | None = None
+
+
+class Kept(NamedTuple):
+    """A place of which tags behind it need the operands: a row mask, data that a parameter is multiplied with."""
+
+    place: int
 
 
 class Tagger(Protocol):
     """Puts the tags on."""
 
-    def __call__(self, place: Place, equation: Any, operands: list[Any], riders: Riders) -> Any:
+    def __call__(self, place: Place | Kept, equation: Any, operands: list[Any], riders: Riders) -> Any:
         """The tagged result of the equation at a place."""
 
 
@@ -55,7 +68,7 @@ class Rebuild:
       tagger: puts the tags on.
     """
 
-    def __init__(self, places: Mapping[int, Place], tagger: Tagger):
+    def __init__(self, places: Mapping[int, Place | Kept], tagger: Tagger):
         self._places = places
         self._order = sorted(places)
         self._tagger = tagger
@@ -132,7 +145,11 @@ class Rebuild:
         constants, carries = equations.scan_carry(equation)
         given, carry = operands[:constants], operands[constants : constants + carries]
         within = [self._places[p] for p in self._within(place, equations.places(equation))]
-        sliced = {p.number: riders[p.number] for p in within if p.route[depth : depth + 1] == (True,)}
+        sliced = {
+            p.number: riders[p.number]
+            for p in within
+            if isinstance(p, Place) and p.route[depth : depth + 1] == (True,)
+        }
 
         def body(carry, along):
             xs, own = along

@@ -9,6 +9,7 @@ import jax
 from kfe_optax._jax import checks, varying_axes
 from kfe_optax._statistics import tags
 from kfe_optax._tracing import adapters, merging
+from kfe_optax._tracing.adapters import linen
 
 
 class Traced(NamedTuple):
@@ -53,6 +54,6 @@ def trace(
         return outputs
 
     leaves, container = jax.tree.flatten(parameters)
-    with tags.listening(listener), tags.masked_rows(row_mask), adapters.intercepting():
+    with tags.listening(listener), tags.masked_rows(row_mask), linen.intercepting():
         program = jax.make_jaxpr(function, axis_env=axes)(leaves, arrays)
     return Traced(merging.merged(program, len(leaves)), structures[-1], listener.registered)

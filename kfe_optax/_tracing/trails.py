@@ -32,6 +32,8 @@ def step(equation: Any, inputs: Sequence[Trail | None]) -> Trail | None:
         return trail
     if len(present) > 1 or trail.lost:
         return dataclasses.replace(trail, lost=trail.lost or name)
+    if trail.kept is not None and name not in CARRIED:
+        return dataclasses.replace(trail, lost=name)
     if name == "stop_gradient":
         return dataclasses.replace(trail, stopped=True)
     if name in CARRIED and jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.inexact):
@@ -91,6 +93,8 @@ def into_scan(trail: Trail | None, index: int, carried: tuple[int, int], length:
     """The trail inside a scan of what is its operand `index`, behind (constants, carries)."""
     if trail is None:
         return None
+    if trail.kept is not None:
+        return dataclasses.replace(trail, lost="mul")
     constants, carries = carried
     if index < constants:
         return dataclasses.replace(trail, broadcast=True, route=(*trail.route, False))

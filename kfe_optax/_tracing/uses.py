@@ -21,7 +21,6 @@ class Counted(NamedTuple):
       groups: {kernel: its uses}.
       places: {kernel: their numbers}.
       reasons: why uses of a parameter count for nothing.
-      unsupported: what its module says of a parameter.
       beside: where parameters are added to outputs without being their layer's biases.
       elsewhere: where examples reach a parameter otherwise than by uses.
     """
@@ -29,23 +28,20 @@ class Counted(NamedTuple):
     groups: dict[Path, list[Use]]
     places: dict[Path, set[int]]
     reasons: dict[Path, str]
-    unsupported: dict[Path, str]
     beside: dict[Path, str]
     elsewhere: dict[Path, str]
 
 
 def counted(walk: Walk) -> Counted:
     """The uses of parameters that the loss's derivative reaches, each once."""
-    found = Counted({}, collections.defaultdict(set), {}, {}, {}, unseen(walk))
+    found = Counted({}, collections.defaultdict(set), {}, {}, unseen(walk))
     marked, reached = _marked(walk) | _moved(walk), walk.behind(walk.live)
     dead = (
         "no registered loss depends on it" if outputs_of(walk) else "the loss's derivative does not reach it"
     )
     for i, use in enumerate(walk.uses):
         paths = [trail.path for trail in (use.trail, *use.parameters) if trail is not None]
-        if use.info["mark"] is marks.unsupported_mark:
-            found.unsupported.update(dict.fromkeys(paths, use.info["reason"]))
-        elif use.info["mark"] is marks.layer_mark and i not in marked:
+        if use.info["mark"] is marks.layer_mark and i not in marked:
             trail = use.trail
             # What the loss's derivative does not reach counts for nothing, and neither does a parameter that is stopped.
             if trail is None:
@@ -65,11 +61,32 @@ def as_one_layer(group: list[Use], beside: dict[Path, str]) -> tuple[list[Use], 
     table = next((use.info["kind"] for use in group if isinstance(use.info["kind"], Embedding)), None)
     if table is not None:
         group = [_without_bias(use, "which belongs to an embedding", beside) for use in group]
+    group = _padded_alike(group)
     widest = max(group, key=lambda use: len(use.parameters))
     kind = widest.info["kind"] if table is None else table
     roles = zip(widest.info["roles"], widest.parameters, strict=True)
     paths = tuple((role, trail.path) for role, trail in roles if trail is not None)
     return [_with_roles(oriented(use, kind), widest) for use in group], paths
+
+
+def _padded_alike(group: list[Use]) -> list[Use]:
+    """Convolutions that differ in their padding alone, with its name if they have one, which is what their sizes make of it."""
+    kinds = {use.info["kind"] for use in group}
+    if len(kinds) == 1 or len({kind.form() for kind in kinds}) > 1:
+        return group
+    for name in ("SAME", "SAME_LOWER"):
+        named = [_named(use, name) for use in group]
+        if None not in named:
+            return [use for use in named if use is not None]
+    return group
+
+
+def _named(use: Use, name: str) -> Use | None:
+    kind, (x, *_) = use.info["kind"], use.info["shapes"]
+    geometry = kind.geometry.named(name)
+    if geometry.pads(x[1:-1]) != kind.geometry.padding:
+        return None
+    return dataclasses.replace(use, info=use.info | {"kind": dataclasses.replace(kind, geometry=geometry)})
 
 
 def _marked(walk: Walk) -> frozenset[int]:

@@ -28,6 +28,7 @@ class Trail:
       broadcast: True inside a loop that uses the same value in each iteration.
       factor: the number that it was multiplied with.
       flipped: the parameter's axes that run backwards.
+      kept: (place, operand) of the data that it was multiplied with before: x (m γ) is (x m) γ.
       stopped: True behind a stop_gradient.
       lost: the operation that ended the trail.
     """
@@ -40,6 +41,7 @@ class Trail:
     broadcast: bool = False
     factor: float = 1.0
     flipped: tuple[int, ...] = ()
+    kept: tuple[int, int] | None = None
     stopped: bool = False
     lost: str | None = None
 
@@ -85,10 +87,12 @@ class Walk:
       uses: the marks, in order of execution.
       others: for parameters that meet data where no rule knows their use, the first such equation.
       masked: whether a row mask of the whole batch is in force.
-      scoped: whether a call around is in a `row_mask` inside the loss, which the equations in the call do not say.
+      masks: {serial number of a `row_mask` inside the loss: the place of its mark, and the calls around that}.
+      scoped: the `row_mask` that a call around is in, which the equations in the call do not say.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
       scope: the calls around what is being walked.
+      multiplied: {product in it that another product alone reads: what that multiplies it with}.
       place: how many places were passed.
       readers: how many equations read the output of each use that no tag has marked, as it is or moved.
     """
@@ -96,10 +100,12 @@ class Walk:
     uses: list[Use] = dataclasses.field(default_factory=list)
     others: dict[Any, str] = dataclasses.field(default_factory=dict)
     masked: bool = False
-    scoped: bool = False
+    masks: dict[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
+    scoped: str | None = None
     loss: Origins = NOWHERE
     live: Live = frozenset()
     scope: tuple[int, ...] = ()
+    multiplied: dict[Any, Any] = dataclasses.field(default_factory=dict)
     place: int = 0
     readers: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 

@@ -175,7 +175,7 @@ def test_from_the_command_line_with_an_interruption(tiny_config_file, tmp_path, 
     arguments = ["diagnose", f"--config={tiny_config_file}", "--config.model.sizes=(64,6,16,64)"]
     arguments += ["--config.diagnose.every=2", "--config.diagnose.basis_update_period=4"]
     assert main(arguments) == 130
-    assert "Interrupted after step 2" in capsys.readouterr().out
+    assert "Interrupted; what was measured is in" in capsys.readouterr().out
     folder = tmp_path / "runs" / "tiny-diagnose"
     assert (folder / "diagnose.png").is_file()
     with (folder / "diagnose.csv").open(newline="") as file:

@@ -59,6 +59,15 @@ class Kind(abc.ABC):
         """This kind with its default approximation, as `find_layers` finds it."""
         return dataclasses.replace(self, approximation=type(self)().approximation)
 
+    def form(self) -> Kind:
+        """This kind without what the size of the input makes of it."""
+        return self
+
+    def like(self, other: Kind) -> Kind:
+        """This kind with the approximation of another one that was found of the same layer."""
+        same = type(other) is type(self)
+        return dataclasses.replace(self, approximation=other.approximation) if same else self
+
     def check(self, kernel: Shape) -> None:  # noqa: B027 (most kinds have nothing to check)
         """Raises ValueError when the approximation does not fit a kernel of this shape."""
 

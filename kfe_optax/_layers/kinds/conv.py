@@ -13,7 +13,7 @@ from kfe_optax._layers.kinds import base
 from kfe_optax._layers.kinds.base import Kind, Parts, Shape, grid_matrix, grid_parts, homogeneous
 from kfe_optax._layers.kinds.patches import Geometry
 
-_POINT = Geometry((), (), "VALID", (), ())
+_POINT = Geometry((), (), (), (), ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,13 @@ class Conv(Kind):
 
     def plain(self) -> Kind:
         return dataclasses.replace(self, approximation="kfc", num_groups=1)
+
+    def form(self):
+        return dataclasses.replace(self, geometry=dataclasses.replace(self.geometry, padding=()))
+
+    def like(self, other):
+        groups = other.num_groups if isinstance(other, Conv) else 1
+        return dataclasses.replace(super().like(other), num_groups=groups)
 
     def check(self, kernel):
         if self.approximation != "kfc" and self.feature_groups > 1:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 Pairs = tuple[tuple[int, int], ...]
-_WRAPPED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class Geometry:
     Attributes:
       window: the kernel's spatial shape; the other fields have as many entries.
       strides, input_dilation, kernel_dilation: as in `jax.lax.conv_general_dilated`.
-      padding: (before, after) pairs, or "SAME", "SAME_LOWER", "VALID", "CAUSAL", "CIRCULAR", "REFLECT" as in Flax.
+      padding: (before, after) pairs; "SAME" or "SAME_LOWER" for uses on inputs of several sizes.
     """
 
     window: tuple[int, ...]
@@ -34,6 +33,10 @@ class Geometry:
         if lengths != {len(self.window)}:
             raise ValueError(f"a window of {len(self.window)} dimensions needs as many strides and dilations")
 
+    def named(self, name: str) -> Geometry:
+        """The same with the padding of this name, which strides make depend on the input's size."""
+        return dataclasses.replace(self, padding=name)
+
     @property
     def _reach(self) -> tuple[int, ...]:
         return tuple((k - 1) * d + 1 for k, d in zip(self.window, self.kernel_dilation, strict=True))
@@ -42,10 +45,6 @@ class Geometry:
         """(before, after) of every spatial axis of the dilated input."""
         if not isinstance(self.padding, str):
             return self.padding
-        if self.padding == "CAUSAL":
-            return tuple((reach - 1, 0) for reach in self._reach)
-        if self.padding in _WRAPPED:
-            return tuple(((reach - 1) // 2, reach // 2) for reach in self._reach)
         return tuple(jax.lax.padtype_to_pads(spatial, self._reach, self.strides, self.padding))
 
     def output_shape(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
@@ -89,8 +88,6 @@ class Geometry:
 
     def _padded(self, x: jax.Array) -> jax.Array:
         pads: Any = self.pads(x.shape[1:-1])
-        if self.padding in _WRAPPED:
-            return jnp.pad(x, [(0, 0), *pads, (0, 0)], mode=_WRAPPED[str(self.padding)])
         inner = [d - 1 for d in self.input_dilation]
         config = [(0, 0, 0), *((*pad, i) for pad, i in zip(pads, inner, strict=True)), (0, 0, 0)]
         return jax.lax.pad(x, jnp.zeros((), x.dtype), config)

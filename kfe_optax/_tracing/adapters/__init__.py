@@ -1,24 +1,14 @@
 """Where the library meets frameworks: parameter trees (Linen, plain JAX) and `nnx.Module`s.
 
-`intercepting` makes Flax layers mark themselves, `partition` splits what a loss is called with into the parameters that are
-differentiated and everything else that is traced.
+`partition` splits what a loss is called with into the parameters that are differentiated and everything else that is traced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Generator
 from typing import Any, NamedTuple
 
-from kfe_optax._tracing.adapters import linen, nnx
-
-
-@contextlib.contextmanager
-def intercepting() -> Generator[None]:
-    """Marks every supported Flax layer that is called in this context."""
-    with linen.intercepting(), nnx.intercepting():
-        yield
+from kfe_optax._tracing.adapters import nnx
 
 
 class Call(NamedTuple):

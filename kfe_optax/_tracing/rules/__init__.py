@@ -65,6 +65,6 @@ def used(equation: Any, trails: list[Trail | None]) -> Found | None:
     (side,) = whole
     trail = trails[side]
     assert trail is not None
-    if trail.flipped and not rule.flips:
+    if (trail.flipped and not rule.flips) or (trail.kept and not isinstance(rule, Mul)):
         return None
     return rule.use(equation, side, trail)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from kfe_optax._layers.kinds import Dense, Kind
+from kfe_optax._marks.marks import Vmaps
 from kfe_optax._tracing.batch_axes import UNKNOWN, Labels
 from kfe_optax._tracing.orientation import Moves
 from kfe_optax._tracing.walks import Trail
@@ -38,6 +39,8 @@ class Found(NamedTuple):
       axes: of the equation's output, see `Output`; examples and positions in the order of the kind's input.
       order: the axes of that operand in the order of the kind's input; −1 for one that the kind's input lacks.
       role: of the parameter.
+      vmaps: those around it (see `kfe_optax._marks.marks`): input and output, as `Rule.layout` has them, have the mapped axes in
+        front, outermost first; `shapes` are without them.
     """
 
     kind: Kind
@@ -47,6 +50,7 @@ class Found(NamedTuple):
     axes: tuple[int, ...]
     order: tuple[int, ...]
     role: str = "kernel"
+    vmaps: Vmaps = ()
 
     def output(self, use: int) -> Output:
         return Output(use, self.axes)

@@ -80,6 +80,7 @@ def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> 
         or kernel.stopped
         or bias.path == kernel.path
         or bias.factor != 1
+        or bias.kept is not None
         or bias.route != kernel.route
         or len(bias.dims) != len(output.axes)
     ):
@@ -103,5 +104,6 @@ def with_bias(use: Use, output: Output, bias: Trail, shape: tuple[int, ...]) -> 
     elif isinstance(kind, Norm):
         kind = dataclasses.replace(kind, parameters=("scale", "bias"))
     bias = without_axes(bias, shape, [not is_wide for is_wide in wide])
-    info = use.info | {"kind": kind, "roles": (*use.info["roles"], "bias")}
+    vmaps = tuple((size, (*mapped, True)) for size, mapped in use.info["vmaps"])
+    info = use.info | {"kind": kind, "roles": (*use.info["roles"], "bias"), "vmaps": vmaps}
     return dataclasses.replace(use, info=info, parameters=(kernel, bias))

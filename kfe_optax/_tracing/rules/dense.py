@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kfe_optax._layers import dense_maps
+from kfe_optax._layers.kinds import Dense
 from kfe_optax._tracing.rules.base import Found, Rule, shapes
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -31,9 +31,30 @@ class DotGeneral(Rule):
         # The kernel's letters in the order of the parameter's own axes, those of stacks left out.
         order = sorted(range(len(trail.dims)), key=lambda axis: trail.dims[axis])
         kernel = "".join(names[side][axis] for axis in order)
-        kind = dense_maps.einsum("".join(names[1 - side]), kernel, "".join(outputs))
-        if kind is None:
-            return None
+        kind = _short("".join(names[1 - side]), kernel, "".join(outputs))
         x = operands[1 - side]
         axes = tuple(kernel.find(name) for name in outputs)
         return Found(kind, trail, 1 - side, shapes(x, equation.outvars[0].aval), axes, tuple(range(x.ndim)))
+
+
+def _short(inputs: str, kernel: str, outputs: str) -> Dense:
+    """With "..." for the leading axes that input and output have in common, so that inputs of any rank are one kind."""
+    common = 0
+    for a, b in zip(inputs, outputs, strict=False):
+        if a != b or a in kernel:
+            break
+        common += 1
+    letters = dict.fromkeys(kernel + inputs[common:] + outputs[common:])
+    canonical = dict(zip(letters, _LETTERS, strict=False))
+
+    def renamed(labels: str) -> str:
+        return "".join(canonical[c] for c in labels)
+
+    # An input without a batch has them, too.
+    prefix = "..." if common or all(c in kernel for c in inputs) else ""
+    return Dense(
+        kernel=renamed(kernel),
+        inputs=prefix + renamed(inputs[common:]),
+        outputs=prefix + renamed(outputs[common:]),
+        bias=renamed("".join(c for c in outputs if c in kernel)),
+    )

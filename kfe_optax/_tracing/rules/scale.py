@@ -27,7 +27,10 @@ class Mul(Rule):
 
 
 def features_of(equation: Any, side: int, trail: Trail, role: str) -> Found | None:
-    """The use of a parameter in this role, that is broadcast over the examples at least; None where it is not."""
+    """The use of a parameter in this role, that is broadcast over the examples at least; None where it is not.
+
+    Its first axes may be members of a stack, as under a vmap over parameters and data.
+    """
     y = equation.outvars[0].aval
     if len(trail.dims) != y.ndim or not y.ndim:
         return None
@@ -35,13 +38,16 @@ def features_of(equation: Any, side: int, trail: Trail, role: str) -> Found | No
     # Axes of size 1 that are broadcast are none of its own, as in (features, 1, 1).
     sizes = zip(trail.dims, shape, y.shape, strict=True)
     trail = without_axes(trail, shape, [dim >= 0 and own == 1 != wide for dim, own, wide in sizes])
-    if trail.dims[0] >= 0 or max(trail.dims) < 0:
+    own = sorted(dim for dim in trail.dims if dim >= 0)
+    members = next(i for i, dim in enumerate((*trail.dims, -1)) if dim not in own[i : i + 1])
+    features = [(dim, axis) for axis, dim in enumerate(trail.dims) if dim >= 0 and axis >= members]
+    if not features or trail.dims[members] >= 0:
         return None
-    features = [(dim, axis) for axis, dim in enumerate(trail.dims) if dim >= 0]
-    if any(shape[axis] != y.shape[axis] for _, axis in features):
+    if any(size != wide for size, wide, dim in zip(shape, y.shape, trail.dims, strict=True) if dim >= 0):
         return None
     kind = Norm(parameters=(role,), axes=tuple(axis - y.ndim for _, axis in sorted(features)))
-    own = sorted(dim for dim, _ in features)
     axes = tuple(own.index(dim) if dim >= 0 else -1 for dim in trail.dims)
-    x = jax.ShapeDtypeStruct(y.shape, equation.invars[1 - side].aval.dtype)
-    return Found(kind, trail, 1 - side, shapes(x, y), axes, tuple(range(y.ndim)), role)
+    x = jax.ShapeDtypeStruct(y.shape[members:], equation.invars[1 - side].aval.dtype)
+    vmaps = tuple((size, (True, True, True)) for size in reversed(y.shape[:members]))
+    sides = shapes(x, jax.ShapeDtypeStruct(x.shape, y.dtype))
+    return Found(kind, trail, 1 - side, sides, axes, tuple(range(y.ndim)), role, vmaps)

@@ -16,4 +16,4 @@ class Add(Rule):
 
     def use(self, equation, side, trail):
         found = features_of(equation, side, trail, "bias")
-        return found if found and sum(axis >= 0 for axis in found.axes) == 1 else None
+        return found if found and sum(axis >= 0 for axis in found.axes) == 1 + len(found.vmaps) else None
