@@ -91,7 +91,7 @@ _CAST = ("convert_element_type", "pvary", "pcast")
 
 
 def multiplied(program: Any) -> dict[Any, Any]:
-    """{result of a product: what a product that is larger, and its only reader, multiplies it with}."""
+    """{result of a product: what another product, its only reader but for casts, multiplies it with}."""
     made: dict[Any, Any] = {}  # what is a product, as it is or cast: the product
     readers = [v for v in program.outvars if not isinstance(v, Literal)]
     found = {}

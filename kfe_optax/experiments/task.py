@@ -62,7 +62,7 @@ class Task(NamedTuple):
     measure: Callable[..., Measures]
     has_state: bool = False
     positions: int = 1
-    layers: str = ""  # see `layer_options`
+    layers: str = ""  # see `options.configured`
 
     def init(self, key: jax.Array, images: jax.typing.ArrayLike) -> tuple[Params, State]:
         """The initial parameters and state; ``images`` only give the shapes.
