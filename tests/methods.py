@@ -195,7 +195,7 @@ class Result(NamedTuple):
 
 _KERNELS = (
     (kronecker, "raw_eigh"),
-    (kronecker, "_inverse_factor"),
+    (kronecker, "_cholesky"),
     (kronecker, "_clipped_inverse_root"),
     (basis_lib, "_power_step"),
 )

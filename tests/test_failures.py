@@ -78,7 +78,7 @@ def test_factorizations(name, monkeypatch):
     state = stepped(tx)
     with monkeypatch.context() as patch:
         patch.setattr(kronecker, "raw_eigh", lambda stack: eigh(stack * jnp.nan))
-        patch.setattr(kronecker, "_inverse_factor", lambda stack: stack * jnp.nan)
+        patch.setattr(kronecker, "_cholesky", lambda stack: stack * jnp.nan)
         assert reasons(stepped(EACH[name](), state)) == {"factorization": 2}
 
 

@@ -25,8 +25,10 @@ class Program(NamedTuple):
     compile_seconds: float
 
 
-def program_of(problem: Problem, recipe: Recipe, tx_of: Callable[[Any], Any], seed: int) -> Program:
-    """The step of a task with the transformation `tx_of(layers)`."""
+def step_of(
+    problem: Problem, recipe: Recipe, tx_of: Callable[[Any], Any], seed: int
+) -> tuple[Callable[..., Any], tuple[Any, Any, Any], Any]:
+    """The step of a task with the transformation `tx_of(layers)`, where it begins, and a batch."""
     task = problem.task
     key = jax.random.key(seed)
     batch = problem.batches(0)
@@ -51,7 +53,11 @@ def program_of(problem: Problem, recipe: Recipe, tx_of: Callable[[Any], Any], se
         updates, opt_state = tx.update(grads, opt_state, params, **extra)
         return optax.apply_updates(params, updates), opt_state, model_state, loss
 
-    start = params, jax.jit(tx.init)(params), model_state
+    return step, (params, jax.jit(tx.init)(params), model_state), batch
+
+
+def program_of(problem: Problem, recipe: Recipe, tx_of: Callable[[Any], Any], seed: int) -> Program:
+    step, start, batch = step_of(problem, recipe, tx_of, seed)
     clock = time.perf_counter()
     given = (*start, batch, jnp.zeros((), jnp.int32))
     compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*given).compile()

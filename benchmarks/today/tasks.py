@@ -127,12 +127,18 @@ class Problem(NamedTuple):
 
 def problem_of(name: str, seed: int, data: str) -> Problem:
     setting = TASKS[name]
-    config = load_config(f"configs/{setting.config}.py")
-    config.update_from_flattened_dict(dict(setting.changes))
+    changes = dict(setting.changes)
     if data and setting.data:
-        config.data_dir = str(Path(data) / setting.data)
+        changes["data_dir"] = str(Path(data) / setting.data)
+    return configured(setting.config, changes, seed, setting.steps)
+
+
+def configured(name: str, changes: Mapping[str, Any], seed: int = 0, steps: int = 0) -> Problem:
+    """A config of this repository, with changes."""
+    config = load_config(f"configs/{name}.py")
+    config.update_from_flattened_dict(dict(changes))
     dataset = load(config)
-    return Problem(make_task(config, dataset), dataset, make_batches(config, dataset, seed), setting.steps)
+    return Problem(make_task(config, dataset), dataset, make_batches(config, dataset, seed), steps)
 
 
 def schedule_of(rate: float, steps: int) -> optax.Schedule:

@@ -55,9 +55,24 @@ def factored(
     stacked: int,
     relative: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(A + π√λ I, G + √λ/π I): factored Tikhonov damping (Martens & Grosse 2015, section 6.3); each at least 4 ε of the trace.
+    """(A + a I, G + g I) with the `factored_amounts` a and g."""
+    amounts = factored_amounts(input_factor, output_factor, damping, stacked, relative)
+    return (
+        add_to_diagonal(input_factor, amounts[0], stacked),
+        add_to_diagonal(output_factor, amounts[1], stacked),
+    )
 
-    Relative: λ is `damping` times the mean curvature (tr A/d_in)(tr G/d_out), and so A + √λ (tr A/d_in) I, G + √λ (tr G/d_out) I.
+
+def factored_amounts(
+    input_factor: jax.Array,
+    output_factor: jax.Array,
+    damping: jax.Array,
+    stacked: int,
+    relative: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """π√λ and √λ/π: factored Tikhonov damping (Martens & Grosse 2015, section 6.3); each at least 4 ε of the trace.
+
+    Relative: λ is `damping` times the mean curvature (tr A/d_in)(tr G/d_out), and so √λ (tr A/d_in) and √λ (tr G/d_out).
     """
     mean_in = kronecker.trace(input_factor, stacked) / input_factor.shape[-1]
     mean_out = kronecker.trace(output_factor, stacked) / output_factor.shape[-1]
@@ -68,10 +83,7 @@ def factored(
         ratio = common_pi(mean_in, mean_out)
         amounts = ratio * root, root / ratio
     traces = mean_in * input_factor.shape[-1], mean_out * output_factor.shape[-1]
-    return (
-        add_to_diagonal(input_factor, jnp.maximum(amounts[0], least(traces[0])), stacked),
-        add_to_diagonal(output_factor, jnp.maximum(amounts[1], least(traces[1])), stacked),
-    )
+    return jnp.maximum(amounts[0], least(traces[0])), jnp.maximum(amounts[1], least(traces[1]))
 
 
 def appendix_c(

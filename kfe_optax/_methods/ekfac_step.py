@@ -16,7 +16,6 @@ from kfe_optax._methods import basis as basis_lib
 from kfe_optax._methods import layerwise, periods, scales
 from kfe_optax._methods.basis import Refresh
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
-from kfe_optax._methods.roots import where_alive
 from kfe_optax._methods.scales import Scales
 from kfe_optax.factors.base import Factors, Source
 
@@ -109,7 +108,6 @@ class Ekfac(NamedTuple):
     def _applied(
         self, state: EkfacState, step: Step, rotated: Matrices, damping: jax.Array
     ) -> tuple[Matrices, EkfacState]:
-        terms = self.factors.terms(state.factors, self.layers)
         denominators = scales.denominators(
             self.layers,
             state.scale,
@@ -120,16 +118,12 @@ class Ekfac(NamedTuple):
             trace_floor=self.trace_floor,
             null_threshold=self.null_threshold,
         )
-        scaled = {name: v / denominators[name] for name, v in rotated.items()}
-        new = {}
-        for name, result in basis_lib.out_of(scaled, state.basis, step.devices.products).items():
-            new[name] = where_alive(
-                terms[name][0],
-                len(self.layers[name].stack_shape),
-                result,
-                step.gradients[name].astype(result.dtype),
-                state.last_refresh >= 0,
-            )
+        scaled = {}
+        for name, v in rotated.items():
+            # A layer without curvature, as all are before the first refresh, passes its gradient on.
+            alive = kronecker.outer(*(side.values.max(-1, keepdims=True) for side in state.basis[name])) > 0
+            scaled[name] = v / jnp.where(alive, denominators[name], 1)
+        new = basis_lib.out_of(scaled, state.basis, step.devices.products)
         return new, state._replace(damping=damping)
 
     @jax.default_matmul_precision("highest")

@@ -15,7 +15,7 @@ from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Distribute
 from kfe_optax._methods import layerwise, refreshes, roots
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
-from kfe_optax._methods.roots import DampingType, Denominators, where_alive
+from kfe_optax._methods.roots import DampingType, Denominators
 from kfe_optax.factors.base import Factors
 
 
@@ -194,16 +194,10 @@ class _Kronecker(NamedTuple):
             return self.form.refresh(self.layers, terms, state.roots, damping, step.devices.inverses)
 
         now = refreshes.refreshed(self, state, step, invert)
-        terms = self.factors.terms(now.factors, self.layers)
-        ready = now.last_refresh >= 0
         wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in step.gradients.items()}
-        results = kronecker.each(
+        new = kronecker.each(
             lambda v, root: self.form.apply(v, root, damping, v.ndim - 2),
             {name: (v, now.roots[name]) for name, v in wide.items()},
             step.devices.products,
         )
-        new = {
-            name: where_alive(terms[name][0], len(self.layers[name].stack_shape), result, wide[name], ready)
-            for name, result in results.items()
-        }
         return new, KroneckerState(now.factors, now.roots, damping, now.failures, now.last_refresh)

@@ -22,12 +22,8 @@ def due(count: jax.Array, period: Any, first: int = 0) -> jax.Array:
 def new_if_due(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -> T:
     """`new()` on a step that is due and whose gradient is finite, `old` otherwise.
 
-    The branch is taken on the count alone: under a vmap over seeds, where the count is one and `finite` is one a seed, it
-    stays a branch.
+    The count decides first: under a vmap over seeds, where the count is one and `finite` is one a seed, what is due stays a
+    branch.
     """
     old = varying_axes.like(old, finite)
-
-    def branch() -> T:
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new(), old)
-
-    return jax.lax.cond(due, branch, lambda: old)
+    return jax.lax.cond(due, lambda: jax.lax.cond(finite, new, lambda: old), lambda: old)

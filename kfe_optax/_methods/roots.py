@@ -59,7 +59,7 @@ class Inverses(NamedTuple):
 
 
 class Eigenbases(NamedTuple):
-    """U_A[(U_Aᵀ V U_B) ⊘ (s_A s_Bᵀ + λ)]U_Bᵀ: the inverse of A⊗B + λI itself; λ acts at once."""
+    """U_A[(U_Aᵀ V U_B) ⊘ (s_A s_Bᵀ + λ)]U_Bᵀ: the inverse of A⊗B + λI itself; λ acts at once. V where s_A or s_B is zero."""
 
     relative: bool = False
 
@@ -77,7 +77,7 @@ class Eigenbases(NamedTuple):
         damping = damping.astype(v.dtype)
         if self.relative:
             damping = damping * (root[0].values.mean(-1) * root[1].values.mean(-1))[..., None, None]
-        scale = scale + jnp.maximum(damping, least)
+        scale = jnp.where(least > 0, scale + jnp.maximum(damping, least), 1)
         return kronecker.from_basis(kronecker.to_basis(v, root, stacked) / scale, root, stacked)
 
 
@@ -100,7 +100,11 @@ class Pencils(NamedTuple):
 
     def refresh(self, layers, terms, old, damping, devices):
         damped = _damped_first_terms(layers, terms, damping, self.damping_type, self.relative)
-        pairs = {(name, i): (side, terms[name][1][i]) for (name, i), side in damped.items()}
+        pairs = {}
+        for name, (first, second) in terms.items():
+            alive = _alive(*(kronecker.trace(side, len(layers[name].stack_shape)) for side in first))
+            for i, side in enumerate(second):
+                pairs[name, i] = (damped[name, i], _masked(side, alive[i]))
         return refresh_sides(layers, pairs, old, kronecker.pencil, _diagonal_pencil, devices)
 
     def apply(self, v, root, damping, stacked):
@@ -118,30 +122,44 @@ class Pencils(NamedTuple):
 def _damped_first_terms(
     layers: Layers, terms: Terms, damping: jax.Array, damping_type: DampingType, relative: bool
 ) -> dict[tuple[str, int], jax.Array]:
+    """{(layer, side): the damped factor}; identities for a layer without curvature, whose gradient passes."""
     damped = {}
     for name, (first, *_) in terms.items():
         stacked = len(layers[name].stack_shape)
+        traces = tuple(kronecker.trace(side, stacked) for side in first)
         if damping_type == "factored":
-            pair = damping_lib.factored(*first, damping, stacked, relative)
+            amounts = damping_lib.factored_amounts(*first, damping, stacked, relative)
         else:
             amount = jnp.sqrt(damping) if damping_type == "sqrt" else damping
-            pair = tuple(
-                damping_lib.add_to_diagonal(
-                    side,
-                    jnp.maximum(amount.astype(side.dtype), damping_lib.least(kronecker.trace(side, stacked))),
-                    stacked,
-                )
-                for side in first
+            amounts = tuple(
+                jnp.maximum(amount.astype(trace.dtype), damping_lib.least(trace)) for trace in traces
             )
-        damped.update({(name, i): side for i, side in enumerate(pair)})
+        for i, (side, amount, alive) in enumerate(zip(first, amounts, _alive(*traces), strict=True)):
+            amount = jnp.where(alive, amount, 1)
+            damped[name, i] = damping_lib.add_to_diagonal(_masked(side, alive), amount, stacked)
     return damped
 
 
+def _alive(trace_in: jax.Array, trace_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Which blocks of each side belong to a layer with curvature, both of whose factors have a trace; of several, any of them."""
+    both = (trace_in > 0) & (trace_out > 0)
+    first, second = (
+        both.any(tuple(i for i, size in enumerate(side.shape) if size == 1), keepdims=True)
+        for side in (trace_in, trace_out)
+    )
+    return first, second
+
+
+def _masked(side: jax.Array, alive: jax.Array) -> jax.Array:
+    # A product with zeros and ones: of a choice, compilers make two loops.
+    return side * alive.astype(side.dtype).reshape(alive.shape + (1,) * (side.ndim - alive.ndim))
+
+
 def unit_basis(side: jax.Array, stacked: int) -> Eigenbasis:
-    """The identity basis with unit eigenvalues; a diagonal side has no vectors."""
+    """The identity basis, with eigenvalues of zero: there is no curvature yet. A diagonal side has no vectors."""
     if kronecker.is_diagonal(side, stacked):
-        return Eigenbasis(jnp.ones_like(side), None)
-    return Eigenbasis(jnp.ones(side.shape[:-1], side.dtype), kronecker.identity_like(side, stacked))
+        return Eigenbasis(jnp.zeros_like(side), None)
+    return Eigenbasis(jnp.zeros(side.shape[:-1], side.dtype), kronecker.identity_like(side, stacked))
 
 
 def _unit_pencil(side: jax.Array, stacked: int) -> Eigenbasis:
@@ -201,12 +219,3 @@ def refresh_sides(
 
         new[name][side] = jax.tree.map(keep, result, old[name][side])
     return {name: tuple(pair) for name, pair in new.items()}, failures
-
-
-def where_alive(term: Term, stacked: int, new: jax.Array, old: jax.Array, ready: jax.Array) -> jax.Array:
-    """`new` where the layer has curvature, `old` where a factor is zero (a layer that the loss does not use).
-
-    Nor is there curvature until the first refresh, which a gradient that is not finite can put off: not `ready`.
-    """
-    alive = (kronecker.trace(term.input, stacked) > 0) & (kronecker.trace(term.output, stacked) > 0)
-    return jnp.where((alive & ready)[..., None, None], new, old)

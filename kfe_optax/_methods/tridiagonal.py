@@ -18,9 +18,8 @@ from kfe_optax._linalg.devices import Devices, Distribute
 from kfe_optax._methods import chain_roots, layerwise, refreshes
 from kfe_optax._methods.chain_roots import ChainRoots
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
-from kfe_optax._methods.roots import Inverses, where_alive
+from kfe_optax._methods.roots import Inverses
 from kfe_optax.factors import base
-from kfe_optax.factors.base import Term
 from kfe_optax.factors.chained import Chained, ChainedState
 
 
@@ -195,7 +194,7 @@ class _Tridiagonal(NamedTuple):
             step,
             lambda factors: self._refresh(factors, state.roots, damping, step.devices.inverses),
         )
-        new = self._apply(now.factors, now.roots, step, damping, now.last_refresh >= 0)
+        new = self._apply(now.factors, now.roots, step, damping)
         return new, TridiagonalState(now.factors, now.roots, damping, now.failures, now.last_refresh)
 
     def _refresh(
@@ -214,7 +213,6 @@ class _Tridiagonal(NamedTuple):
         roots: TridiagonalRoots,
         step: Step,
         damping: jax.Array,
-        ready: jax.Array,
     ) -> Matrices:
         wide = {name: v.astype(self.layers[name].factor_dtype) for name, v in step.gradients.items()}
         chains = {str(chain[0]): chain for chain in self.plan.among(wide).chains}
@@ -227,18 +225,16 @@ class _Tridiagonal(NamedTuple):
         for name, chain in chains.items():
             own = factors.chains[name]
             for i, element in enumerate(chain):
-                term = Term(own.input[i], own.output[i])
-                new[element] = where_alive(term, 0, results[name][i], given[name][i], ready)
+                # A layer without curvature passes its gradient on.
+                alive = (jnp.trace(own.input[i]) > 0) & (jnp.trace(own.output[i]) > 0)
+                new[element] = jnp.where(alive, results[name][i], given[name][i])
         whole = _stacked(new)
         alone = kronecker.each(
             lambda v, root: self.alone.apply(v, root, damping, v.ndim - 2),
             {name: (wide[name], roots.alone[name]) for name in factors.alone},
             step.devices.products,
         )
-        for name, result in alone.items():
-            stacked = len(self.layers[name].stack_shape)
-            whole[name] = where_alive(factors.alone[name], stacked, result, wide[name], ready)
-        return whole
+        return whole | alone
 
 
 def _stacked(elements: Mapping[Element, jax.Array]) -> Matrices:

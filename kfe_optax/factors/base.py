@@ -175,8 +175,13 @@ def weight_of_past(updates: jax.Array, decay: ScalarOrSchedule, count: jax.Array
 
 def rho_of(old: Any, rho: jax.Array) -> jax.Array:
     """ρ of one layer: 0 while its factors are zero, as they are before the first estimate."""
-    known = jnp.stack([jnp.any(leaf != 0) for leaf in jax.tree.leaves(old)]).any()
-    return jnp.where(known, rho, 0)
+    return jnp.where(largest(old).max() > 0, rho, 0)
+
+
+def largest(entry: Any) -> jax.Array:
+    """The largest magnitude in each of an entry's arrays; not finite where one of its numbers is not."""
+    leaves = jax.tree.leaves(entry)
+    return jnp.stack([jnp.abs(leaf).max().astype(jnp.result_type(float)) for leaf in leaves])
 
 
 EXCESS = 100.0
@@ -205,10 +210,9 @@ def weights(rho: jax.Array, proportion: jax.Array) -> Weights:
 
 def proportion(old: Any, new: Any) -> jax.Array:
     """How many times larger an estimate is than the running one, by the largest entry of an array; of several the most."""
-    pairs = zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True)
+    before = largest(old)
     # A side that was zero has nothing to be measured by.
-    sizes = [(jnp.abs(a).max(), jnp.abs(b).max().astype(a.dtype)) for a, b in pairs]
-    return jnp.stack([jnp.where(a > 0, b / jnp.where(a > 0, a, 1), 0) for a, b in sizes]).max()
+    return jnp.where(before > 0, largest(new) / jnp.where(before > 0, before, 1), 0).max()
 
 
 def average(
@@ -230,7 +234,7 @@ def average(
     result, lost, bounded = {}, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     for name, before in old.items():
         own = weights(rho_of(before, rho), proportion(leading(before), leading(new[name])))
-        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(new[name])]).all()
+        finite = jnp.isfinite(largest(new[name])).all()
         lost, bounded = lost + ~finite, bounded + (finite & own.excessive)
 
         def one(a, b, finite=finite, own=own):
