@@ -64,12 +64,12 @@ def make_step(problem: Problem, name: str, max_dim: int) -> tuple[Callable[..., 
         return adam_step, plain
     layers = kfe.find_layers(problem.loss_fn, problem.params, *problem.args, has_aux=True)
     makers = {
-        "K-FAC": lambda: kfe.kfac(0.03, layers, max_dim=max_dim),
-        "EKFAC, running scale": lambda: kfe.ekfac(0.03, layers, scale="running", max_dim=max_dim),
+        "K-FAC": lambda: kfe.kfac(0.15, layers, max_dim=max_dim),
+        "EKFAC, running scale": lambda: kfe.ekfac(0.15, layers, scale="running", max_dim=max_dim),
         "EKFAC, batch scale": lambda: kfe.ekfac(
             0.1, layers, scale="batch", scale_update_period=1, max_dim=max_dim
         ),
-        "TEKFAC": lambda: kfe.tekfac(0.03, layers, max_dim=max_dim),
+        "TEKFAC": lambda: kfe.tekfac(0.15, layers, max_dim=max_dim),
     }
     transform = makers[name]()
 

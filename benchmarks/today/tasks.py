@@ -55,8 +55,8 @@ def _kfac_natural(
 
 _MOMENTUM, _SECOND = (0.02, 0.3), (1e-3, 0.1)
 _ADAM = {"1-b1": _MOMENTUM, "1-b2": _SECOND}
-_METHOD = {"damping": (1.0, 100.0), "1-momentum": _MOMENTUM}
-_UNIT = 0.1 * 10**-0.5
+_METHOD = {"damping": (0.3, 30.0), "1-momentum": _MOMENTUM}
+_UNIT = 0.15
 
 OPTIMIZERS: dict[str, Recipe] = {
     "sgd": Recipe(

@@ -22,10 +22,10 @@ from kfe_optax.factors.base import Factors
 def ekfac(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -78,7 +78,7 @@ def ekfac(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.ekfac(optax.cosine_decay_schedule(0.03, 1000), layers)
+      >>> tx = kfe.ekfac(optax.cosine_decay_schedule(0.15, 1000), layers)
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """
@@ -91,10 +91,10 @@ def ekfac(
 def tekfac(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -140,7 +140,7 @@ def tekfac(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.tekfac(optax.cosine_decay_schedule(0.03, 1000), layers)
+      >>> tx = kfe.tekfac(optax.cosine_decay_schedule(0.15, 1000), layers)
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """

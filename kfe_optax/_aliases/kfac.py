@@ -24,10 +24,10 @@ from kfe_optax.contrib.two_level import scale_by_two_level_kfac
 def kfac(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -47,12 +47,12 @@ def kfac(
     """K-FAC, ready to use: `scale_by_kfac`, momentum, `normalize_layers`, weight decay and learning rate.
 
     By default nothing depends on the scale of the loss, of a layer or of its gradient: the damping is relative, and each layer's
-    step has the length of the learning rate. A learning rate of 0.03 with a short warm-up and a decay is where to start. On
+    step has the length of the learning rate. A learning rate of 0.15 with a short warm-up and a decay is where to start. On
     deterministic problems (autoencoders, physics-informed networks, variational Monte Carlo) the natural gradient's own length is
     better: `kfe.kfac(0.1, layers, 1e-2, **kfe.NATURAL)`, with a damping in the loss's units.
 
     Args:
-      learning_rate: η, a scalar or a schedule: with size="operator" about how much a step changes a layer's outputs where its
+      learning_rate: η, a scalar or a schedule: with size="spectral" the most that a step changes a layer's outputs where its
         inputs have root mean square 1.
       layers: what `kfe.find_layers` returned.
       damping: λ, see `scale_by_kfac`: raise it when the loss rises, lower it when progress is slow.
@@ -87,7 +87,7 @@ def kfac(
       ...     logits = model.apply({"params": params}, x)
       ...     return kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
       >>> layers = kfe.find_layers(loss_fn, params)
-      >>> tx = kfe.kfac(0.03, layers)
+      >>> tx = kfe.kfac(0.15, layers)
       >>> opt_state = tx.init(params)
       >>> value_grad_and_taps = kfe.value_grad_and_taps(loss_fn, layers)
       >>> losses = []
@@ -105,10 +105,10 @@ def kfac(
 def kfac_tridiagonal(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -146,7 +146,7 @@ def kfac_tridiagonal(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.kfac_tridiagonal(optax.cosine_decay_schedule(0.03, 1000), layers, chains='split')
+      >>> tx = kfe.kfac_tridiagonal(optax.cosine_decay_schedule(0.15, 1000), layers, chains='split')
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """
@@ -156,10 +156,10 @@ def kfac_tridiagonal(
 def two_level_kfac(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -203,7 +203,7 @@ def two_level_kfac(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.two_level_kfac(optax.cosine_decay_schedule(0.03, 1000), layers)
+      >>> tx = kfe.two_level_kfac(optax.cosine_decay_schedule(0.15, 1000), layers)
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """

@@ -26,10 +26,10 @@ from kfe_optax._wrappers.normalize import Size
 def tkfac(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -67,7 +67,7 @@ def tkfac(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.tkfac(optax.cosine_decay_schedule(0.03, 1000), layers)
+      >>> tx = kfe.tkfac(optax.cosine_decay_schedule(0.15, 1000), layers)
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """
@@ -77,10 +77,10 @@ def tkfac(
 def kpsvd(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -119,7 +119,7 @@ def kpsvd(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.kpsvd(optax.cosine_decay_schedule(0.03, 1000), layers)
+      >>> tx = kfe.kpsvd(optax.cosine_decay_schedule(0.15, 1000), layers)
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """
@@ -129,10 +129,10 @@ def kpsvd(
 def deflation(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -173,7 +173,7 @@ def deflation(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.deflation(optax.cosine_decay_schedule(0.03, 1000), layers)
+      >>> tx = kfe.deflation(optax.cosine_decay_schedule(0.15, 1000), layers)
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """
@@ -183,10 +183,10 @@ def deflation(
 def lanczos(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -228,7 +228,7 @@ def lanczos(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.lanczos(optax.cosine_decay_schedule(0.03, 1000), layers)
+      >>> tx = kfe.lanczos(optax.cosine_decay_schedule(0.15, 1000), layers)
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """
@@ -238,10 +238,10 @@ def lanczos(
 def kfac_corrected(
     learning_rate: ScalarOrSchedule,
     layers: Layers,
-    damping: ScalarOrSchedule = 10.0,
+    damping: ScalarOrSchedule = 3.0,
     *,
     relative_damping: bool = True,
-    size: Size | None = "operator",
+    size: Size | None = "spectral",
     momentum: ScalarOrSchedule = 0.9,
     nesterov: bool = True,
     max_kl: ScalarOrSchedule | None = None,
@@ -282,7 +282,7 @@ def kfac_corrected(
       ...     return kfe.losses.l2_loss(x @ params["kernel"], y).sum(-1).mean()
       >>> params = {"kernel": jnp.ones((3, 2))}
       >>> layers = kfe.find_layers(loss_fn, params, jnp.eye(3), jnp.zeros((3, 2)))
-      >>> tx = kfe.kfac_corrected(optax.cosine_decay_schedule(0.03, 1000), layers)
+      >>> tx = kfe.kfac_corrected(optax.cosine_decay_schedule(0.15, 1000), layers)
       >>> int(kfe.info(tx.init(params)).last_refresh)
       -1
     """

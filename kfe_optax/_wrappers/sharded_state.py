@@ -65,7 +65,7 @@ def shard_state(
       >>> mesh = jax.make_mesh((1,), ("data",), (jax.sharding.AxisType.Auto,))
       >>> params, x, labels = {"kernel": jnp.zeros((64, 2))}, jnp.eye(64), jnp.arange(64) % 2
       >>> layers = kfe.find_layers(loss_fn, params, x, labels)
-      >>> tx = kfe.shard_state(kfe.kfac(0.03, layers), mesh)
+      >>> tx = kfe.shard_state(kfe.kfac(0.15, layers), mesh)
       >>> opt_state = tx.init(params)
       >>> kfe.state_bytes_per_device(opt_state)
       {...: 33...}
