@@ -22,7 +22,7 @@ from kfe_optax._layers.paths import Path, leaves_by_path, path_name
 from kfe_optax._marks import marks
 from kfe_optax._marks.registrations import Output
 from kfe_optax._tracing import adapters, grouping, jaxprs, traced
-from kfe_optax._tracing import uses as uses_lib
+from kfe_optax._tracing import counting as uses_lib
 from kfe_optax._tracing.trails import OWN_DERIVATIVE
 
 

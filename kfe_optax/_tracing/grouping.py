@@ -14,9 +14,9 @@ from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.paths import Path, path_name
 from kfe_optax._marks import marks
 from kfe_optax._tracing import reasons as reasons_lib
+from kfe_optax._tracing.counting import Counted, as_one_layer, counted, outputs_of, spread_of, stack_of
+from kfe_optax._tracing.findings import Use, Walk
 from kfe_optax._tracing.origins import Origins
-from kfe_optax._tracing.uses import Counted, as_one_layer, counted, outputs_of, spread_of, stack_of
-from kfe_optax._tracing.walks import Use, Walk
 
 
 class Batch(NamedTuple):

@@ -17,10 +17,11 @@ from jax.extend.core import Literal
 from kfe_optax._layers.flow import SAME
 from kfe_optax._marks import marks
 from kfe_optax._marks.marks import layer_mark, loss_mark, mask_mark
-from kfe_optax._tracing import batch_axes, equations, meetings, origins, uses_by_rule
+from kfe_optax._tracing import batch_axes, data_contact, equations, matching, origins
 from kfe_optax._tracing import loops as loops_lib
 from kfe_optax._tracing.batch_axes import UNKNOWN
-from kfe_optax._tracing.facts import (
+from kfe_optax._tracing.findings import Trail, Use, Walk
+from kfe_optax._tracing.known import (
     DATA,
     GIVEN,
     NOTHING,
@@ -36,8 +37,7 @@ from kfe_optax._tracing.facts import (
 )
 from kfe_optax._tracing.origins import Origin
 from kfe_optax._tracing.trails import CARRIED, left, step
-from kfe_optax._tracing.unseen import NONE, Unseen
-from kfe_optax._tracing.walks import Trail, Use, Walk
+from kfe_optax._tracing.untagged import NONE, Unseen
 
 
 def follow(jaxpr: Any, trails: Sequence[Trail | None], masked: bool = False) -> Walk:
@@ -126,8 +126,8 @@ def _plain(equation: Any, inputs: list[Fact], other: Fact | None, walk: Walk, lo
     if name in CARRIED and len(inputs) == len(outputs) == 1:
         outputs[0] = outputs[0]._replace(number=inputs[0].number)
     if numbered is not None:
-        return meetings.followed(equation, inputs, outputs, walk, loops)
-    return uses_by_rule.recorded(equation, inputs, outputs, other, walk, loops)
+        return data_contact.followed(equation, inputs, outputs, walk, loops)
+    return matching.recorded(equation, inputs, outputs, other, walk, loops)
 
 
 def _mark_reached(equation: Any, inputs: Sequence[Fact], walk: Walk, loops: int) -> Fact:
@@ -157,9 +157,9 @@ def _loss_reached(
     equation: Any, inputs: Sequence[Fact], info: dict[str, Any], walk: Walk, loops: int
 ) -> Fact:
     """A registered loss: its outputs z are a use, and its elements, whose derivative reaches z and what else it is given."""
-    meetings.read_by(inputs, walk)
-    open_ = meetings.open_in(inputs, equation.invars)
-    (z,) = meetings.met(equation, open_, lives(inputs), [inputs[0]], walk, loops)
+    data_contact.read_by(inputs, walk)
+    open_ = data_contact.open_in(inputs, equation.invars)
+    (z,) = data_contact.met(equation, open_, lives(inputs), [inputs[0]], walk, loops)
     index = len(walk.uses)
     walk.uses.append(
         Use(None, (), info | {"mark": marks.OUTPUT}, walk.place, loops, live=z.live, batch=z.batch)
@@ -192,14 +192,14 @@ def _inner(equation: Any, name: str, inputs: list[Fact], walk: Walk, loops: int)
             chosen = origins.chosen(inputs[0].origins, union(same))
             batch = batch_axes.joined([fact.batch for fact in same])
             fact = Fact(trail, source, chosen, lives(same), batch)
-            meetings.read_by(same, walk)
+            data_contact.read_by(same, walk)
             if trail is not None or source != DATA:
                 fact = fact._replace(unseen=all_unseen(same))
             else:
                 chosen_of += [(one, variable) for one in same]
             joined.append(fact)
-        paths = meetings.open_in(*zip(*chosen_of, strict=True)) if chosen_of else frozenset()
-        return meetings.met(equation, paths, frozenset(), joined, walk, loops)
+        paths = data_contact.open_in(*zip(*chosen_of, strict=True)) if chosen_of else frozenset()
+        return data_contact.met(equation, paths, frozenset(), joined, walk, loops)
     for program in equations.inner(equation):
         if name == "shard_map":
             # Inside is a device's share of the examples.
@@ -207,14 +207,14 @@ def _inner(equation: Any, name: str, inputs: list[Fact], walk: Walk, loops: int)
         paths, unknown = frozenset(), not equations.is_rebuilt(equation)
         if unknown:
             # Its derivative may be another one than that of its equations.
-            meetings.read_by(inputs, walk)
-            paths, kept = meetings.open_in(inputs, equation.invars), all_unseen(inputs)
+            data_contact.read_by(inputs, walk)
+            paths, kept = data_contact.open_in(inputs, equation.invars), all_unseen(inputs)
             inputs = [
                 fact._replace(trail=left(fact.trail, name), linear=None, unseen=NONE) for fact in inputs
             ]
         results = _walk(program, inputs, walk, loops)
         if unknown and source == DATA:
-            results = meetings.met(equation, paths, lives(inputs), results, walk, loops)
+            results = data_contact.met(equation, paths, lives(inputs), results, walk, loops)
         elif unknown:
             results = [fact._replace(unseen=kept) for fact in results]
         if name == "shard_map":

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 from kfe_optax._layers.flow import ANY, BEFORE, LAST, SAME
-from kfe_optax._tracing import batch_axes, equations, meetings, origins
+from kfe_optax._tracing import batch_axes, data_contact, equations, origins
 from kfe_optax._tracing.batch_axes import UNKNOWN
-from kfe_optax._tracing.facts import DATA, Fact, all_unseen, lives, union
+from kfe_optax._tracing.findings import Use, Walk
+from kfe_optax._tracing.known import DATA, Fact, all_unseen, lives, union
 from kfe_optax._tracing.origins import NOWHERE, Origin, Origins
 from kfe_optax._tracing.trails import into_scan, left
-from kfe_optax._tracing.unseen import NONE
-from kfe_optax._tracing.walks import Use, Walk
+from kfe_optax._tracing.untagged import NONE
 
 Into = Callable[[Any, list[Fact], Walk, int], list[Fact]]
 """Walks a program with the facts of its inputs, so many loops deep; those of its outputs."""
@@ -33,7 +33,7 @@ def scan(equation: Any, inputs: list[Fact], source: int, walk: Walk, loops: int,
         # What a parameter in a carry becomes is not followed.
         rest = NONE if constants <= i < constants + carries and source == DATA else fact.unseen
         inner.append(Fact(trail, level, behind, fact.live, batch, unseen=rest))
-    meetings.read_by(inputs, walk)
+    data_contact.read_by(inputs, walk)
     carried = slice(constants, constants + carries)
     start = len(walk.uses)
     results = _iterate(body, inner, (constants, carries if length > 1 else 0), walk, loops, into)
@@ -42,7 +42,7 @@ def scan(equation: Any, inputs: list[Fact], source: int, walk: Walk, loops: int,
             dataclasses.replace(use, loop=start + 1) if use.loops == loops + 1 else use
             for use in walk.uses[start:]
         ]
-    meetings.read_by(results, walk)
+    data_contact.read_by(results, walk)
     outputs = []
     for i, fact in enumerate(results):
         # The carry comes from the last iteration, what is stacked from all of them.
@@ -56,11 +56,11 @@ def scan(equation: Any, inputs: list[Fact], source: int, walk: Walk, loops: int,
     live = lives(inputs)
     for i in range(carries, len(outputs)):
         # NNX returns its parameters from a scan, too, where nothing reads them.
-        paths = meetings.open_in(results[i : i + 1], body.outvars[i : i + 1])
-        outputs[i : i + 1] = meetings.met(equation, paths, live, outputs[i : i + 1], walk, loops)
-    paths = meetings.open_in(inputs[carried], equation.invars[carried])
-    paths |= meetings.open_in(results[:carries], body.outvars[:carries])
-    return meetings.met(equation, paths, live, outputs, walk, loops)
+        paths = data_contact.open_in(results[i : i + 1], body.outvars[i : i + 1])
+        outputs[i : i + 1] = data_contact.met(equation, paths, live, outputs[i : i + 1], walk, loops)
+    paths = data_contact.open_in(inputs[carried], equation.invars[carried])
+    paths |= data_contact.open_in(results[:carries], body.outvars[:carries])
+    return data_contact.met(equation, paths, live, outputs, walk, loops)
 
 
 def while_loop(
@@ -69,7 +69,7 @@ def while_loop(
     """No derivative goes back through it, so that what it reads of a parameter is said but counts for nothing."""
     body = equation.params["body_jaxpr"].jaxpr
     if source == DATA:
-        meetings.note(equation, inputs, walk)
+        data_contact.note(equation, inputs, walk)
     skip = equation.params["cond_nconsts"]
     inner = [
         fact._replace(trail=left(fact.trail, "while"), level=source, batch=UNKNOWN, unseen=NONE)

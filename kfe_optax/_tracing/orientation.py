@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kfe_optax._layers.kinds import Conv, Dense, Embedding, Kind
 from kfe_optax._layers.kinds.base import TRANSPOSED
-from kfe_optax._tracing.walks import Use
+from kfe_optax._tracing.findings import Use
 
 
 class Moves(NamedTuple):

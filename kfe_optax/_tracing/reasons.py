@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kfe_optax._tracing.uses import stack_of
-from kfe_optax._tracing.uses_by_rule import GONE
-from kfe_optax._tracing.walks import Use
+from kfe_optax._tracing.counting import stack_of
+from kfe_optax._tracing.findings import Use
+from kfe_optax._tracing.matching import GONE
 
 
 def trouble(use: Use) -> str | None:

@@ -1,4 +1,4 @@
-"""What each equation does to the trail of a parameter (see `walks.Trail`)."""
+"""What each equation does to the trail of a parameter (see `findings.Trail`)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from kfe_optax._layers.views import View
+from kfe_optax._tracing.findings import Trail
 from kfe_optax._tracing.rules import bias
-from kfe_optax._tracing.walks import Trail
 
 CARRIED = frozenset(
     {"convert_element_type", "copy", "copy_p", "sharding_constraint", "pvary", "pcast", "reshard"}

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from kfe_optax._tracing.findings import Trail
 from kfe_optax._tracing.rules.base import Found, Layout, Rule, shapes
 from kfe_optax._tracing.rules.conv import ConvGeneralDilated
 from kfe_optax._tracing.rules.dense import DotGeneral
 from kfe_optax._tracing.rules.embedding import Gather
 from kfe_optax._tracing.rules.scale import Mul
 from kfe_optax._tracing.rules.shift import Add
-from kfe_optax._tracing.walks import Trail
 
 __all__ = ["RULES", "Found", "Layout", "Rule", "register", "shapes", "used"]
 

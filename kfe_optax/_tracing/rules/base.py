@@ -12,8 +12,8 @@ import numpy as np
 from kfe_optax._layers.kinds import Dense, Kind
 from kfe_optax._marks.marks import Vmaps
 from kfe_optax._tracing.batch_axes import UNKNOWN, Labels
+from kfe_optax._tracing.findings import Trail
 from kfe_optax._tracing.orientation import Moves
-from kfe_optax._tracing.walks import Trail
 
 
 class Output(NamedTuple):

@@ -13,8 +13,8 @@ from typing import Any
 
 from kfe_optax._layers.kinds import Dense, Embedding, Norm
 from kfe_optax._layers.views import View
+from kfe_optax._tracing.findings import Trail, Use
 from kfe_optax._tracing.rules.base import Output
-from kfe_optax._tracing.walks import Trail, Use
 
 
 def moved(output: Output, equation: Any) -> Output | None:

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from kfe_optax._layers.kinds import Norm
+from kfe_optax._tracing.findings import Trail
 from kfe_optax._tracing.rules.base import Found, Rule, shapes
 from kfe_optax._tracing.rules.bias import without_axes
-from kfe_optax._tracing.walks import Trail
 
 
 class Mul(Rule):

@@ -7,9 +7,9 @@ from typing import Any
 
 from kfe_optax._marks import marks
 from kfe_optax._tracing import equations
-from kfe_optax._tracing import unseen as rules
-from kfe_optax._tracing.facts import DATA, PARAMETERS, Fact, lives
-from kfe_optax._tracing.walks import Live, Use, Walk
+from kfe_optax._tracing import untagged as rules
+from kfe_optax._tracing.findings import Live, Use, Walk
+from kfe_optax._tracing.known import DATA, PARAMETERS, Fact, lives
 
 
 def note(equation: Any, inputs: list[Fact], walk: Walk) -> None:

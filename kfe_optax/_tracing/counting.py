@@ -10,8 +10,8 @@ from kfe_optax._layers.kinds import Embedding
 from kfe_optax._layers.layer import WITHOUT_BIAS
 from kfe_optax._layers.paths import Path
 from kfe_optax._marks import marks
+from kfe_optax._tracing.findings import Use, Walk
 from kfe_optax._tracing.orientation import oriented
-from kfe_optax._tracing.walks import Use, Walk
 
 
 class Counted(NamedTuple):

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 
 from kfe_optax._layers.flow import SAME
 from kfe_optax._marks import marks
-from kfe_optax._tracing import batch_axes, equations, meetings, rules
-from kfe_optax._tracing.facts import DATA, NOTHING, PARAMETERS, Fact, lives
+from kfe_optax._tracing import batch_axes, data_contact, equations, rules
+from kfe_optax._tracing.findings import Use, Walk
+from kfe_optax._tracing.known import DATA, NOTHING, PARAMETERS, Fact, lives
 from kfe_optax._tracing.origins import Origin
 from kfe_optax._tracing.rules import bias as added
 from kfe_optax._tracing.rules.base import Found, Output
 from kfe_optax._tracing.trails import CARRIED
-from kfe_optax._tracing.unseen import Unseen
-from kfe_optax._tracing.walks import Use, Walk
+from kfe_optax._tracing.untagged import Unseen
 
 # These move the entries of a layer's output, and change none.
 _MOVED = CARRIED | {"name", "optimization_barrier", "transpose", "reshape", "squeeze"}
@@ -67,9 +67,9 @@ def recorded(
     found = rules.used(equation, [fact.trail for fact in inputs])
     if found is None or inputs[found.x].level == PARAMETERS:
         if outputs and outputs[0].level == DATA:
-            meetings.note(equation, inputs, walk)
+            data_contact.note(equation, inputs, walk)
             outputs = _lost(equation, inputs, outputs, walk, loops)
-        return meetings.followed(equation, inputs, outputs, walk, loops)
+        return data_contact.followed(equation, inputs, outputs, walk, loops)
     return _used(equation, found, inputs, outputs[0], behind, walk, loops)
 
 
@@ -118,7 +118,7 @@ def _used(
     fact = Fact(None, out.level, frozenset({Origin(index, SAME)}), frozenset({(index, 1)}), labels)
     paths = x.unseen.paths if x.level == DATA else frozenset()
     linear = found.output(index) if found.role != "bias" else behind
-    return meetings.met(equation, paths, x.live, [fact._replace(linear=linear)], walk, loops)
+    return data_contact.met(equation, paths, x.live, [fact._replace(linear=linear)], walk, loops)
 
 
 def _kept(equation: Any, inputs: list[Fact], out: Fact, walk: Walk) -> Fact | None:
@@ -148,7 +148,7 @@ def _lost(equation: Any, inputs: list[Fact], outputs: list[Fact], walk: Walk, lo
     kept = [fact.trail for fact in inputs if fact.trail is not None and fact.trail.kept is not None]
     on = [fact.trail for fact in outputs if fact.trail is not None and not fact.trail.lost]
     paths = frozenset(trail.path for trail in kept if trail not in on)
-    return meetings.met(equation, paths, lives(inputs), outputs, walk, loops)
+    return data_contact.met(equation, paths, lives(inputs), outputs, walk, loops)
 
 
 def _whole(fact: Fact) -> bool:

@@ -12,11 +12,11 @@ import numpy as np
 
 from kfe_optax._tracing import origins
 from kfe_optax._tracing.batch_axes import UNKNOWN, Labels
+from kfe_optax._tracing.findings import Live, Trail
 from kfe_optax._tracing.origins import NOWHERE, Origins
 from kfe_optax._tracing.rules.base import Output
 from kfe_optax._tracing.trails import CARRIED
-from kfe_optax._tracing.unseen import NONE, Unseen
-from kfe_optax._tracing.walks import Live, Trail
+from kfe_optax._tracing.untagged import NONE, Unseen
 
 # Through these a derivative keeps its sign.
 _POSITIVE = CARRIED | {"add", "add_any", "reduce_sum", "cumsum", "psum", "psum_invariant", "reshape"}
