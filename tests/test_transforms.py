@@ -212,8 +212,7 @@ def test_vmap_over_seeds_with_one_count_keeps_the_branches(make):
         jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
         depths.append(min(branches_around(jaxpr, ("eigh", "cholesky"))))
     assert depths[0] >= 2
-    # Whether a seed's gradient is finite is a choice of values there, and a branch only alone.
-    assert depths[1] >= depths[0] - 1 >= 2
+    assert depths[1] >= depths[0]
 
 
 def test_gradient_weight_of_devices_with_other_masks(x64):

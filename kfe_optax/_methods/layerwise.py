@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from kfe_optax._jax import checks, counts, explicit_axes, failures, static_values, varying_axes
+from kfe_optax._jax import checks, counts, explicit_axes, failures, static_values
 from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._layers.paths import Path, leaves_by_path, path_name
@@ -38,8 +38,8 @@ class Step(NamedTuple):
     Attributes:
       count: int32, 0 for the first step.
       gradients: {layer: V (*stack, d_in, d_out)}.
-      finite: whether all of the gradient is finite, on all devices. If not, neither are the taps, and neither may touch the
-        state; what becomes of the update then does not matter.
+      finite: whether all of the gradient is finite. If not, neither are the taps, and neither may touch the state; what
+        becomes of the update then does not matter.
       taps: the step's taps, None for a method that needs none.
       parameters: {layer: W̄ (*stack, d_in, d_out)} for a method that reads them and when the caller gave them.
       extra: further extra arguments of the update.
@@ -199,14 +199,13 @@ class _Layerwise(NamedTuple):
         if method.reads_parameters and given_params is not None:
             parameters = matrices_of(present, given_params)
         rest_updates, rest_state, spoilt = self._rest(leaves, state.rest, given_params, request, extra)
-        axis_name = axis_of(taps)
-        finite = agreed(all_finite(leaves.values()), axis_name)
+        finite = all_finite(leaves.values())
         arrays, static = static_values.split_static(extra if method.reads_parameters else {})
         used = taps if method.needs_taps else None
         again = request.first is not None
         negative = False if used is None or again else used.negative_weights
         count = state.count - again
-        division = devices_lib.division(self.distribute, axis_name)
+        division = devices_lib.division(self.distribute, axis_of(taps))
         given = (count, matrices_of(present, leaves), finite, used, parameters)
         new_matrices, method_state = self.step(
             static, again, division, arrays, state.method, given, request.damping
@@ -244,15 +243,6 @@ class _Layerwise(NamedTuple):
 def axis_of(taps: Any) -> Any:
     """The `axis_name` of a step's taps, which a method that reads none may have been given too."""
     return taps.plan.axis_name if isinstance(taps, Taps) else None
-
-
-def agreed(finite: jax.Array, axis_name: Any) -> jax.Array:
-    """Whether it is finite on all devices: one that went another way than the others would wait for them for ever."""
-    axes = varying_axes.axes_of(finite)
-    if axis_name is not None and not varying_axes.named(axis_name):
-        # Types do not tell of these axes.
-        axes |= frozenset(varying_axes.names(axis_name))
-    return jax.lax.pmin(finite.astype(jnp.int32), tuple(axes)) > 0 if axes else finite
 
 
 def narrowed(leaf: jax.Array, dtype: Any) -> jax.Array:

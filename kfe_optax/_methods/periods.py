@@ -22,8 +22,12 @@ def due(count: jax.Array, period: Any, first: int = 0) -> jax.Array:
 def new_if_due(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -> T:
     """`new()` on a step that is due and whose gradient is finite, `old` otherwise.
 
-    The count decides first: under a vmap over seeds, where the count is one and `finite` is one a seed, what is due stays a
-    branch.
+    The branch is taken on the count alone: under a vmap over seeds, where the count is one and `finite` is one a seed, it
+    stays a branch; and devices with other gradients than the rest do not wait for each other.
     """
     old = varying_axes.like(old, finite)
-    return jax.lax.cond(due, lambda: jax.lax.cond(finite, new, lambda: old), lambda: old)
+
+    def branch() -> T:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new(), old)
+
+    return jax.lax.cond(due, branch, lambda: old)

@@ -190,15 +190,15 @@ def _added(
         new, fine_state = result
         leaves, fine_leaves = leaves_by_path(updates), leaves_by_path(new)
         present = level.present(leaves)
-        again, axis_name = request.first is not None, layerwise.axis_of(taps)
+        again = request.first is not None
         added, coarse = _step(
             again,
-            devices_lib.division(distribute, axis_name),
+            devices_lib.division(distribute, layerwise.axis_of(taps)),
             state.coarse,
             state.count - again,
             layerwise.matrices_of(present, leaves),
             layerwise.matrices_of(present, fine_leaves),
-            layerwise.agreed(layerwise.all_finite(leaves.values()), axis_name),
+            layerwise.all_finite(leaves.values()),
             taps,
         )
         for layer in present:
