@@ -55,22 +55,7 @@ def factored(
     stacked: int,
     relative: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """(A + a I, G + g I) with the `factored_amounts` a and g."""
-    amounts = factored_amounts(input_factor, output_factor, damping, stacked, relative)
-    return (
-        add_to_diagonal(input_factor, amounts[0], stacked),
-        add_to_diagonal(output_factor, amounts[1], stacked),
-    )
-
-
-def factored_amounts(
-    input_factor: jax.Array,
-    output_factor: jax.Array,
-    damping: jax.Array,
-    stacked: int,
-    relative: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """π√λ and √λ/π: factored Tikhonov damping (Martens & Grosse 2015, section 6.3); each at least 4 ε of the trace.
+    """π√λ and √λ/π for the diagonals of A and G, each at least 4 ε of its trace (Martens & Grosse 2015, section 6.3).
 
     Relative: λ is `damping` times the mean curvature (tr A/d_in)(tr G/d_out), and so √λ (tr A/d_in) and √λ (tr G/d_out).
     """

@@ -70,8 +70,9 @@ def refresh(
     following: dict[Any, jax.Array] = {}
     for name, chain in factors.items():
         for i, pair in enumerate(zip(chain.input, chain.output, strict=True)):
-            for side, block in enumerate(damping_lib.factored(*pair, damping, 0, relative)):
-                damped[name, side, i] = block
+            amounts = damping_lib.factored(*pair, damping, 0, relative)
+            for side, (block, amount) in enumerate(zip(pair, amounts, strict=True)):
+                damped[name, side, i] = damping_lib.add_to_diagonal(block, amount, 0)
         for side, blocks in enumerate((chain.input_next, chain.output_next)):
             following.update({(name, side, i): block for i, block in enumerate(blocks)})
     # The first of a chain that has a second is divided by nothing.

@@ -128,7 +128,7 @@ def _damped_first_terms(
         stacked = len(layers[name].stack_shape)
         traces = tuple(kronecker.trace(side, stacked) for side in first)
         if damping_type == "factored":
-            amounts = damping_lib.factored_amounts(*first, damping, stacked, relative)
+            amounts = damping_lib.factored(*first, damping, stacked, relative)
         else:
             amount = jnp.sqrt(damping) if damping_type == "sqrt" else damping
             amounts = tuple(
@@ -141,8 +141,11 @@ def _damped_first_terms(
 
 
 def _alive(trace_in: jax.Array, trace_out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Which blocks of each side belong to a layer with curvature, both of whose factors have a trace; of several, any of them."""
-    both = (trace_in > 0) & (trace_out > 0)
+    """Which blocks of each side belong to a layer with curvature, both of whose factors have a trace; of several, any of them.
+
+    A trace below zero is no lack of curvature but a factor gone wrong, whose factorization fails and is counted.
+    """
+    both = (trace_in != 0) & (trace_out != 0)
     first, second = (
         both.any(tuple(i for i, size in enumerate(side.shape) if size == 1), keepdims=True)
         for side in (trace_in, trace_out)

@@ -232,7 +232,8 @@ def condition_numbers(
         damped = condition_number(products.reshape(*products.shape[:-2], -1), damping)
     else:
         # Eigenvalues as diagonals: the damping only shifts them.
-        shifted = damping_lib.factored(values[0], values[1], damping, stacked)
+        added = damping_lib.factored(values[0], values[1], damping, stacked)
+        shifted = [own + amount[..., None] for own, amount in zip(values, added, strict=True)]
         damped = condition_number(shifted[0]) * condition_number(shifted[1])
     return ConditionNumbers(condition_number(values[0]), condition_number(values[1]), damped)
 
