@@ -54,6 +54,6 @@ def test_the_report_compares_with_adam():
     records = [_run("adam", 1.0, 0, [2.0, 1.0]), _run("kfac", 1.0, 0, [1.0, 0.5])]
     records.append({"task": "mlp", "costs": {"adam": 2.0, "kfac": 3.0}})
     text = report(records)
-    assert "| kfac | 0.0316 (of 1) | 0.5000 (1) | 0.5000 | 0.5000 (1) | 1.50 | 10 | 0.07 |" in text
+    assert "| kfac | 0.15 (of 1) | 0.5000 (1) | 0.5000 | 0.5000 (1) | 1.50 | 10 | 0.07 |" in text
     # Half the steps at one and a half of the cost; Muon and SOAP have not been run.
     assert "| kfac | 1 | 1 of 1 | 1 of 1 | 0.50 | 0.75 | 0 of 0 | – | 0 of 0 | – |" in text
