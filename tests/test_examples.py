@@ -42,26 +42,29 @@ def test_poisson_is_solved_by_its_solution(x64):
 def test_helium(x64):
     """Exchange, the local energy by finite differences, and the gradient that its docstring promises."""
     params = helium.init(jax.random.key(0), width=6, terms=2)
-    walkers = helium.start(params, jax.random.key(1), 16)
-    log_psi = helium.log_amplitude(params, walkers)
-    assert_close(helium.log_amplitude(params, walkers[:, ::-1]), log_psi, 1e-12)
+    walkers = jax.jit(helium.start, static_argnums=2)(params, jax.random.key(1), 16)
+    log_amplitude = jax.jit(helium.log_amplitude)
+    log_psi = log_amplitude(params, walkers)
+    assert_close(log_amplitude(params, walkers[:, ::-1]), log_psi, 1e-12)
 
     flat, step = np.asarray(walkers).reshape(16, 6), 1e-4
     slope, laplacian = np.zeros((16, 6)), np.zeros(16)
     for i, unit in enumerate(step * np.eye(6)):
-        up, down = (helium.log_amplitude(params, (flat + sign * unit).reshape(16, 2, 3)) for sign in (1, -1))
+        up, down = (log_amplitude(params, (flat + sign * unit).reshape(16, 2, 3)) for sign in (1, -1))
         slope[:, i], laplacian = (up - down) / (2 * step), laplacian + (up - 2 * log_psi + down) / step**2
     radius = np.linalg.norm(flat.reshape(16, 2, 3), axis=-1)
     potential = -2 * (1 / radius).sum(-1) + 1 / np.linalg.norm(flat[:, :3] - flat[:, 3:], axis=-1)
-    energies = helium.local_energies(params, walkers)
+    energies = jax.jit(helium.local_energies)(params, walkers)
     assert_close(energies, -(laplacian + (slope**2).sum(-1)) / 2 + potential, 1e-5)
 
     assert list(kfe.find_layers(helium.loss_fn, params, walkers, energies)) == ["own", "both", "orbitals"]
     deviations = jnp.clip(energies, -3.5, -2.5)  # so narrow that nothing is drawn in
-    jacobian = jax.jacobian(helium.log_amplitude)(params, walkers)
+    jacobian = jax.jit(jax.jacobian(helium.log_amplitude))(params, walkers)
     deviations = deviations - deviations.mean()
     expected = jax.tree.map(lambda j: jnp.tensordot(deviations, j, 1) / 16, jacobian)
-    assert_close(jax.grad(helium.loss_fn)(params, walkers, jnp.clip(energies, -3.5, -2.5)), expected, 1e-10)
+    assert_close(
+        jax.jit(jax.grad(helium.loss_fn))(params, walkers, jnp.clip(energies, -3.5, -2.5)), expected, 1e-10
+    )
 
 
 @pytest.mark.slow
