@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import kfe_optax as kfe
+from kfe_optax._linalg import damping as damping_lib
 from kfe_optax._linalg import kronecker
+from kfe_optax._linalg.devices import ALONE
+from kfe_optax._methods import roots
+from kfe_optax.factors.base import Term
 
 from . import dense_factors as df
 from . import factor_rows as fr
@@ -69,6 +74,32 @@ def test_inverse_by_halves(size, x64):
     )
     assert finite.tolist() == [True, False, False, False]
     assert_close(inverses[0], jnp.asarray(np.linalg.inv(matrix)), 1e-9)
+
+
+@pytest.mark.parametrize("form", [roots.Inverses("factored"), roots.Pencils("factored", "clip", 0.1)])
+def test_blocks_without_curvature_pass_their_gradient(form, x64):
+    """Blocks 0 and 2 of three that share A lack G: V comes back through A alone; where all lack it, or A does, V itself."""
+    a = jnp.asarray([[[2.0, 1.0], [1.0, 3.0]]])
+    g = jnp.asarray([np.zeros((2, 2)), [[4.0, 0.0], [0.0, 5.0]], np.zeros((2, 2))])
+    layers = {"layer": types.SimpleNamespace(stack_shape=(3,))}
+    v = jnp.asarray(np.random.default_rng(0).normal(size=(3, 2, 2)))
+
+    def preconditioned(a, g):
+        term, second = Term(a, g), Term(0.1 * a, 0.1 * g)
+        terms = {"layer": (term, second) if isinstance(form, roots.Pencils) else (term,)}
+        old = {"layer": form.init(term, 1)}
+        new, failed = form.refresh(layers, terms, old, jnp.asarray(0.01), ALONE)
+        assert int(failed) == 0
+        return form.apply(v, new["layer"], jnp.asarray(0.01), 1)
+
+    some = preconditioned(a, g)
+    assert relative_error(some[1], v[1]) > 0.1
+    if isinstance(form, roots.Inverses):
+        shift = damping_lib.factored(a, g, jnp.asarray(0.01), 1)[0].reshape(())
+        one_sided = jnp.linalg.solve(a[0] + shift * jnp.eye(2), v)
+        assert_close(some[jnp.array([0, 2])], one_sided[jnp.array([0, 2])], 1e-12)
+    for zero in ((a, 0 * g), (0 * a, g)):
+        assert_close(preconditioned(*zero), v, 1e-12)
 
 
 def test_inverse_of_few_directions(x64):

@@ -57,6 +57,7 @@ def step_of(
 
 
 def program_of(problem: Problem, recipe: Recipe, tx_of: Callable[[Any], Any], seed: int) -> Program:
+    """`step_of`, compiled."""
     step, start, batch = step_of(problem, recipe, tx_of, seed)
     clock = time.perf_counter()
     given = (*start, batch, jnp.zeros((), jnp.int32))
