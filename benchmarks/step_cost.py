@@ -31,6 +31,7 @@ from kfe_optax._layers.table import align
 
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 PERIOD = 100
+PART, IN_PART = 1 / 8, ", an eighth"
 
 
 class Autoencoder(nn.Module):
@@ -133,6 +134,10 @@ def build(batch: int, names: list[str]) -> tuple[list[Run], jax.Array]:
         "ekfac 10/100": (ekfac(10, PERIOD), gradient + rotation + fisher / 10 + eigh / PERIOD),
         "kfac 1/100": (kfac(1, PERIOD), gradient + inverse + fisher + cholesky / PERIOD),
     }
+    # Curvature from a part of the batch takes a forward pass on it as well.
+    part = (fisher + gradient / 3) * PART
+    known[f"kfac 10/100{IN_PART}"] = kfac(10, PERIOD), gradient + inverse + part / 10 + cholesky / PERIOD
+    known[f"kfac 1/100{IN_PART}"] = kfac(1, PERIOD), gradient + inverse + part + cholesky / PERIOD
     products = [2.0 * batch * d_in * d_out for d_in, d_out in sides]
     # Two tangents: x V and the last tangent's own product in each layer; the loss at the new parameters is one forward pass.
     tangents = 2 * (2 * sum(products) - products[0]) + sum(products) / 5
@@ -161,15 +166,18 @@ def build(batch: int, names: list[str]) -> tuple[list[Run], jax.Array]:
     for name in names or known:
         tx, flops = known[name]
         curvature = name not in ("gradient", "adam")
-        step = _step(tx, loss_fn, layers if curvature else None, name.startswith("kfac_adaptive"))
+        options = {"quadratic_model": name.startswith("kfac_adaptive")}
+        if name.endswith(IN_PART):
+            options["statistics_fraction"] = PART
+        step = _step(tx, loss_fn, layers if curvature else None, options)
         copy = jax.tree.map(jnp.array, params)
         runs.append(Run(name, step, (copy, tx.init(copy)), flops))
     return runs, x
 
 
-def _step(tx: Any, loss_fn: Any, layers: Any, quadratic_model: bool) -> Callable[..., Any]:
+def _step(tx: Any, loss_fn: Any, layers: Any, options: dict[str, Any]) -> Callable[..., Any]:
     def curvature_step(params, opt_state, x, key):
-        differentiate = kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=quadratic_model)
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, **options)
         _, grads, taps = differentiate(params, x, key=key)
         updates, opt_state = tx.update(grads, opt_state, params, taps=taps)
         return optax.apply_updates(params, updates), opt_state

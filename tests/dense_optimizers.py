@@ -96,8 +96,9 @@ class Ekfac:
             if step % self.scale_update_period == 0:
                 self._measure(i, step, rotated, weights, x, loss)
             denominator = self.diagonal[i] + self.damping(step)
-            if self.damping_type == "appendix_c":
+            if self.damping_type in ("factored", "appendix_c"):
                 root, ratio = np.sqrt(self.damping(step)), dense.pi(np.diag(s_a), np.diag(s_g))
+                ratio = ratio if self.damping_type == "factored" else 1.0
                 denominator = denominator + np.add.outer(root / ratio * s_a, root * ratio * s_g).ravel()
             new.append((basis @ (rotated / denominator)).reshape(v.shape))
         return new

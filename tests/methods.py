@@ -69,7 +69,7 @@ def _variants() -> dict[str, Case]:
         "kfac exact": Case(kfe.scale_by_kfac, {"damping_type": "exact", "inverse_update_period": 4, **every}),
         "ekfac batch": Case(
             kfe.scale_by_ekfac,
-            {"scale": "batch", "damping_type": "appendix_c", "basis_update_period": 4, **every},
+            {"scale": "batch", "damping_type": "factored", "basis_update_period": 4, **every},
         ),
         "ekfac qr": Case(kfe.scale_by_ekfac, {"refresh": "qr", "on_refresh": "restart", "decay": decay}),
         "adam in the eigenbasis": _in_kfe(kfac),

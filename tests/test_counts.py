@@ -46,6 +46,16 @@ def test_totals_stay_at_the_end():
     assert float(base.weight_of_past(total, 0.95, jnp.int32(0))) == pytest.approx(0.95)
 
 
+def test_a_decay_may_count_steps():
+    """At the second update after 100 steps, where counted updates take half of the old average."""
+    for updates, step, by_updates, by_steps in ((1, 0, 0, 0), (2, 1, 0.5, 0.5), (2, 100, 0.5, 0.95)):
+        for decay, expected in ((0.95, by_updates), (kfe.factors.DecayBySteps(0.95), by_steps)):
+            found = base.weight_of_past(jnp.int32(updates), decay, jnp.int32(step))
+            assert float(found) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="must lie in"):
+        kfe.factors.kfac(kfe.factors.DecayBySteps(1.5))
+
+
 def ended(state):
     """The state with every count of the package at the end."""
 

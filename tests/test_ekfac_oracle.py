@@ -52,11 +52,12 @@ def test_trajectory(framework, scale, x64):
 
 @pytest.mark.parametrize("scale", ["batch", "running"])
 @pytest.mark.parametrize("on_refresh", ["carry", pytest.param("restart", marks=pytest.mark.nightly)])
-def test_appendix_c(scale, on_refresh, x64):
-    """Appendix C's damping, both ways of refreshing, with a sparse scale and all periods different."""
+@pytest.mark.parametrize("damping_type", ["appendix_c", pytest.param("factored", marks=pytest.mark.slow)])
+def test_damping_of_the_factors(scale, on_refresh, damping_type, x64):
+    """Appendix C's damping and that with π, both ways of refreshing, with a sparse scale and all periods different."""
     options = {
         "scale": scale,
-        "damping_type": "appendix_c",
+        "damping_type": damping_type,
         "on_refresh": on_refresh,
         "scale_decay": 0.5,
         "decay": 0.6,

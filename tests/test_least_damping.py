@@ -28,7 +28,7 @@ METHODS = {
     "sqrt": lambda strength: kfe.scale_by_kronecker(LAYERS, strength, damping_type="sqrt"),
     "linear": lambda strength: kfe.scale_by_kronecker(LAYERS, strength, damping_type="linear"),
     "ekfac": lambda strength: kfe.scale_by_ekfac(LAYERS, strength),
-    "appendix_c": lambda strength: kfe.scale_by_ekfac(LAYERS, strength, damping_type="appendix_c"),
+    "ekfac factored": lambda strength: kfe.scale_by_ekfac(LAYERS, strength, damping_type="factored"),
     "tekfac": lambda strength: kfe.scale_by_tekfac(LAYERS, strength),
 }
 
@@ -64,10 +64,10 @@ def test_the_least_damping(x64):
 
 
 def test_the_least_damping_of_elements():
-    """What appendix C adds and TEKFAC's λ, of dense layers and of convolutions, are at least 4 ε of the largest element."""
+    """What factored damping adds to eigenvalues, and TEKFAC's λ, are at least 4 ε of the largest element."""
     zero, values = jnp.zeros(()), (jnp.array([0.0, 3.0]), jnp.array([0.0, 2.0]))
     floor = 24 * jnp.finfo(jnp.float32).eps
-    assert (damping.appendix_c(*values, zero, jnp.ones(())) == floor).all()
+    assert (damping.of_eigenvalues(*values, zero, jnp.ones(())) == floor).all()
     scale = jnp.array([[0.0, 0.0], [0.0, 6.0]])
     for convolution, smallest in ((False, floor), (True, 6 / 4)):
         layer = types.SimpleNamespace(kind=types.SimpleNamespace(convolution=convolution), stacked=())

@@ -64,7 +64,7 @@ def methods(layers):
         "factored": kfe.scale_by_kfac(layers, DAMPING),
         "exact": kfe.scale_by_kfac(layers, DAMPING, damping_type="exact"),
         "ekfac": kfe.scale_by_ekfac(layers, DAMPING, **first),
-        "appendix c": kfe.scale_by_ekfac(layers, DAMPING, damping_type="appendix_c", **first),
+        "ekfac factored": kfe.scale_by_ekfac(layers, DAMPING, damping_type="factored", **first),
         "restart": kfe.scale_by_ekfac(
             layers, DAMPING, on_refresh="restart", scale_decay=1.0, null_threshold=0.0
         ),
@@ -104,7 +104,7 @@ def test_ekfac(name, x64):
     """The best diagonal of each block in its basis: it keeps the trace of F and is closer to F than A⊗G."""
     own = Blocks(approximations(), name)
     updates, state = approximated()["ekfac"]
-    damped_updates, damped = approximated()["appendix c"]
+    damped_updates, damped = approximated()["ekfac factored"]
     basis, scale = own.basis(state.method.basis[name]), blocks(own.layer, state.method.scale[name])
     found, other = own.matrix(updates), own.matrix(damped_updates)
     assert_close(damped.method.scale[name], state.method.scale[name], 1e-12)

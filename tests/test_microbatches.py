@@ -262,7 +262,7 @@ def test_the_state_of_an_nnx_module():
 def test_keywords_hold_examples_by_their_names():
     """Whatever the order of the call: JAX sorts keywords by name."""
     given = {"x": jnp.ones((4, 2)), "table": jnp.ones((3, 5))}
-    flags = microbatches.flags(2, ("x",), None, (), given, None)
+    flags = microbatches.flags({"microbatches=2": 2}, ("x",), None, (), given, None)
     arrays, _ = static_values.split_static((None, (), given))
     assert [a.shape for a, is_batch in zip(arrays, flags, strict=True) if is_batch] == [(4, 2)]
 
@@ -271,7 +271,7 @@ def test_misuse(given):
     """What cannot be split, and what parts do not keep."""
     _, layers = given
     name = next(iter(layers))
-    with pytest.raises(ValueError, match="8 examples cannot be split into 3 equal"):
+    with pytest.raises(ValueError, match="a batch of 8 examples has no 3 equal"):
         collect(given, microbatches=3)
     for wrong in (0, True, 2.0):
         with pytest.raises(ValueError, match="positive whole number"):

@@ -30,7 +30,7 @@ CASES = {
     **PLAIN,
     "kfac exact": (kfe.scale_by_kfac, {"damping_type": "exact"}),
     "ekfac batch": (kfe.scale_by_ekfac, {"scale": "batch"}),
-    "ekfac appendix_c": (kfe.scale_by_ekfac, {"damping_type": "appendix_c"}),
+    "ekfac factored": (kfe.scale_by_ekfac, {"damping_type": "factored"}),
     "gradient": (kfe.scale_by_kronecker, {"factors": kfe.factors.gradient()}),
 }
 
@@ -57,7 +57,7 @@ def updated(tx, params, step):
 
 def mean_curvature(case, state, factors, layer):
     """That of the layer, in a method's state."""
-    if hasattr(state.method, "scale") and case != "ekfac appendix_c":
+    if hasattr(state.method, "scale") and case != "ekfac factored":
         return float(state.method.scale[layer.name].mean())
     term = factors[layer.name][0]
     return float(np.prod([kronecker.trace(side, 0) / side.shape[-1] for side in term]))
@@ -77,7 +77,7 @@ def terms_of(case, state, layers):
         "kfac",
         "ekfac",
         "kfac exact",
-        slow=("lanczos", "tekfac", "two_level_kfac", "ekfac appendix_c"),
+        slow=("lanczos", "tekfac", "two_level_kfac", "ekfac factored"),
         of=CASES,
     ),
 )

@@ -35,7 +35,7 @@ def ekfac(
     rest: optax.GradientTransformation | None = None,
     rest_kinds: Sequence[str] = ("embedding", "norm"),
     scale: ScaleFrom = "batch",
-    damping_type: ScaleDamping = "appendix_c",
+    damping_type: ScaleDamping = "factored",
     trace_floor: float = 0.01,
     factors: Factors | None = None,
     decay: ScalarOrSchedule = 0.95,
@@ -54,7 +54,7 @@ def ekfac(
     """EKFAC, ready to use: `scale_by_ekfac` in the chain of `kfe.kfac`.
 
     Its scale is that of the Fisher's draws, "batch": "running" averages squared mean gradients, which follow the loss, so that
-    steps grow as it falls; on autoencoders and on a physics-informed network that diverged. "appendix_c" is there because plain
+    steps grow as it falls; on autoencoders and on a physics-informed network that diverged. "factored" is there because plain
     damping was unstable on CURVES.
 
     Args:

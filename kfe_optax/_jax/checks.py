@@ -100,6 +100,7 @@ def interval(lower_name: str, lower: Any, upper_name: str, upper: Any) -> None:
 
 def decay(name: str, weight: Any) -> None:
     """Raises for a number that is no weight of the past in a running average."""
+    weight = getattr(weight, "decay", weight)
     if _is_number(name, weight) and not 0 <= weight <= 1:
         raise ValueError(
             f"{name} is the weight of the past in a running average and must lie in [0, 1], not be {weight!r}; give a number "

@@ -71,10 +71,10 @@ def factored(
     return jnp.maximum(amounts[0], least(traces[0])), jnp.maximum(amounts[1], least(traces[1]))
 
 
-def appendix_c(
+def of_eigenvalues(
     values_in: jax.Array, values_out: jax.Array, damping: jax.Array, ratio: jax.Array
 ) -> jax.Array:
-    """λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, (..., d_in, d_out): what factored damping adds to s_A s_Gᵀ (George et al. 2018, C).
+    """λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, (..., d_in, d_out): what factored damping adds to s_A s_Gᵀ, with π = `ratio`.
 
     At least 4 ε of the largest s_A s_G.
     """

@@ -43,6 +43,7 @@ class Control(NamedTuple):
     scale: (
         jax.Array | None
     )  # S of a loss that is S times the one that counts; c and the weights of its elements are, too
+    share: jax.Array | None = None  # where a part of the batch stands for all of it: Σc there by Σc over all
 
 
 class Place(NamedTuple):
@@ -51,6 +52,7 @@ class Place(NamedTuple):
     Attributes:
       axis_name: the axis along which the batch is divided over devices.
       microbatches: k; the pass sees every k-th example.
+      alone: whether no other pass sees the others, so that what it sees stands for all.
       examples: how many it sees, where k > 1.
       axes: the axes over which riders vary by their type.
       start: the cotangent of the loss with which the Fisher's pull starts, 1 or `FAINT`.
@@ -58,6 +60,7 @@ class Place(NamedTuple):
 
     axis_name: Any
     microbatches: int
+    alone: bool = False
     examples: int = 0
     axes: varying_axes.Axes = frozenset()
     start: float = 1.0
@@ -92,12 +95,12 @@ def _loss_cotangents(output, place, z, args, control, c):
 
     def gradient():
         _, pull = jax.vjp(lambda z, floats: output.spec.loss(z, *rebuild(floats)), z, floats)
-        return pull(c)
+        return pull(c if control.share is None else c / control.share)
 
     weights = c if output.spec.mass is None else c * output.spec.mass(z, *args)
 
     def fisher(root):
-        dz = root(jnp.sqrt(jnp.maximum(weights / place.start, 0)))
+        dz = root(jnp.sqrt(jnp.maximum(weights / place.start, 0) * _inverse(control.share)))
         return dz.astype(z.dtype), jax.tree.map(jnp.zeros_like, floats)
 
     outputs = z if output.spec.outputs is None else output.spec.outputs(z, *args)
@@ -139,12 +142,19 @@ def _output_cotangents(output, place, z, weights, control, g):
         c = c * control.scale
 
     def fisher(root):
-        return root(jnp.sqrt(jnp.maximum(c, 0))).astype(z.dtype)
+        return root(jnp.sqrt(jnp.maximum(c, 0) * _inverse(control.share))).astype(z.dtype)
 
-    return _by_mode(output, place, z, control, lambda: g, fisher), _weights(c, c, control.scale)
+    def gradient():
+        return g if control.share is None else g / control.share
+
+    return _by_mode(output, place, z, control, gradient, fisher), _weights(c, c, control.scale)
 
 
 tagged_output.defvjp(_output_forward, _output_backward)
+
+
+def _inverse(share: jax.Array | None) -> Any:
+    return 1 if share is None else 1 / share
 
 
 def _weights(c: jax.Array, fisher: jax.Array, scale: jax.Array | None) -> jax.Array:
@@ -236,7 +246,9 @@ def _float_args(args: Any) -> tuple[list[jax.Array], Callable[..., Any]]:
     return [leaf for leaf, is_float in zip(leaves, differentiable, strict=True) if is_float], rebuild
 
 
-def control_zeros(registered: Iterable[Output], tangents: bool, scale: jax.Array | None) -> list[Control]:
+def control_zeros(
+    registered: Iterable[Output], tangents: bool, scale: jax.Array | None, alone: bool
+) -> list[Control]:
     """One fresh control per registration, each an array of its own: the pull's leaves are found by identity."""
     return [
         Control(
@@ -245,6 +257,7 @@ def control_zeros(registered: Iterable[Output], tangents: bool, scale: jax.Array
             jnp.zeros(3),
             jnp.zeros(output.shape) if tangents else None,
             scale,
+            jnp.ones(()) if alone else None,
         )
         for output in registered
     ]

@@ -18,7 +18,7 @@ from kfe_optax._methods.layerwise import ScalarOrSchedule
 from kfe_optax.factors.base import Factors
 
 ScaleFrom = Literal["batch", "running"]
-ScaleDamping = Literal["plain", "appendix_c", "trace"]
+ScaleDamping = Literal["plain", "factored", "appendix_c", "trace"]
 OnRefresh = Literal["carry", "restart"]
 
 
@@ -56,11 +56,11 @@ def scale_by_ekfac(
       layers: what `kfe.find_layers` returned.
       damping: λ > 0; a scalar or a schedule of the step.
       scale: see above.
-      damping_type: "plain" adds λ to S; "appendix_c" adds λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, what K-FAC's factored damping adds;
-        "trace" is TEKFAC's (see `scale_by_tekfac`).
+      damping_type: "plain" adds λ to S; "factored" adds λ + (√λ/π) s_A 1ᵀ + π√λ 1 s_Gᵀ, what K-FAC's factored damping adds to
+        s_A s_Gᵀ; "appendix_c" likewise without π, as the paper prints it; "trace" is TEKFAC's (see `scale_by_tekfac`).
       relative_damping: whether λ is `damping` times each layer's own mean curvature, so that it does not depend on the scale of
         the loss nor on that of the layer; `damping` is then a number without a unit, such as 0.1.
-        That is the mean of S, and with "appendix_c" (tr A/d_in)(tr G/d_out).
+        That is the mean of S, and with "factored" and "appendix_c" (tr A/d_in)(tr G/d_out).
       trace_floor: ϑ of "trace".
       factors: one of `kfe.factors`, whose leading term's eigenvectors are the basis; `kfe.factors.kfac(decay)` by default.
       decay: ρ of the running averages of the default factors; the k-th update uses min(1 − 1/k, ρ).

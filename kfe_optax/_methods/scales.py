@@ -73,8 +73,10 @@ def denominators(
     }
     if damping_type == "trace":
         return damping_lib.trace_tuned(pooled, layers, damping, trace_floor, relative=relative)
-    added = _plain if damping_type == "plain" else _appendix_c
-    return {name: own + added(own, basis[name], damping, relative) for name, own in pooled.items()}
+    if damping_type == "plain":
+        return {name: own + _plain(own, basis[name], damping, relative) for name, own in pooled.items()}
+    with_pi = damping_type == "factored"
+    return {name: own + _factored(basis[name], damping, relative, with_pi) for name, own in pooled.items()}
 
 
 def _plain(scale: jax.Array, basis: Any, damping: jax.Array, relative: bool) -> jax.Array:
@@ -86,12 +88,11 @@ def _plain(scale: jax.Array, basis: Any, damping: jax.Array, relative: bool) -> 
     return jnp.maximum(damping, least)
 
 
-def _appendix_c(scale: jax.Array, basis: Any, damping: jax.Array, relative: bool) -> jax.Array:
-    del scale
+def _factored(basis: Any, damping: jax.Array, relative: bool, with_pi: bool) -> jax.Array:
     inputs, outputs = basis
     # π belongs to the same factors as the eigenvalues, which may be older than the running averages.
     means = inputs.values.mean(-1), outputs.values.mean(-1)
-    ratio = damping_lib.common_pi(*means)
+    ratio = damping_lib.common_pi(*means) if with_pi else jnp.ones((), means[0].dtype)
     if relative:
         damping = damping * means[0] * means[1]
-    return damping_lib.appendix_c(inputs.values, outputs.values, damping, ratio)
+    return damping_lib.of_eigenvalues(inputs.values, outputs.values, damping, ratio)

@@ -13,8 +13,8 @@ from kfe_optax._taps.forward import Forward
 
 
 def weights_of(cotangents: Any) -> Any:
-    """(Σc, Σc², the number of negative weights) over the elements of all registered losses, or None."""
-    return sum(cotangents["outputs"]) if cotangents["outputs"] else None
+    """(Σc, Σc², the number of negative weights) over the elements of each registered loss, (losses, 3), or None."""
+    return jnp.stack(cotangents["outputs"]) if cotangents["outputs"] else None
 
 
 def accumulated(

@@ -26,6 +26,7 @@ class Swaps:
     modes: tuple[tuple[int, ...], ...]
     seeds: tuple[tuple[int, ...], ...]
     cotangents: tuple[tuple[int, ...], ...]  # for products with J, where the quadratic model is asked for
+    shares: tuple[tuple[int, ...], ...]  # where the pass sees a part of the batch alone
     shardings: Any  # of the leaves and the cotangent, where types have them
     start: float  # of the Fisher's pull, see `loss_tags.Place`
 
@@ -83,7 +84,7 @@ class Forward:
         place = self.place._replace(axes=axes | varying_axes.axes_of((parameters, arrays)))
         registered = {output.serial: output for output in self.layers.outputs}
         zeros = varying_axes.over(
-            place.axes, loss_tags.control_zeros(registered.values(), self.tangents, loss_scale)
+            place.axes, loss_tags.control_zeros(registered.values(), self.tangents, loss_scale, place.alone)
         )
         controls = dict(zip(registered, zeros, strict=True))
         riders = {
@@ -120,6 +121,7 @@ class Forward:
             tuple(_find(leaves, control.mode) for control in controls.values()),
             tuple(_find(leaves, control.seed) for control in controls.values()),
             tuple(_find(leaves, control.cotangent) for control in controls.values()) if self.tangents else (),
+            tuple(_find(leaves, control.share) for control in controls.values()) if place.alone else (),
             explicit_axes.shardings((leaves, cotangent)),
             place.start,
         )

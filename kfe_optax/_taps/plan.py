@@ -1,4 +1,4 @@
-"""What taps are made of: a forward pass, what the step was given, and what is static about both."""
+"""What is static about taps, and the forward passes that something is read from."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ Fisher = Literal["sampled", "empirical", "exact"]
 
 
 class Passage(NamedTuple):
-    """One forward pass, of the whole batch or of a microbatch."""
+    """One forward pass, of the whole batch, of a microbatch or of a part of the batch."""
 
     leaves: list[Any]
     cotangent: jax.Array
     swaps: Swaps
-    microbatch: Any
+    microbatch: Any  # its number among those that the batch was divided into
 
     def pull(self, swapped: list[Any], start: float = 1.0) -> tuple[Any, Any]:
         """The cotangents of parameters and riders, from leaves of which some are swapped and this cotangent of the loss."""
@@ -33,24 +33,20 @@ class Passage(NamedTuple):
         return explicit_axes.as_typed(run, shardings, self.cotangent * start, *swapped)
 
 
-class Given(NamedTuple):
-    """What the step was given, for what runs the forward pass again."""
-
-    parameters: Any
-    arrays: list[Any]  # those that `Plan.stacked` names with a leading axis of microbatches
-    row_mask: Any
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static about taps: how to run the pull, and for which layers."""
+    """What is static about the statistics: what makes them, and for which layers.
+
+    Attributes:
+      forward: the pass that they are read from.
+      fisher, num_samples: see `value_grad_and_taps`.
+      parameters: the tree structure of the parameters.
+    """
 
     forward: Forward
-    swaps: Swaps | None  # None: the forward pass runs again, in microbatches or not
     fisher: Fisher
     num_samples: int
-    stacked: tuple[bool, ...]
-    parameters: Any  # the tree structure of the parameters
+    parameters: Any
 
     @property
     def layers(self) -> Layers:
@@ -59,10 +55,6 @@ class Plan:
     @property
     def axis_name(self) -> Any:
         return self.forward.place.axis_name
-
-    @property
-    def microbatches(self) -> int:
-        return self.forward.place.microbatches
 
     @property
     def draws(self) -> int:

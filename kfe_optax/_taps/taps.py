@@ -8,26 +8,34 @@ loss's mode swapped, inside its own `lax.cond`, so that a step that refreshes no
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import core
 
 from kfe_optax._jax import varying_axes
 from kfe_optax._layers.layers import Layers
 from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._marks import loss_tags
 from kfe_optax._statistics.statistics import Statistics, make_statistics
-from kfe_optax._taps import microbatches
-from kfe_optax._taps.plan import Given, Passage, Plan
+from kfe_optax._taps import accumulation
+from kfe_optax._taps.plan import Passage, Plan
 from kfe_optax._taps.reductions import Pulled
+from kfe_optax._taps.source import Source
 from kfe_optax._taps.tap import Tap
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 T = TypeVar("T")
+
+
+class Model(NamedTuple):
+    """What the quadratic model knows: the loss, and the passes of products with the Fisher and of the loss elsewhere."""
+
+    loss: jax.Array
+    products: Source
+    whole: Source
 
 
 @jax.tree_util.register_pytree_node_class
@@ -38,25 +46,26 @@ class Taps:
     `pmap` and every Optax wrapper as an extra argument. It lives as long as the step.
     """
 
-    def __init__(
-        self, residuals: Any, given: Given | None, seed: Any, weights: Any, loss: Any, scale: Any, plan: Plan
-    ):
-        self._residuals = residuals  # (leaves, cotangent) of the one pass, None with microbatches
-        self._given = given
+    def __init__(self, source: Source, model: Model | None, seed: Any, weights: Any, plan: Plan):
+        self._source = source  # of the statistics
+        self._model = model
         self._seed = seed
         self._weights = weights
-        self._loss = loss
-        self._scale = scale  # of the loss that was differentiated, None for 1
         self.plan = plan  # what is static about them
-        self._kept: Passage | None = None
         self.loss_fn: Any = None  # which must live as long as the taps do: what is compiled holds it weakly
 
     def tree_flatten(self):
-        return (self._residuals, self._given, self._seed, self._weights, self._loss, self._scale), self.plan
+        # A pass that serves several purposes is carried once.
+        used = (self._source,) if self._model is None else (self._source, *self._model[1:])
+        sources = list(dict.fromkeys(used))
+        loss = None if self._model is None else self._model.loss
+        return (sources, loss, self._seed, self._weights), (tuple(map(sources.index, used)), self.plan)
 
     @classmethod
-    def tree_unflatten(cls, plan, children):
-        return cls(*children, plan)
+    def tree_unflatten(cls, static, children):
+        (places, plan), (sources, loss, seed, weights) = static, children
+        source, *model = (sources[place] for place in places)
+        return cls(source, Model(loss, *model) if model else None, seed, weights, plan)
 
     @property
     def layers(self) -> Layers:
@@ -77,57 +86,15 @@ class Taps:
     def __repr__(self) -> str:
         return f"Taps({', '.join(self.layers)}; fisher={self.plan.fisher!r})"
 
-    def _passage(self) -> Passage:
-        """The step's one forward pass, which runs again where its residuals were not kept."""
-        plan = self.plan
-        if plan.microbatches > 1:
-            raise ValueError(
-                f"These taps run in {plan.microbatches} microbatches, and no single example's statistics are kept: leave "
-                "microbatches at 1 for rows, example gradients and diagnostics."
-            )
-        if plan.swaps is not None:
-            return Passage(*self._residuals, plan.swaps, 0)
-        given = self._given
-        assert given is not None
-        if self._kept is not None:
-            return self._kept
-        passage = self._again((given.arrays, given.row_mask, 0))
-        # Outside of jit one pass serves all that is read.
-        if not any(isinstance(leaf, core.Tracer) for leaf in (*passage.leaves, passage.cotangent)):
-            self._kept = passage
-        return passage
-
     def mean_over_microbatches(self, function: Callable[[Passage], T]) -> T:
         """The mean of `function` over the forward passes: the one that was, or one of each microbatch that runs again."""
-        plan = self.plan
-        if plan.microbatches == 1:
-            return function(self._passage())
-        sums = microbatches.total(lambda part: function(self._again(part)), self._parts())
-        return jax.tree.map(lambda v: v / plan.microbatches, sums)
-
-    def _parts(self) -> Any:
-        assert self._given is not None
-        parts, _ = microbatches.separate(self.plan.stacked, self._given.arrays)
-        return parts, self._given.row_mask, jnp.arange(self.plan.microbatches)
-
-    def _arrays(self, parts: list[Any]) -> list[Any]:
-        assert self._given is not None
-        _, whole = microbatches.separate(self.plan.stacked, self._given.arrays)
-        return microbatches.merge(self.plan.stacked, parts, whole)
-
-    def _again(self, part: Any) -> Passage:
-        assert self._given is not None
-        arrays, row_mask, index = part
-        if self.plan.microbatches > 1:
-            arrays = self._arrays(arrays)
-        passed = self.plan.forward(self._given.parameters, arrays, row_mask, self._scale)
-        return Passage(passed.leaves, passed.cotangent, passed.swaps, index)
+        return self._source.mean(function)
 
     def draw(self, index: Any, passage: Passage | None = None) -> dict[str, Statistics]:
         """One Fisher draw (a sample of the targets, or a column) for every layer, undivided by the number of samples."""
         plan = self.plan
-        passage = self._passage() if passage is None else passage
-        leaves, start = list(passage.leaves), 1.0
+        passage = self._source.passage() if passage is None else passage
+        leaves, start = self._leaves(passage), 1.0
         if plan.fisher != "empirical":
             start = passage.swaps.start
             key = jax.random.wrap_key_data(self._seed, impl="threefry2x32")
@@ -147,31 +114,38 @@ class Taps:
                 for leaf in seeds:
                     leaves[leaf] = varying_axes.like(jax.random.key_data(folded), leaves[leaf])
         _, riders = passage.pull(leaves, start)
-        empirical = plan.fisher == "empirical"
+        empirical, scale = plan.fisher == "empirical", self._source.scale
         return {
-            layer.name: make_statistics(layer, rider, empirical, self._scale)
+            layer.name: make_statistics(layer, rider, empirical, scale)
             for layer, rider in zip(plan.layers.values(), riders["layers"], strict=True)
         }
+
+    def _leaves(self, passage: Passage) -> list[Any]:
+        """Those of the passage; one that sees a part of the batch alone stands for all of it."""
+        leaves = list(passage.leaves)
+        if not passage.swaps.shares or self._weights is None:
+            return leaves
+        _, cotangents = passage.pull(leaves)
+        part, whole = accumulation.weights_of(cotangents)[:, 0], self._weights[:, 0]
+        shares = jnp.where((part > 0) & (whole > 0), part / whole, 1)  # 1 for a mean, 1/k for a sum
+        for share, places in zip(shares, passage.swaps.shares, strict=True):
+            for leaf in places:
+                leaves[leaf] = varying_axes.like(share.astype(leaves[leaf].dtype), leaves[leaf])
+        return leaves
 
     @property
     def loss(self) -> Float[Array, ""]:
         """The loss at the step's parameters, averaged over devices."""
-        self._checked()
-        return self.mean_over_devices(self._loss)
+        return self.mean_over_devices(self._checked().loss)
 
     def loss_at(self, parameters: Any) -> Float[Array, ""]:
         """The loss of the step's batch at other parameters, averaged over devices.
 
         They are a tree like the gradient; what is not in it (as under `optax.masked`) stays as it was.
         """
-        given, plan = self._checked(), self.plan
-        there = self._like_parameters(parameters, given.parameters)
-        if plan.microbatches == 1:
-            loss = plan.forward.loss(there, given.arrays)
-        else:
-            parts = self._parts()
-            loss = jax.lax.map(lambda part: plan.forward.loss(there, self._arrays(part[0])), parts).mean()
-        return self.mean_over_devices(loss if self._scale is None else loss / self._scale)
+        whole = self._checked().whole
+        there = self._like_parameters(parameters, whole.parameters)
+        return self.mean_over_devices(whole.loss(there))
 
     def _like_parameters(self, tree: Any, default: Any) -> Any:
         """A tree in the container of the parameters: Optax's wrappers and NNX's optimizer hand on others."""
@@ -187,14 +161,14 @@ class Taps:
         J v is the transpose of the pull, so that the forward pass is shared (Martens & Grosse 2015, section 6.4 and appendix C);
         with microbatches it runs again, and each output has a leading axis of them.
         """
-        given, plan = self._checked(), self.plan
-        nothing = jax.tree.map(jnp.zeros_like, given.parameters)
-        vector = self._like_parameters(vector, nothing)
-        root = plan.microbatches**-0.5 if self._scale is None else (plan.microbatches * self._scale) ** -0.5
+        source = self._checked().products
+        vector = self._like_parameters(vector, jax.tree.map(jnp.zeros_like, source.parameters))
+        root = source.microbatches**-0.5
+        if source.scale is not None:
+            root = root * source.scale**-0.5
+
         scaled = jax.tree.map(lambda v: v * jnp.asarray(root, v.dtype), vector)
-        if plan.microbatches == 1:
-            return _tangent(self._passage(), scaled)
-        return jax.lax.map(lambda part: _tangent(self._again(part), scaled), self._parts())
+        return source.each(lambda passage: _tangent(passage, self._leaves(passage), scaled))
 
     def fisher_products(self, *tangents: list[jax.Array]) -> jax.Array:
         """vᵢᵀF vⱼ, (k, k), from the vectors' tangents; F is the exact Fisher over all parameters, averaged over devices."""
@@ -207,19 +181,19 @@ class Taps:
     @property
     def has_quadratic_model(self) -> bool:
         """Whether they know the loss, also at other parameters, and products with the Fisher."""
-        return self._loss is not None
+        return self._model is not None
 
     def check_quadratic_model(self) -> None:
         """Raises ValueError for taps that were not asked for the quadratic model."""
         self._checked()
 
-    def _checked(self) -> Given:
-        if self._loss is None or self._given is None:
+    def _checked(self) -> Model:
+        if self._model is None:
             raise ValueError(
                 "These taps know neither the loss at other parameters nor products with the Fisher: ask for them with "
                 "kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True)."
             )
-        return self._given
+        return self._model
 
     def mean_over_devices(self, value: jax.Array) -> jax.Array:
         """The mean over the mapped axis that the taps were made for; the value itself where there is none."""
@@ -228,7 +202,7 @@ class Taps:
 
     def pulled(self) -> Pulled:
         """The taps with the pull run, when a single draw makes the estimate, so that several reductions share it."""
-        single = self.plan.draws == 1 and self.plan.microbatches == 1
+        single = self.plan.draws == 1 and self._source.microbatches == 1
         return Pulled(self, self.draw(0) if single else None)
 
     @property
@@ -240,7 +214,7 @@ class Taps:
         """
         if self._weights is None:
             return None
-        total, square = self._weights[0], self._weights[1]
+        total, square, _ = self._weights.sum(0)
         devices: Any = 1
         if self.plan.axis_name is not None:
             # The loss is the mean over devices, whose weights may differ (masks).
@@ -249,7 +223,7 @@ class Taps:
 
     def examples_of(self, name: str) -> Float[Array, ""]:
         """N, the examples that a layer saw in all microbatches and on all devices: its `gradient_weight` for a mean over them."""
-        here = jnp.asarray(self.layers[name].examples * self.plan.microbatches, jnp.float32)
+        here = jnp.asarray(self.layers[name].examples * self.plan.forward.place.microbatches, jnp.float32)
         return here if self.plan.axis_name is None else jax.lax.psum(here, self.plan.axis_name)
 
     @property
@@ -258,16 +232,16 @@ class Taps:
         known = self.plan.fisher == "empirical" or all(o.positive for o in self.layers.outputs)
         if self._weights is None or known:
             return jnp.zeros((), bool)
-        number = self._weights[2]
+        number = self._weights[:, 2].sum()
         return (number if self.plan.axis_name is None else jax.lax.psum(number, self.plan.axis_name)) > 0
 
 
-def _tangent(passage: Passage, vector: Any) -> list[jax.Array]:
+def _tangent(passage: Passage, residuals: list[Any], vector: Any) -> list[jax.Array]:
     """√c B J v by transposing the pull."""
     swaps = passage.swaps
 
     def pull(cotangents):
-        leaves = list(passage.leaves)
+        leaves = list(residuals)
         for new, modes, places in zip(cotangents, swaps.modes, swaps.cotangents, strict=True):
             for leaf in modes:
                 leaves[leaf] = varying_axes.like(jnp.array([loss_tags.TANGENT, 0], jnp.int32), leaves[leaf])

@@ -23,7 +23,7 @@ from kfe_optax.experiments.diagnose_report import means_table, plot_diagnosis, t
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import find_layers, make_job
-from kfe_optax.experiments.optimizers import STEP_FIELDS, optimizer_settings, refusals
+from kfe_optax.experiments.optimizers import optimizer_settings, refusals
 from kfe_optax.experiments.parallel import refuse_processes
 from kfe_optax.experiments.progress import ProgressDisplay
 from kfe_optax.experiments.ranges import check_positive
@@ -148,7 +148,10 @@ def _measured(config: ConfigDict, dataset: Dataset, path: Path, console: Console
 def _compiled(config: ConfigDict, task: Task, *seen: Any) -> tuple[Callable[..., Any], Any, str]:
     """The measurement in float64, terms to begin with, and the layer in words."""
     settings = [config.get(name, {}) for name in (config.diagnose.optimizer, "kfac")]
-    options = next(({field: own[field] for field in STEP_FIELDS} for own in settings if "fisher" in own), {})
+    options = next(
+        ({field: own[field] for field in ("fisher", "num_samples")} for own in settings if "fisher" in own),
+        {},
+    )
     params, batch, model_state = seen
     with refusals("kfac", ConfigDict(options)):
         layers = find_layers(task, params, model_state, batch)

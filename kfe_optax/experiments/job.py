@@ -141,7 +141,7 @@ def make_update(
     if layers is not None:
         options = tap_options(optimizer, settings)
         differentiate = kfe.value_grad_and_taps(
-            task.loss_fn, layers, has_aux=task.has_state, axis_name=axis_name, **options
+            task.loss_fn, layers, has_aux=task.has_state, axis_name=axis_name, batch_arguments=1, **options
         )
 
     def update(

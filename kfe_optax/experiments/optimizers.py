@@ -107,8 +107,8 @@ METHODS: Mapping[str, Method] = {
     "kfac_adaptive": Method(kfe.kfac_adaptive, curvature=True, self_tuning=True),
 }
 # Of a sub-config's fields, what is told to the differentiation and not to the transform: which Fisher the taps
-# sample; and what an optimizer may have otherwise than the config: its batches.
-STEP_FIELDS = ("fisher", "num_samples")
+# sample, from which part of the batch; and what an optimizer may have otherwise than the config: its batches.
+STEP_FIELDS = ("fisher", "num_samples", "statistics_fraction", "products_fraction")
 BATCH_FIELDS = ("batch_size", "data_seed")
 
 

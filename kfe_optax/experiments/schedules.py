@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+import kfe_optax as kfe
 from kfe_optax.experiments.errors import require
 
 Schedule = Callable[[jax.Array], jax.Array]
@@ -30,6 +31,8 @@ KINDS: Mapping[str, Callable[[ConfigDict, jax.Array, jax.Array], Any]] = {
     "exponential": lambda own, progress, run: own.value * (own.end / own.value) ** progress,
     "steps": _steps,
 }
+# Of a decay: its warm-up counts steps in the place of updates.
+BY_STEPS = "by_steps"
 
 
 def schedule(
@@ -46,7 +49,8 @@ def schedule(
 
     A linear, cosine or exponential schedule reaches ``end`` at step ``steps``, 0 for the length of the run. One in
     ``"steps"`` is multiplied by ``factor`` at each of ``boundaries``, fractions of ``steps``. Over ``warmup`` steps, which
-    count in ``steps``, the value first grows linearly from zero.
+    count in ``steps``, the value first grows linearly from zero. ``"by_steps"`` makes of a ``decay`` what
+    ``kfe.factors.DecayBySteps`` does.
 
     Example::
 
@@ -72,6 +76,8 @@ def make_schedule(settings: ConfigDict, run_steps: int) -> float | Schedule:
     ``run_steps`` is the length of the run, where the sub-config does not name its own.
     """
     _check(settings)
+    if settings.kind == BY_STEPS:
+        return kfe.factors.DecayBySteps(settings.value)
     warmup, steps = settings.warmup, settings.steps or run_steps
     if settings.kind == "constant" and warmup == 0:
         return settings.value
@@ -89,7 +95,8 @@ def _check(settings: ConfigDict) -> None:
     """Refuses what is no schedule; the traced numbers of a sweep cannot be asked, and it has checked them."""
     kind, value, end, factor = settings.kind, settings.value, settings.end, settings.factor
     traced = any(isinstance(number, jax.Array) for number in (value, end, factor))
-    require(kind in KINDS, f"A schedule's kind is '{kind}'; choose one of {', '.join(KINDS)}.")
+    kinds = (*KINDS, BY_STEPS)
+    require(kind in kinds, f"A schedule's kind is '{kind}'; choose one of {', '.join(kinds)}.")
     if kind == "exponential" and not traced:
         words = f"An exponential schedule goes from {value:g} to {end:g}"
         require(value > 0 and end > 0, f"{words}; both must be positive: set its 'value' and 'end'.")

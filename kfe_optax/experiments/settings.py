@@ -50,7 +50,11 @@ def method(name: str, learning_rate: Any = None, damping: Any = None, **options:
     chosen = find_method(name)
     known = inspect.signature(chosen.make).parameters
     given = {"learning_rate": learning_rate, "damping": damping}
-    fields: dict[str, Any] = {"fisher": "sampled", "num_samples": 1} if chosen.curvature else {}
+    fields: dict[str, Any] = {}
+    if chosen.curvature:
+        fields |= {"fisher": "sampled", "num_samples": 1, "statistics_fraction": 1.0}
+    if chosen.self_tuning:
+        fields["products_fraction"] = 1.0
     # Where they are given, for this optimizer in the place of the config's.
     fields |= {field: config_dict.placeholder(int) for field in BATCH_FIELDS}
     fields |= (_NATURAL if "max_kl" in known else {}) | _OWN.get(name, {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from kfe_optax.factors.base import Factors, Term, estimate
+from kfe_optax.factors.base import DecayBySteps, Factors, Term, estimate
 from kfe_optax.factors.deflation import deflation
 from kfe_optax.factors.fismo import fismo
 from kfe_optax.factors.gradient import gradient
@@ -17,6 +17,7 @@ from kfe_optax.factors.tkfac import tkfac
 
 __all__ = [
     "FACTORS",
+    "DecayBySteps",
     "Factors",
     "Term",
     "deflation",

@@ -166,10 +166,36 @@ def divided(term: Term, by: jax.Array) -> Term:
     return Term(*(side / by.reshape(by.shape + (1,) * (side.ndim - by.ndim)) for side in term))
 
 
+class DecayBySteps(NamedTuple):
+    """A `decay` with ρ = min(1 − 1/k, decay) where k counts steps (Koroko et al. 2022; Tselepidis et al. 2020), not updates.
+
+    With factors every 100 steps the second batch then already weighs 1 − decay, and not a half.
+
+    Attributes:
+      decay: the largest ρ.
+
+    Example:
+      >>> import jax.numpy as jnp, kfe_optax as kfe
+      >>> decay = kfe.factors.DecayBySteps(0.95)
+      >>> [round(float(decay(jnp.int32(step))), 2) for step in (0, 1, 100)]
+      [0.0, 0.5, 0.95]
+      >>> kfe.factors.kfac(decay).rank
+      1
+    """
+
+    decay: float
+
+    def __call__(self, count: jax.Array) -> jax.Array:
+        """ρ at step `count`, from 0 on."""
+        return jnp.minimum(1 - 1 / (count + 1).astype(jnp.result_type(float)), self.decay)
+
+
 def weight_of_past(updates: jax.Array, decay: ScalarOrSchedule, count: jax.Array) -> jax.Array:
     """ρ = min(1 − 1/k, decay) at the k-th update, so that the first batch counts in full (Martens & Grosse 2015, section 5)."""
     bound = jnp.asarray(decay(count) if callable(decay) else decay)
     checks.one_number("decay", bound)
+    if isinstance(decay, DecayBySteps):
+        return bound
     return jnp.minimum(1 - 1 / updates.astype(jnp.result_type(float)), bound)
 
 

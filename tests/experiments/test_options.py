@@ -14,7 +14,7 @@ import kfe_optax as kfe
 from kfe_optax.experiments import settings
 from kfe_optax.experiments.command_line import _parse, run_command
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.optimizers import METHODS, config_of, make_optimizer
+from kfe_optax.experiments.optimizers import BATCH_FIELDS, METHODS, STEP_FIELDS, config_of, make_optimizer
 from kfe_optax.experiments.options import configured, descriptions
 from kfe_optax.experiments.schedules import make_schedule
 
@@ -58,7 +58,7 @@ def test_every_option_is_a_field(name, parse):
     make, fields = METHODS[name].make, parse()[name]
     known = inspect.signature(make).parameters
     assert set(known) - UNSAID <= set(fields)
-    assert set(fields) - set(known) <= {"fisher", "num_samples", "batch_size", "data_seed"}
+    assert set(fields) - set(known) <= {*STEP_FIELDS, *BATCH_FIELDS}
     told = descriptions(make)
     assert name in ("adam", "sgd") or all(told[field] for field in known)
 
@@ -71,6 +71,8 @@ SET = {
         "damping.value=2.0",
         "momentum.kind=linear",
         "max_kl.value=0.1",
+        "decay.kind=by_steps",
+        "statistics_fraction=0.125",
     ],
     "ekfac": [
         "damping_type=appendix_c",
@@ -103,6 +105,7 @@ SET = {
         "l2=1e-5",
         "damping_period=7",
         "averaging=0.9",
+        "products_fraction=0.25",
     ],
     "adam_in_kfe": ["basis=kpsvd", "b1=0.8"],
     "soap": ["rotate_second_moment=True", "max_dim=64"],

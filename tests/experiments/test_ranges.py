@@ -40,6 +40,10 @@ def changed(config, changes):
         ("kfac.inverse_update_period=0", "config.kfac.inverse_update_period is 0; give a whole number"),
         ("kfac.damping_type=foo", "config.kfac.damping_type cannot be used: damping_type must be 'factored'"),
         ("kfac.fisher=foo", "config.kfac.fisher cannot be used: fisher must be 'sampled'"),
+        (
+            "kfac.statistics_fraction=0.3",
+            "config.kfac.statistics_fraction cannot be used: statistics_fraction is a part",
+        ),
         ("kfac.learning_rate.value=nan", "config.kfac.learning_rate.value is nan; give a finite number"),
         ("seed=-1", "config.seed is -1; give"),
     ],

@@ -11,6 +11,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+import kfe_optax as kfe
 from kfe_optax.experiments import settings
 from kfe_optax.experiments.command_line import _parse
 from kfe_optax.experiments.data import load
@@ -37,6 +38,11 @@ def test_schedules_end_where_they_say():
     np.testing.assert_allclose(cosine, expected, rtol=1e-6)
     exponential = values(make(schedule(8.0, "exponential", end=0.5), 4), range(6))
     np.testing.assert_allclose(exponential, [8, 4, 2, 1, 0.5, 0.5], rtol=1e-6)
+
+
+def test_a_decay_may_count_steps():
+    decay = settings.make_schedule(settings.schedule(0.9, "by_steps"), 10)
+    assert decay == kfe.factors.DecayBySteps(0.9)
 
 
 def test_a_warm_up_wastes_no_step_and_own_steps_win_over_the_run():
@@ -206,11 +212,14 @@ def test_taps_know_the_quadratic_model_where_the_optimizer_needs_it():
     assert tap_options("kfac_adaptive", settings.kfac_adaptive()) == {
         "fisher": "sampled",
         "num_samples": 1,
+        "statistics_fraction": 1.0,
+        "products_fraction": 1.0,
         "quadratic_model": True,
     }
     assert tap_options("kfac", settings.kfac(0.1, 0.1, num_samples=2)) == {
         "fisher": "sampled",
         "num_samples": 2,
+        "statistics_fraction": 1.0,
     }
 
 
