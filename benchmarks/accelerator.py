@@ -48,13 +48,14 @@ TESTS = (
 
 
 class Size(NamedTuple):
-    """How large: matrices, {model: (config, changes)}, steps that are timed, steps of training."""
+    """Matrices, {model: (config, changes)}, steps that are timed and of training; of which optimizers and methods."""
 
     matrices: tuple[int, ...]
     models: Mapping[str, tuple[str, dict[str, Any]]]
     timed: int
     trained: int
     optimizers: tuple[str, ...] = ("adam", "muon", "soap", "kfac", "ekfac", "spectral_kfac")
+    methods: tuple[str, ...] = tuple(kfe.METHODS)
 
 
 def _transformer(width: int, depth: int, batch: int, length: int) -> tuple[str, dict[str, Any]]:
@@ -87,6 +88,7 @@ SIZES = {
         3,
         4,
         ("adam", "kfac"),
+        ("kfac", "ekfac"),
     ),
 }
 
@@ -123,7 +125,7 @@ class Report:
         for part, rows in self.parts.items():
             columns = [name for name in rows[0] if name != "curve"]
             lines += [f"## {part}", "", f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-            lines += [f"| {' | '.join(_shown(row.get(name)) for name in columns)} |" for row in rows]
+            lines += [f"| {' | '.join(_shown(row[name]) for name in columns)} |" for row in rows]
             lines.append("")
         if self.left_out:
             lines += [f"No time was left for: {', '.join(self.left_out)}.", ""]
@@ -131,8 +133,6 @@ class Report:
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -157,8 +157,8 @@ def tests(report: Report, size: Size) -> None:
 
 def precision(report: Report, size: Size) -> None:
     """‖Δ − Δ₆₄‖ / ‖Δ₆₄‖ of a first step, Δ₆₄ that of the CPU in float64."""
-    del size
-    for name, method in kfe.METHODS.items():
+    for name in size.methods:
+        method = kfe.METHODS[name]
         if report.over(f"precision of {name}"):
             return
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
@@ -227,7 +227,7 @@ def steps(report: Report, size: Size) -> None:
             if report.over(f"{name} on the {model}"):
                 return
             found = _timed(problem, name, size.timed)
-            adam = found["median"] if name == "adam" else adam
+            adam = found["mean"] if name == "adam" else adam
             ratio = {} if adam is None else {"in Adam's": found["mean"] / adam}
             report.add("steps", model=model, optimizer=name, **found, **ratio)
 

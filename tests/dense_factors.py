@@ -175,6 +175,20 @@ class TkfacAverage:
         return self.sigma.value, self.phi.value / self.sigma.value, self.psi.value / self.sigma.value
 
 
+class NormalizedAverage(TkfacAverage):
+    """Running averages of σ, Φ and Ψ themselves, as the paper prints them."""
+
+    def add(self, sigma, phi, psi):
+        self.sigma.add(sigma)
+        self.phi.add(phi)
+        self.psi.add(psi)
+        return self.value
+
+    @property
+    def value(self):
+        return self.sigma.value, self.phi.value, self.psi.value
+
+
 def damp(a, b, damping, form):
     """The damped pair: "factored" (with π, 1 when a trace is 0), "sqrt" (√λ on both) or "linear" (λ on both)."""
     ratio = 1.0

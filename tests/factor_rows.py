@@ -38,6 +38,7 @@ def estimators(decay):
         "kfac": kfe.factors.kfac(decay),
         "tkfac": kfe.factors.tkfac(decay),
         "tkfac_example": kfe.factors.tkfac(decay, "example"),
+        "tkfac_normalized": kfe.factors.tkfac(decay, averages="normalized"),
         "kpsvd": kfe.factors.kpsvd(decay, **TIGHT),
         "deflation": kfe.factors.deflation(decay, **TIGHT),
         "lanczos": kfe.factors.lanczos(decay, **SUBSPACE),
@@ -57,12 +58,16 @@ def fismo_side(old, v, other, decay, damping, diagonal):
 
 def names(max_dim):
     """The estimators that run: with diagonal sides not those that differ from others in nothing that a side touches."""
-    return [n for n in estimators(0.0) if max_dim == WHOLE or n not in ("deflation", "streaming")]
+    return [
+        n
+        for n in estimators(0.0)
+        if max_dim == WHOLE or n not in ("deflation", "streaming", "tkfac_normalized")
+    ]
 
 
 def names_of(estimator, max_dim):
     """The layers that an estimator can estimate: pairing by position needs rows. Fewer where a program is long to compile."""
-    if estimator == "tkfac":
+    if estimator in ("tkfac", "tkfac_normalized"):
         return [name for name in SHAPES if name != "twice"]
     if estimator == "streaming" or (estimator in ("lanczos", "kfac_corrected") and max_dim == DIAGONAL):
         return ["positions", "stack"]
@@ -172,7 +177,12 @@ class Reference:
 
     def __init__(self, estimator, decay, max_dim):
         self.estimator, self.max_dim, self.decay = estimator, max_dim, decay
-        self.average = df.TkfacAverage(decay) if "tkfac" in estimator else df.TermsAverage(decay)
+        averages = {
+            "tkfac_normalized": df.NormalizedAverage,
+            "tkfac": df.TkfacAverage,
+            "tkfac_example": df.TkfacAverage,
+        }
+        self.average = averages.get(estimator, df.TermsAverage)(decay)
         self.sides = Average(decay), Average(decay)
         self.fishers = []
         self.whitened = None

@@ -351,6 +351,35 @@ def test_explicit_axes(name, in_context, fresh_problem):
     assert several_devices.difference(found[0], expected[0], base.params) < 1e-10
 
 
+def test_a_loss_that_names_its_shardings():
+    """The passes that an update runs again, for statistics and for the loss elsewhere, have the types that the loss was given."""
+    mesh = jax.make_mesh((4,), (AXIS,), (jax.sharding.AxisType.Explicit,))
+    params, x = {"kernel": jnp.ones((3, 2))}, jax.random.normal(jax.random.key(0), (8, 3))
+
+    def loss_of(spec):
+        def loss_fn(params, x):
+            z = jnp.einsum("ni,io->no", x, params["kernel"], out_sharding=spec)
+            return kfe.losses.l2_loss(z, jnp.ones_like(z)).mean()
+
+        return loss_fn
+
+    def step(loss_fn, params, x):
+        layers = kfe.find_layers(loss_fn, params, x)
+        tx = kfe.kfac_adaptive(layers)
+        differentiate = kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True, recompute=True)
+        _, grads, taps = differentiate(params, x, key=jax.random.key(1))
+        return tx.update(grads, tx.init(params), params, taps=taps)[0]
+
+    plain, typed = loss_of(None), loss_of(DIVIDED)
+    expected = jax.jit(lambda *given: step(plain, *given))(params, x)
+    with jax.set_mesh(mesh):
+        given = jax.device_put(
+            (params, x), tuple(jax.sharding.NamedSharding(mesh, s) for s in (EVERYWHERE, DIVIDED))
+        )
+        found = jax.jit(lambda *given: step(typed, *given))(*given)
+    assert_close(np.asarray(found["kernel"]), np.asarray(expected["kernel"]), 1e-5)
+
+
 def test_what_is_divided_stays_divided():
     """Updates and state of parameters that the devices of an Explicit mesh have in pieces keep their types."""
     mesh = jax.make_mesh((4,), (AXIS,), (jax.sharding.AxisType.Explicit,))

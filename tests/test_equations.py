@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,3 +81,13 @@ def test_where_an_equation_was_written():
     (equation,) = (e for e in jax.make_jaxpr(function)(X).jaxpr.eqns if equations.is_place(e))
     assert equations.written(equation).startswith("dot_general at test_equations.py:")
     assert equations.row_mask_of(equation) == "3"
+
+
+def test_a_folder_may_be_named_as_a_library_is(tmp_path):
+    """Flax's own examples lie in one; what counts is where the library is installed."""
+    file = tmp_path / "flax" / "examples" / "model.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("def apply(x, w):\n    return x @ w\n")
+    apply = runpy.run_path(str(file))["apply"]
+    (equation,) = jax.make_jaxpr(lambda x: apply(x, W))(X).jaxpr.eqns
+    assert equations.written(equation) == "dot_general at model.py:2"

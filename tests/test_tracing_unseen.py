@@ -128,6 +128,11 @@ CASES = {
         lambda p, x: jnp.tanh(jnp.take(p["t"], TOKENS, axis=0, mode="clip")).mean(1) @ p["o"],
         {"t": (7, 5), "o": (5, 3)},
     ),
+    "a table that is read one number at a time": (
+        {"t": TABLE, "o": matrix(5, 5, 3)},
+        lambda p, x: jnp.tanh(jax.vmap(jax.vmap(lambda i: p["t"][i]))(TOKENS)).mean(1) @ p["o"],
+        {"t": (7, 5), "o": (5, 3)},
+    ),
     # The homogeneous coordinate.
     "an output that a loop reads": ({"w": W, "b": B}, read_by_a_loop, {"w": (D, 3)}),
     "an output that a branch returns": ({"w": W, "b": B}, read_by_a_branch, {"w": (D, 3)}),

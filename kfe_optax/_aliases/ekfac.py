@@ -17,6 +17,7 @@ from kfe_optax._methods.tekfac import scale_by_tekfac
 from kfe_optax._statistics.statistics import Pairing
 from kfe_optax._wrappers.normalize import Size
 from kfe_optax.factors.base import Factors
+from kfe_optax.factors.tkfac import Averages
 
 
 def ekfac(
@@ -107,6 +108,7 @@ def tekfac(
     trace_floor: float = 0.01,
     decay: ScalarOrSchedule = 0.95,
     pairing: Pairing = "position",
+    averages: Averages = "numerators",
     scale_decay: ScalarOrSchedule | None = None,
     factor_update_period: int = 10,
     basis_update_period: int = 50,
@@ -124,7 +126,7 @@ def tekfac(
     Args:
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
-      damping_type, trace_floor, decay, pairing, scale_decay, factor_update_period, basis_update_period,
+      damping_type, trace_floor, decay, pairing, averages, scale_decay, factor_update_period, basis_update_period,
         scale_update_period, initial_refreshes, on_refresh, refresh, refresh_tolerance, null_threshold, max_dim,
         distribute: see `kfe.scale_by_tekfac`.
 

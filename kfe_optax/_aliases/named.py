@@ -21,6 +21,7 @@ from kfe_optax._methods.named import (
 from kfe_optax._methods.roots import DampingType, Denominators
 from kfe_optax._statistics.statistics import Pairing
 from kfe_optax._wrappers.normalize import Size
+from kfe_optax.factors.tkfac import Averages
 
 
 def tkfac(
@@ -41,6 +42,7 @@ def tkfac(
     damping_type: DampingType = "factored",
     decay: ScalarOrSchedule = 0.95,
     pairing: Pairing = "position",
+    averages: Averages = "numerators",
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
@@ -52,7 +54,7 @@ def tkfac(
     Args:
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
-      damping_type, decay, pairing, factor_update_period, inverse_update_period, initial_refreshes, max_dim,
+      damping_type, decay, pairing, averages, factor_update_period, inverse_update_period, initial_refreshes, max_dim,
         distribute: see `kfe.scale_by_tkfac`.
 
     Returns:

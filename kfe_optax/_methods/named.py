@@ -16,6 +16,7 @@ from kfe_optax._methods.layerwise import ScalarOrSchedule
 from kfe_optax._methods.roots import DampingType, Denominators
 from kfe_optax._statistics.statistics import Pairing
 from kfe_optax.factors.base import Factors
+from kfe_optax.factors.tkfac import Averages
 
 
 def _of(make: Callable[..., Factors], **options: Any) -> optax.GradientTransformationExtraArgs:
@@ -32,6 +33,7 @@ def scale_by_tkfac(
     relative_damping: bool = False,
     decay: ScalarOrSchedule = 0.95,
     pairing: Pairing = "position",
+    averages: Averages = "numerators",
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
@@ -47,7 +49,7 @@ def scale_by_tkfac(
     Args:
       layers: what `kfe.find_layers` returned.
       damping: λ > 0; a scalar or a schedule of the step.
-      decay, pairing: see `kfe.factors.tkfac`.
+      decay, pairing, averages: see `kfe.factors.tkfac`.
       relative_damping, damping_type, factor_update_period, inverse_update_period, initial_refreshes, max_dim,
         distribute, rest: see `kfe.scale_by_kronecker`.
 

@@ -11,6 +11,7 @@ from kfe_optax._methods.basis import Refresh
 from kfe_optax._methods.ekfac import OnRefresh, ScaleDamping, scale_by_ekfac
 from kfe_optax._methods.layerwise import ScalarOrSchedule
 from kfe_optax._statistics.statistics import Pairing
+from kfe_optax.factors.tkfac import Averages
 
 
 def scale_by_tekfac(
@@ -21,6 +22,7 @@ def scale_by_tekfac(
     trace_floor: float = 0.01,
     decay: ScalarOrSchedule = 0.95,
     pairing: Pairing = "position",
+    averages: Averages = "numerators",
     relative_damping: bool = False,
     scale_decay: ScalarOrSchedule | None = None,
     factor_update_period: int = 10,
@@ -48,7 +50,7 @@ def scale_by_tekfac(
         connected) β(Θ + λ) with β the largest λ_l. "plain": Θ + λ everywhere.
       trace_floor: ϑ.
       decay: ρ of the running averages; the k-th update of Φ and Ψ uses min(1 − 1/k, ρ).
-      pairing: how shared positions are weighted, see `kfe.factors.tkfac`.
+      pairing, averages: how shared positions are weighted, and what is averaged; see `kfe.factors.tkfac`.
       factor_update_period: T_FIM, steps between updates of Φ and Ψ (the paper: 50).
       basis_update_period: T_EIG, steps between eigendecompositions (the paper: 50).
       scale_update_period: T_RE, steps between updates of Θ.
@@ -75,4 +77,5 @@ def scale_by_tekfac(
       (3, 2)
     """
     options = locals()
-    return scale_by_ekfac(scale="batch", factors=factors_lib.tkfac(decay, options.pop("pairing")), **options)
+    own = {name: options.pop(name) for name in ("pairing", "averages")}
+    return scale_by_ekfac(scale="batch", factors=factors_lib.tkfac(decay, **own), **options)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import core
 
+from kfe_optax._jax import explicit_axes
 from kfe_optax._taps import microbatches
 from kfe_optax._taps.forward import Forward, Swaps
 from kfe_optax._taps.plan import Passage
@@ -43,6 +44,8 @@ class Source:
       forward: the pass.
       swaps: of the residuals.
       stacked: which of the arrays have a leading axis of microbatches.
+      shardings: in the types of what a pass is given, leaf by leaf (see `explicit_axes`): one that runs again inside an update
+        has them again.
     """
 
     def __init__(
@@ -53,13 +56,15 @@ class Source:
         forward: Forward,
         swaps: Swaps | None = None,
         stacked: tuple[bool, ...] = (),
+        shardings: Any = None,
     ):
         self.residuals, self.given, self.scale = residuals, given, scale
-        self.forward, self.swaps, self.stacked = forward, swaps, stacked
+        self.forward, self.swaps, self.stacked, self.shardings = forward, swaps, stacked, shardings
         self._kept: Passage | None = None
 
     def tree_flatten(self):
-        return (self.residuals, self.given, self.scale), (self.forward, self.swaps, self.stacked)
+        static = self.forward, self.swaps, self.stacked, self.shardings
+        return (self.residuals, self.given, self.scale), static
 
     @classmethod
     def tree_unflatten(cls, static, children):
@@ -114,14 +119,16 @@ class Source:
 
     def loss(self, parameters: Any) -> jax.Array:
         """The loss at other parameters, the mean over the passes, without its scale."""
-        assert self.given is not None
+
+        def one(part: Any) -> jax.Array:
+            arrays, row_mask, _ = part
+            return self._typed(lambda *given: self.forward.loss(*given[:2]), parameters, arrays, row_mask)
+
         if self.microbatches == 1:
-            loss = self.forward.loss(parameters, self.given.arrays)
+            assert self.given is not None
+            loss = one((self.given.arrays, self.given.row_mask, 0))
         else:
-            parts = self._parts()
-            loss = jax.lax.map(
-                lambda part: self.forward.loss(parameters, self._arrays(part[0])), parts
-            ).mean()
+            loss = jax.lax.map(lambda part: one((self._arrays(part[0]), *part[1:])), self._parts()).mean()
         return loss if self.scale is None else loss / self.scale
 
     def _parts(self) -> Any:
@@ -135,9 +142,24 @@ class Source:
         return microbatches.merge(self.stacked, parts, whole)
 
     def _again(self, part: Any) -> Passage:
-        assert self.given is not None
         arrays, row_mask, number = part
         if self.microbatches > 1:
             arrays = self._arrays(arrays)
-        passed = self.forward(self.given.parameters, arrays, row_mask, self.scale)
-        return Passage(passed.leaves, passed.cotangent, passed.swaps, number)
+        swaps: list[Swaps] = []
+
+        def run(*given: Any) -> tuple[list[Any], jax.Array]:
+            passed = self.forward(*given, self.scale)
+            swaps.append(passed.swaps)
+            return passed.leaves, passed.cotangent
+
+        leaves, cotangent = self._typed(run, self.parameters, arrays, row_mask)
+        return Passage(leaves, cotangent, swaps[-1], number)
+
+    def _typed(self, function: Callable[..., T], *given: Any) -> T:
+        """`function(parameters, arrays, row mask)` with their types of the step."""
+        leaves, structure = jax.tree.flatten(given)
+
+        def run(*leaves: Any) -> T:
+            return function(*jax.tree.unflatten(structure, leaves))
+
+        return explicit_axes.as_typed(run, self.shardings, *leaves)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfe_optax._jax import static_values
+from kfe_optax._jax import explicit_axes, static_values
 from kfe_optax._layers.layers import Layers
 from kfe_optax._marks.loss_tags import FAINT, Place
 from kfe_optax._taps import accumulation, fitting, microbatches
@@ -87,7 +87,8 @@ class _Call:
         residuals, swaps = ((passed.leaves, passed.cotangent), passed.swaps) if kept else (None, None)
         # The loss at other parameters is computed from what was given.
         again = self.given if parts.products or not kept else None
-        source = Source(residuals, again, self.scale, forward, swaps)
+        shardings = explicit_axes.shardings(self.given[:3])
+        source = Source(residuals, again, self.scale, forward, swaps, (), shardings)
         return (passed.loss, passed.aux), grads, passed.state, weights, source
 
     def _accumulated(self, forward: Forward) -> tuple[tuple[Any, Any], Any, Any, Any, Source]:
@@ -100,7 +101,11 @@ class _Call:
             forward, parameters, split, row_mask, self.scale, self.examples, state_size
         )
         given = Given(parameters, met, row_mask)
-        return found, grads, state, weights, Source(None, given, self.scale, forward, None, stacked)
+        one = [a[0] if s else a for a, s in zip(met, stacked, strict=True)]
+        mask = None if row_mask is None else row_mask[0]
+        shardings = explicit_axes.shardings((parameters, one, mask))
+        source = Source(None, given, self.scale, forward, None, stacked, shardings)
+        return found, grads, state, weights, source
 
     def sources(self, whole: Source) -> tuple[Source, Source | None]:
         """What statistics and products with the Fisher are read from: the whole batch, or parts of it."""
@@ -113,7 +118,9 @@ class _Call:
 
     def _part(self, parts: int, tangents: bool) -> Source:
         number = (self.seed[0] % parts).astype(jnp.int32)
-        return Source(None, self._given(parts, number), self.scale, self._forward(parts, tangents, True))
+        given = self._given(parts, number)
+        shardings = explicit_axes.shardings(given[:3])
+        return Source(None, given, self.scale, self._forward(parts, tangents, True), None, (), shardings)
 
     def _given(self, parts: int, number: Any) -> Given:
         """What the pass on one of so many parts of the batch is given."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,7 +175,14 @@ def written(equation: Any) -> str:
     name = equation.primitive.name
     traceback = equation.source_info.traceback
     for frame in () if traceback is None else traceback.frames:
-        parts = Path(frame.file_name).parts
-        if not {"jax", "flax", "optax", "kfe_optax"} & set(parts[-6:-1]):
-            return f"{name} at {parts[-1]}:{frame.line_num}"
+        file = Path(frame.file_name)
+        if not _libraries() & set(file.parents):
+            return f"{name} at {file.name}:{frame.line_num}"
     return name
+
+
+@functools.cache
+def _libraries() -> frozenset[Path]:
+    """The folders of the packages whose lines are not the user's."""
+    found = (importlib.util.find_spec(name) for name in ("jax", "flax", "optax", "kfe_optax"))
+    return frozenset(Path(spec.origin).parent for spec in found if spec is not None and spec.origin)

@@ -7,6 +7,7 @@ axes of a layer, and sum over the exact columns or average over the samples of t
 factorizations are counted by the optimizers themselves: `kfe.info(opt_state).failures`.
 """
 
+from kfe_optax.diagnostics.across_layers import fisher_matrix, kfac_matrix, mean_absolute_blocks
 from kfe_optax.diagnostics.blocks import eigenbasis_matrix, fisher_block, gauss_newton_block, kronecker_matrix
 from kfe_optax.diagnostics.check import LayerCheck, LayerChecks, check_layers
 from kfe_optax.diagnostics.correlation import gradient_correlation, mean_absolute_correlation
@@ -25,6 +26,7 @@ from kfe_optax.diagnostics.spectra import (
     fisher_spectrum,
     kronecker_spectrum,
     spectrum_error,
+    squared_gradient_scale,
 )
 
 __all__ = [
@@ -38,15 +40,19 @@ __all__ = [
     "eigenbasis_matrix",
     "eigenbasis_spectrum",
     "fisher_block",
+    "fisher_matrix",
     "fisher_norm",
     "fisher_spectrum",
     "fisher_trace",
     "gauss_newton_block",
     "gradient_correlation",
+    "kfac_matrix",
     "kronecker_error",
     "kronecker_matrix",
     "kronecker_spectrum",
+    "mean_absolute_blocks",
     "mean_absolute_correlation",
     "relative_error",
     "spectrum_error",
+    "squared_gradient_scale",
 ]

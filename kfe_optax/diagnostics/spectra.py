@@ -118,6 +118,43 @@ def eigenbasis_spectrum(scale: Float[Array, "*stack d_in d_out"]) -> Float[Array
     return jnp.sort(scale.reshape(*scale.shape[:-2], -1))
 
 
+@precise
+def squared_gradient_scale(
+    tap: Any, gradient: Float[Array, "*stack d_in d_out"], basis: Any
+) -> Float[Array, "*stack d_in d_out"]:
+    """N (U_Aᵀ ∇̄ U_G)² of one batch, (*stack, d_in, d_out), whose average over batches is the scale of EKFAC-ra.
+
+    Its spectrum is not that of F: it holds the squared mean of the gradient, N times (George et al. 2018, figure 5 c).
+
+    Args:
+      tap: `taps[name]`, for N, the weight of the loss's elements (see `taps.gradient_weight`).
+      gradient: `layer.to_matrix(grads)`, the mean gradient of the batch.
+      basis: as in `eigenbasis_error`.
+
+    Raises:
+      ValueError: a gradient or a basis of another shape.
+
+    Example:
+      >>> import jax.numpy as jnp, kfe_optax as kfe
+      >>> def loss_fn(params, x):
+      ...     return kfe.losses.l2_loss(x @ params["w"]).sum(-1).mean()
+      >>> params, x = {"w": jnp.ones((2, 1))}, jnp.eye(2)
+      >>> layers = kfe.find_layers(loss_fn, params, x)
+      >>> _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
+      >>> print(kfe.diagnostics.squared_gradient_scale(taps["w"], grads["w"], (None, None)))
+      [[0.5]
+       [0.5]]
+    """
+    layer = layer_of(tap)
+    if gradient.shape != layer.shape:
+        raise ValueError(f"Layer {layer.name!r} has gradients of shape {layer.shape}, not {gradient.shape}.")
+    left, right = examples_lib.check_basis(layer, basis)
+    stacked = len(layer.stack_shape)
+    rotated = kronecker.right(kronecker.left(left, gradient, stacked, transpose=True), right, stacked)
+    weight = tap.taps.gradient_weight
+    return jnp.square(rotated) * (tap.taps.examples_of(layer.name) if weight is None else weight)
+
+
 def spectrum_error(
     spectrum: Float[Array, "*stacked size"], approximation: Float[Array, "*stacked size"]
 ) -> Float[Array, "*stacked"]:

@@ -15,9 +15,13 @@ from kfe_optax._statistics.statistics import Pairing
 from kfe_optax.factors import base
 from kfe_optax.factors.base import ScalarOrSchedule, Source, Term
 
+Averages = Literal["numerators", "normalized"]
+
 
 class TkfacState(NamedTuple):
     """Running averages of numerators; Φ = input / trace, Ψ = output / trace, so that tr Φ = tr Ψ = 1 at all times.
+
+    With averages="normalized" `input` and `output` are those of Φ and Ψ themselves.
 
     Attributes:
       updates: int32, how many batches went in.
@@ -40,6 +44,7 @@ class Tkfac(NamedTuple):
 
     decay: ScalarOrSchedule
     pairing: Pairing
+    averages: Averages
 
     rank = 1
     needs_taps = True
@@ -65,6 +70,11 @@ class Tkfac(NamedTuple):
         new = source.pulled.reduce(
             lambda s: {name: s[name].traced_factors(self.pairing, d) for name, d in diagonal.items()}
         )
+        if self.averages == "normalized":
+            new = {
+                name: (sigma, *base.divided(Term(*both), _safe(sigma)))
+                for name, (sigma, *both) in new.items()
+            }
         old = {name: (state.trace[name], state.input[name], state.output[name]) for name in state.input}
         rho = base.weight_of_past(counts.added(state.updates, 1), self.decay, count)
         averages, more = base.average(old, new, rho)
@@ -77,12 +87,18 @@ class Tkfac(NamedTuple):
         del layers
         terms = {}
         for name, sigma in state.trace.items():
-            both = Term(state.input[name], state.output[name])
-            terms[name] = (base.divided(both, jnp.sqrt(jnp.where(sigma > 0, sigma, 1))),)
+            both, root = Term(state.input[name], state.output[name]), jnp.sqrt(_safe(sigma))
+            terms[name] = (base.divided(both, 1 / root if self.averages == "normalized" else root),)
         return terms
 
 
-def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Tkfac:
+def _safe(sigma: jax.Array) -> jax.Array:
+    return jnp.where(sigma > 0, sigma, 1)
+
+
+def tkfac(
+    decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position", averages: Averages = "numerators"
+) -> Tkfac:
     """TKFAC's factors: F ≈ σ Φ⊗Ψ, σ = E[tr Λ tr Γ], Φ = E[tr(Γ) Λ]/σ, Ψ = E[tr(Λ) Γ]/σ (Gao et al. 2020, section 3).
 
     Λ = ā āᵀ and Γ = g gᵀ are those of one example, so that tr F = σ is kept and tr Φ = tr Ψ = 1. The paper prints the decay on
@@ -92,12 +108,15 @@ def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Tkfa
       decay: ρ of the running averages, a scalar or a schedule of the step; the k-th update uses min(1 − 1/k, ρ).
       pairing: with shared positions, "position" pairs Λ_t with Γ_t of each position, as the paper does (σ is then the trace of
         E Σ_t Λ_t⊗Γ_t); "example" takes M = Σ_t ā_t g_tᵀ, σ = E‖M‖², σΦ = E[MMᵀ], σΨ = E[MᵀM], which keeps the trace of F.
+      averages: what is averaged. "numerators": σ, σΦ and σΨ, so that batches count by their curvature, as they do in F;
+        "normalized": σ, Φ and Ψ, as the paper prints it. Both have traces of 1; after two batches they differ by some percent.
 
     Returns:
       Factors for `kfe.scale_by_kronecker` and `kfe.in_kfe`; rank 1.
 
     Raises:
-      ValueError: a decay outside [0, 1], an unknown pairing; in `update`: "position" for a layer that is used more than once.
+      ValueError: a decay outside [0, 1], an unknown pairing or average; in `update`: "position" for a layer that is used more
+        than once.
 
     Example:
       >>> import kfe_optax as kfe
@@ -106,4 +125,5 @@ def tkfac(decay: ScalarOrSchedule = 0.95, pairing: Pairing = "position") -> Tkfa
     """
     checks.decay("decay", decay)
     checks.one_of("pairing", pairing, Literal["position", "example"])
-    return Tkfac(decay, pairing)
+    checks.one_of("averages", averages, Averages)
+    return Tkfac(decay, pairing, averages)

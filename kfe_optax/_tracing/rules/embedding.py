@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -35,7 +37,7 @@ class Gather(Rule):
             and list(trail.dims) == sorted(trail.dims)
             and 1 < table.shape[-2] <= 2**24  # as which float32 tells tokens apart
             and rank > members
-            and tuple(numbers.start_index_map) == (members,)
+            and _place_of_tokens(equation, members) is not None
             and (collapsed, behind) in (((members,), (rank,)), ((), (rank, rank + 1)))
             and slices == (*((1,) * members if own else sizes), 1, table.shape[-1])
         )
@@ -49,8 +51,8 @@ class Gather(Rule):
         return Found(Embedding(), trail, 1, shapes(tokens, vectors, LOOKUP), axes, order, vmaps=vmaps)
 
     def layout(self, equation, x, operands):
-        tokens, shape = operands[x][..., 0], equation.outvars[0].aval.shape
-        table = equation.invars[0].aval
+        table, shape = equation.invars[0].aval, equation.outvars[0].aval.shape
+        tokens = operands[x][..., _place_of_tokens(equation, table.ndim - 2)]
         last = table.shape[-2] - 1
         if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
             tokens = jnp.clip(tokens, 0, last)
@@ -61,3 +63,12 @@ class Gather(Rule):
         slice_ = not equation.params["dimension_numbers"].collapsed_slice_dims
         whole = (*shape[:-2], shape[-1]) if slice_ else shape
         return Layout(tokens, lambda y: y.reshape(whole), lambda y: y.reshape(shape))
+
+
+def _place_of_tokens(equation: Any, axis: int) -> int | None:
+    """Which of the start indices is along the axis of the tokens, where the others say nothing: a whole axis begins at 0."""
+    starts = tuple(equation.params["dimension_numbers"].start_index_map)
+    clipped = equation.params["mode"] == jax.lax.GatherScatterMode.CLIP
+    sizes = zip(equation.params["slice_sizes"], equation.invars[0].aval.shape, strict=True)
+    whole = {i for i, (size, of) in enumerate(sizes) if clipped and size == of and i != axis}
+    return starts.index(axis) if axis in starts and set(starts) <= {axis, *whole} else None
