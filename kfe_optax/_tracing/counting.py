@@ -36,9 +36,6 @@ def counted(walk: Walk) -> Counted:
     """The uses of parameters that the loss's derivative reaches, each once."""
     found = Counted({}, collections.defaultdict(set), {}, {}, unseen(walk))
     marked, reached = _marked(walk) | _moved(walk), walk.behind(walk.live)
-    dead = (
-        "no registered loss depends on it" if outputs_of(walk) else "the loss's derivative does not reach it"
-    )
     for i, use in enumerate(walk.uses):
         paths = [trail.path for trail in (use.trail, *use.parameters) if trail is not None]
         if use.info["mark"] is marks.layer_mark and i not in marked:
@@ -49,7 +46,7 @@ def counted(walk: Walk) -> Counted:
             elif trail.stopped:
                 found.reasons.update(dict.fromkeys(paths, "frozen by stop_gradient"))
             elif i not in reached:
-                found.reasons.update(dict.fromkeys(paths, dead))
+                found.reasons.update(dict.fromkeys(paths, "the loss's derivative does not reach it"))
             else:
                 found.groups.setdefault(trail.path, []).append(_alone(use, i, walk, found.beside))
                 found.places[trail.path].add(i)

@@ -136,7 +136,8 @@ def _check_parameters(leaves: dict[Path, Any]) -> None:
         if dtype is None or not jax.dtypes.issubdtype(dtype, np.inexact):
             raise TypeError(
                 f"The parameters hold {path_name(path)!r} of type {dtype or type(leaf).__name__}, and only floating-point arrays "
-                "have a gradient: pass everything else as another argument of the loss."
+                "have a gradient: pass everything else as another argument of the loss (of an Equinox module "
+                "eqx.partition(module, eqx.is_inexact_array) takes the arrays apart)."
             )
 
 
