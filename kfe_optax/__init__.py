@@ -126,4 +126,4 @@ __all__ = [
     "value_grad_and_taps",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
