@@ -50,9 +50,17 @@ def problem():
     return params, layers, steps
 
 
-def updated(tx, params, step):
-    grads, taps = step
-    return tx.update(grads, tx.init(params), params, taps=taps)
+def stepper(case, problem, **more):
+    """(λ or ε, step) → its update and the state, compiled."""
+    params, layers, _ = problem
+    make, options = CASES[case]
+
+    @jax.jit
+    def update(strength, step, **traced):
+        tx, (grads, taps) = make(layers, strength, **options, **more, **traced), step
+        return tx.update(grads, tx.init(params), params, taps=taps)
+
+    return update
 
 
 def mean_curvature(case, state, factors, layer):
@@ -83,16 +91,16 @@ def terms_of(case, state, layers):
 )
 def test_is_absolute_damping_of_each_layer(case, problem, x64):
     """With λ = ε times a layer's mean curvature, the absolute damping gives that layer the same update."""
-    params, layers, steps = problem
-    make, options = CASES[case]
-    ours, state = updated(make(layers, EPSILON, relative_damping=True, **options), params, steps[1.0])
+    _, layers, steps = problem
+    ours, state = stepper(case, problem, relative_damping=True)(EPSILON, steps[1.0])
+    absolute = stepper(case, problem)
     terms = terms_of(case, state, layers)
     for layer in layers.values():
         coarse = {}
         if case == "two_level_kfac":
             coarse = {"coarse_damping": 1e-2 * float(state.coarse.basis.values.mean())}
         strength = EPSILON * mean_curvature(case, state, terms, layer)
-        theirs, _ = updated(make(layers, strength, **options, **coarse), params, steps[1.0])
+        theirs, _ = absolute(strength, steps[1.0], **coarse)
         assert_close(ours[layer.name]["kernel"], theirs[layer.name]["kernel"], 1e-9)
 
 
@@ -108,18 +116,13 @@ def test_is_absolute_damping_of_each_layer(case, problem, x64):
 )
 def test_a_sum_trains_as_a_mean(case, problem, x64):
     """A loss that is 70 times as large, its gradient and its Fisher matrix with it, has the same update."""
-    params, layers, steps = problem
-    make, options = CASES[case]
-    one, many = (
-        updated(make(layers, EPSILON, relative_damping=True, **options), params, steps[weight])[0]
-        for weight in steps
-    )
+    _, _, steps = problem
+    relative, absolute = stepper(case, problem, relative_damping=True), stepper(case, problem)
+    one, many = (relative(EPSILON, step)[0] for step in steps.values())
     scale = 70 if case == "gradient" else 1  # its factors are quadratic in the loss
     assert_close(jax.tree.map(lambda leaf: leaf * scale, many), one, 1e-9)
-    absolute, other = (
-        updated(make(layers, EPSILON, **options), params, steps[weight])[0] for weight in steps
-    )
-    assert np.abs(other["first"]["kernel"] - absolute["first"]["kernel"]).max() > 1e-3
+    one, many = (absolute(EPSILON, step)[0] for step in steps.values())
+    assert np.abs(many["first"]["kernel"] - one["first"]["kernel"]).max() > 1e-3
 
 
 def test_misuse(problem, x64):
