@@ -37,4 +37,6 @@ def get_config() -> ConfigDict:
         max_kl=3.0,
         initial_refreshes=5,
     )
+    # The last at the rate that the documentation recommends, untuned.
+    config.compare.optimizers = "adam,kfac,ekfac,spectral_kfac"
     return settings.with_relatives(config)
