@@ -17,7 +17,7 @@ from examples import helium, poisson
 from examples.race import train
 
 NAMES = ("adam", "kfac_natural", "kfac", "ekfac", "spectral_kfac")
-PROBLEMS = {"poisson": poisson.PROBLEM, "helium": helium.PROBLEM._replace(steps=1000)}
+PROBLEMS = {"poisson": poisson.PROBLEM._replace(steps=1000), "helium": helium.PROBLEM._replace(steps=1000)}
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def error(params: Params, side: int = 51) -> jax.Array:
 class Poisson(NamedTuple):
     """512 new points a step inside, and as many on the edge."""
 
-    steps: int = 1000
+    steps: int = 600
     unit: str = "relative error"
 
     def start(self, key: jax.Array) -> tuple[Params, tuple[()]]:
