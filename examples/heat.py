@@ -120,7 +120,7 @@ class Heat(NamedTuple):
     loss_fn = staticmethod(loss_fn)
 
 
-TITLE, PROBLEM, RATES = "The heat equation", Heat(), (1e-3, 3e-3, 1e-2)
+TITLE, PROBLEM, RATES = "The heat equation", Heat(), (3e-3, 1e-2, 3e-2)
 
 if __name__ == "__main__":
     race.main("heat", TITLE, PROBLEM, RATES, optimizers=race.PHYSICS)

@@ -119,7 +119,7 @@ class Poisson(NamedTuple):
     loss_fn = staticmethod(loss_fn)
 
 
-TITLE, PROBLEM, RATES = "Poisson's equation", Poisson(), (1e-3, 3e-3, 1e-2)
+TITLE, PROBLEM, RATES = "Poisson's equation", Poisson(), (3e-3, 1e-2, 3e-2)
 
 if __name__ == "__main__":
     race.main("poisson", TITLE, PROBLEM, RATES, optimizers=race.PHYSICS)

@@ -91,7 +91,7 @@ class Vae(NamedTuple):
         return loss
 
 
-TITLE, PROBLEM, RATES = "A variational autoencoder on digits", Vae(), (1e-3, 3e-3, 1e-2)
+TITLE, PROBLEM, RATES = "A variational autoencoder on digits", Vae(), (3e-3, 1e-2, 3e-2)
 
 if __name__ == "__main__":
     race.main("vae", TITLE, PROBLEM, RATES)
