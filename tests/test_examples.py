@@ -289,16 +289,23 @@ TINY: dict[str, tuple[dict[str, int], set[str]]] = {
         {f"{head}_{i}" for head in ("policy", "value") for i in range(3)},
     ),
     "equinox_classifier": ({"channels": 1}, {"convolutions/0", "convolutions/1", "out"}),
-    "haiku_classifier": ({"width": 4, "depth": 1, "heads": 1}, {"patches", "out"}),
-    "characters_nnx": ({"width": 4, "depth": 1, "heads": 1, "length": 8}, {"hidden", "out"}),
-    "gpt2": ({"width": 4, "depth": 1, "heads": 1, "length": 8}, {"c_fc"}),
+    "haiku_classifier": (
+        {"width": 4, "depth": 1, "heads": 1},
+        {"patches", "attention_0/query", "mlp_0/~/linear_0", "out"},
+    ),
+    "characters_nnx": (
+        {"width": 4, "depth": 1, "heads": 1, "length": 8},
+        {"tokens", "places", "blocks/0/attention/query", "blocks/0/hidden", "out"},
+    ),
+    "gpt2": (
+        {"width": 4, "depth": 1, "heads": 1, "length": 8},
+        {"transformer/wte", "transformer/h/0/attn/c_attn"},
+    ),
 }
-
-DEFAULT = ("vae", "dqn")
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+    "name", [name if name == "dqn" else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 )
 def test_program(name, tmp_path, capsys):
     """At a tiny size: the layers, a line for each twentieth, a table with both optimizers, and a picture."""
@@ -314,7 +321,7 @@ def test_program(name, tmp_path, capsys):
         name,
         module.TITLE,
         problem,
-        module.RATES[:2],
+        module.RATES[:1],
         module.PROBLEM.unit.startswith("mean return"),
         arguments=arguments,
     )
@@ -322,14 +329,14 @@ def test_program(name, tmp_path, capsys):
     found = set(re.findall(r"^(\S+) +(?:dense|conv|norm|embedding)", printed, re.MULTILINE))
     assert names <= found, found
     progress = re.findall(r"^  step +(\d+): (\S+)$", printed, re.MULTILINE)
-    assert [int(step) for step, _ in progress] == [1, 2, 3] * 3
-    values = np.array([float(value) for _, value in progress]).reshape(3, 3)
+    assert [int(step) for step, _ in progress] == [1, 2, 3] * 2
+    values = np.array([float(value) for _, value in progress]).reshape(2, 3)
     assert np.isfinite(values).all()
     np.testing.assert_allclose(values[:, 0], values[0, 0], rtol=1e-4)  # the same beginning
     assert set(best) == {"adam", "spectral_kfac"}
     table = printed[printed.index("last twentieth") :]
     rows = re.findall(r"^(adam|spectral_kfac), (\S+) +(\S+) ", table, re.MULTILINE)
-    assert [row[0] for row in rows] == ["adam", "adam", "spectral_kfac"]
+    assert [row[0] for row in rows] == ["adam", "spectral_kfac"]
     np.testing.assert_allclose([float(row[2]) for row in rows], values[:, -1], rtol=1e-3)
     assert out.read_bytes().startswith(b"\x89PNG")
 
