@@ -55,10 +55,12 @@ OPTIMIZERS = {
     "kfac": Recipe(kfe.kfac, 0.15),
     "ekfac": Recipe(kfe.ekfac, 0.15),
     "spectral_kfac": Recipe(kfe.spectral_kfac, 0.1),
+    "kfac_natural": Recipe(lambda rate, layers: kfe.kfac(rate, layers, 1e-2, **kfe.NATURAL), 0.1),
     "lbfgs": Recipe(lambda *_: optax.lbfgs(), curvature=False, fixed=True),
 }
 FAMILY = ("adam", "kfac", "ekfac", "spectral_kfac")
-PHYSICS = (*FAMILY, "lbfgs")
+# What the documentation recommends for equations, and what is usual for them.
+PHYSICS = (*FAMILY, "kfac_natural", "lbfgs")
 
 
 def schedule_of(rate: float, steps: int) -> optax.Schedule:
