@@ -76,7 +76,7 @@ class Dqn(NamedTuple):
     """16 environments, a buffer of 1,024 steps of them, batches of 256."""
 
     steps: int = 2000
-    unit: str = "mean return of the last episodes"
+    unit: str = "mean return of the last episodes (higher is better)"
     environments: int = 16
     capacity: int = 1024
     batch: int = 256

@@ -9,8 +9,8 @@ sin 3πx, on the edge u = 0, and
 
     python -m examples.heat
 
-`optax.lbfgs` stands beside: it compares losses along a line, so that its points stay those of the first step, and a
-step of it costs several evaluations.
+The natural step, which the documentation recommends for equations, and `optax.lbfgs` stand beside. A line search compares
+losses, so that the points of L-BFGS stay those of the first step, and a step of it costs several evaluations.
 """
 
 from __future__ import annotations

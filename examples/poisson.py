@@ -6,8 +6,8 @@ positions of one layer (Dangel, Müller & Zeinhofer 2024). The bias is the last 
 
     python -m examples.poisson
 
-`optax.lbfgs` stands beside: it compares losses along a line, so that its points stay those of the first step, and a step of it
-costs several evaluations.
+The natural step, which the documentation recommends for equations, and `optax.lbfgs` stand beside. A line search compares
+losses, so that the points of L-BFGS stay those of the first step, and a step of it costs several evaluations.
 """
 
 from __future__ import annotations

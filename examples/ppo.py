@@ -106,7 +106,7 @@ class Ppo(NamedTuple):
     """64 environments, rollouts of 32 steps, each used for two epochs of eight minibatches."""
 
     steps: int = 1600
-    unit: str = "mean return of the last episodes"
+    unit: str = "mean return of the last episodes (higher is better)"
     environments: int = 64
     length: int = 32
     epochs: int = 2
