@@ -65,7 +65,7 @@ class Classifier(NamedTuple):
         return loss
 
 
-TITLE, PROBLEM, RATES = "Haiku: a Vision Transformer of digits", Classifier(), (1e-3, 3e-3, 1e-2)
+TITLE, PROBLEM, RATES = "Haiku: a Vision Transformer of digits", Classifier(), (3e-3, 1e-2, 3e-2)
 
 if __name__ == "__main__":
     race.main("haiku_classifier", TITLE, PROBLEM, RATES)

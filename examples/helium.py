@@ -127,7 +127,7 @@ class Helium(NamedTuple):
     loss_fn = staticmethod(loss_fn)
 
 
-TITLE, PROBLEM, RATES = "The helium atom", Helium(), (3e-3, 1e-2, 3e-2)
+TITLE, PROBLEM, RATES = "The helium atom", Helium(), (1e-3, 3e-3, 1e-2)
 
 if __name__ == "__main__":
     race.main("helium", TITLE, PROBLEM, RATES)
