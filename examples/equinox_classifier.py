@@ -72,7 +72,7 @@ class Classifier(NamedTuple):
     loss_fn = staticmethod(loss_fn)
 
 
-TITLE, PROBLEM, RATES = "Equinox: a convolutional network of digits", Classifier(), (1e-2, 3e-2, 1e-1)
+TITLE, PROBLEM, RATES = "Equinox: a convolutional network of digits", Classifier(), (3e-2, 1e-1, 3e-1)
 
 if __name__ == "__main__":
     race.main("equinox_classifier", TITLE, PROBLEM, RATES)

@@ -67,7 +67,7 @@ class Gpt2(NamedTuple):
         return loss
 
 
-TITLE, PROBLEM, RATES = "Hugging Face: a character GPT-2", Gpt2(), (3e-3, 1e-2, 3e-2)
+TITLE, PROBLEM, RATES = "Hugging Face: a character GPT-2", Gpt2(), (1e-3, 3e-3, 1e-2)
 
 if __name__ == "__main__":
     race.main("gpt2", TITLE, PROBLEM, RATES)

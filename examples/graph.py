@@ -111,7 +111,7 @@ class Graph(NamedTuple):
     loss_fn = staticmethod(loss_fn)
 
 
-TITLE, PROBLEM, RATES = "An interaction network of five bodies", Graph(), (1e-2, 3e-2, 1e-1)
+TITLE, PROBLEM, RATES = "An interaction network of five bodies", Graph(), (3e-2, 1e-1, 3e-1)
 
 if __name__ == "__main__":
     race.main("graph", TITLE, PROBLEM, RATES)

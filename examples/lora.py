@@ -106,7 +106,7 @@ class Lora(NamedTuple):
     loss_fn = staticmethod(loss_fn)
 
 
-TITLE, PROBLEM, RATES = "LoRA: a classifier learns to read turned digits", Lora(), (3e-3, 1e-2, 3e-2)
+TITLE, PROBLEM, RATES = "LoRA: a classifier learns to read turned digits", Lora(), (1e-2, 3e-2, 1e-1)
 
 if __name__ == "__main__":
     race.main("lora", TITLE, PROBLEM, RATES)
