@@ -5,14 +5,19 @@ Walkers (n, 2, 3), the places of the two electrons, are drawn from |ψ|² by Met
 gradient's metric is E[∂ log|ψ| ∂ log|ψ|ᵀ]. Both are those of a regression: half the gradient is that of ½ (log|ψ| − t)² with the
 target t = log|ψ| − (E_L − E[E_L]) held fixed, and the metric is its Gauss–Newton matrix. So the energies stand outside of what
 is differentiated, and the loss's own value says nothing.
+
+    python -m examples.helium
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import kfe_optax as kfe
+from examples import race
 
 Params = dict[str, dict[str, jax.Array]]
 
@@ -91,3 +96,38 @@ def loss_fn(params: Params, walkers: jax.Array, energies: jax.Array) -> jax.Arra
     drawn = jnp.clip(energies, middle - spread, middle + spread)
     log_psi = log_amplitude(params, walkers)
     return kfe.losses.l2_loss(log_psi, jax.lax.stop_gradient(log_psi - (drawn - drawn.mean()))).mean()
+
+
+class Walk(NamedTuple):
+    """Walkers, and the local energies at these places."""
+
+    walkers: jax.Array
+    energies: jax.Array
+
+
+class Helium(NamedTuple):
+    """512 walkers, ten steps of each between two of the optimizer."""
+
+    steps: int = 500
+    unit: str = "energy above the exact one, hartree"
+
+    def start(self, key: jax.Array) -> tuple[Params, Walk]:
+        params = init(key)
+        walkers = start(params, jax.random.fold_in(key, 1))
+        return params, Walk(walkers, local_energies(params, walkers))
+
+    def arguments(self, params: Params, carried: Walk, key: jax.Array) -> tuple[Walk, Walk]:
+        walkers = walk(params, carried.walkers, key)
+        carried = Walk(walkers, local_energies(params, walkers))
+        return carried, carried
+
+    def measure(self, params: Params, carried: Walk, loss: jax.Array) -> jax.Array:
+        return carried.energies.mean() - ENERGY
+
+    loss_fn = staticmethod(loss_fn)
+
+
+TITLE, PROBLEM, RATES = "The helium atom", Helium(), (1e-3, 3e-3, 1e-2)
+
+if __name__ == "__main__":
+    race.main("helium", TITLE, PROBLEM, RATES)

@@ -3,17 +3,23 @@
 The Laplacian is carried forward by hand. An array h (n, 4, width) holds the value, the two first derivatives and the
 Laplacian of every hidden unit; a dense layer acts on the four alike and a nonlinearity mixes them. For K-FAC the four are
 positions of one layer (Dangel, Müller & Zeinhofer 2024). The bias is the last row of a kernel, and the value alone meets it.
+
+    python -m examples.poisson
+
+The natural step, which the documentation recommends for equations, and `optax.lbfgs` stand beside. A line search compares
+losses, so that the points of L-BFGS stay those of the first step, and a step of it costs several evaluations.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 import kfe_optax as kfe
+from examples import race
 
 Params = dict[str, dict[str, jax.Array]]
 
@@ -93,6 +99,27 @@ def error(params: Params, side: int = 51) -> jax.Array:
     return jnp.linalg.norm(network(params, points[:, None])[:, 0] - exact) / jnp.linalg.norm(exact)
 
 
-def find_layers(params: Params) -> Any:
-    """The layers of the loss."""
-    return kfe.find_layers(loss_fn, params, sample(jax.random.key(0)))
+class Poisson(NamedTuple):
+    """512 new points a step inside, and as many on the edge."""
+
+    steps: int = 600
+    unit: str = "relative error"
+
+    def start(self, key: jax.Array) -> tuple[Params, tuple[()]]:
+        return init(key), ()
+
+    def arguments(
+        self, params: Params, carried: tuple[()], key: jax.Array
+    ) -> tuple[tuple[Points], tuple[()]]:
+        return (sample(key),), carried
+
+    def measure(self, params: Params, carried: tuple[()], loss: jax.Array) -> jax.Array:
+        return error(params)
+
+    loss_fn = staticmethod(loss_fn)
+
+
+TITLE, PROBLEM, RATES = "Poisson's equation", Poisson(), (3e-3, 1e-2, 3e-2)
+
+if __name__ == "__main__":
+    race.main("poisson", TITLE, PROBLEM, RATES, optimizers=race.PHYSICS)

@@ -1,16 +1,21 @@
-"""The examples' mathematics: what is written by hand there against automatic derivatives and finite differences."""
+"""The examples: their mathematics against automatic derivatives, finite differences and NumPy; their layers; their programs."""
 
 from __future__ import annotations
+
+import importlib
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import kfe_optax as kfe
 from benchmarks import physics
 from benchmarks.today.tasks import OPTIMIZERS
-from examples import helium, poisson
+from examples import cartpole, digits, dqn, graph, heat, helium, lora, poisson, ppo, race, vae
 
 from .dense import assert_close
 
@@ -75,3 +80,298 @@ def test_default_settings_converge(name, problem, bound):
     recipe = OPTIMIZERS[name]
     found, _ = physics.train(physics.PROBLEMS[problem]._replace(steps=150), recipe, recipe.unit, 0)
     assert np.abs(found[-1]) < bound < found[0]
+
+
+def test_the_heat_equation(x64):
+    """Its solution has no residual and meets what is known at the edge; the residual of another function by a Hessian."""
+    points = heat.sample(jax.random.key(0), 8, 8)
+    residuals = jax.jit(jax.vmap(lambda point: heat.residual(heat.solution, point)))(points.inside)
+    np.testing.assert_allclose(residuals, 0, atol=1e-12)
+    first, sides = np.split(np.asarray(points.known), 2)
+    assert set(sides[:, 0]) == {0.0, 1.0}
+    assert not first[:, 1].any()
+    np.testing.assert_allclose(jax.vmap(heat.solution)(sides), 0, atol=1e-14)
+    waves = np.sin(np.pi * first[:, 0]) + np.sin(3 * np.pi * first[:, 0]) / 2
+    np.testing.assert_allclose(jax.vmap(heat.solution)(first), waves, atol=1e-12)
+
+    params = heat.init(jax.random.key(1), (2, 4, 1))
+
+    def function(point):
+        return heat.network(params, point)
+
+    point = points.inside[0]
+    expected = jax.grad(function)(point)[1] - jax.hessian(function)(point)[0, 0]
+    np.testing.assert_allclose(heat.residual(function, point), expected, rtol=1e-12)
+    assert list(kfe.find_layers(heat.loss_fn, params, points)) == ["dense_0", "dense_1"]
+
+
+def test_the_divergence_of_the_autoencoder():
+    """Against the integral of q log(q/p)."""
+    mean, deviation = 0.7, 1.6
+    z = np.linspace(-20, 20, 20001)
+    q = np.exp(-(((z - mean) / deviation) ** 2) / 2) / (deviation * np.sqrt(2 * np.pi))
+    logarithm = (z**2 - ((z - mean) / deviation) ** 2) / 2 - np.log(deviation)
+    found = vae.divergence(jnp.array([[mean, 0.0]]), jnp.array([[2 * np.log(deviation), 0.0]]))
+    np.testing.assert_allclose(found, [np.trapezoid(q * logarithm, z)], rtol=1e-5)
+
+
+def test_adapters():
+    """At first they change nothing; then the network is that of W + AB."""
+    base = lora.init_base(jax.random.key(0), (9, 6, 10))
+    adapters = lora.init_adapters(jax.random.key(1), base, 2)
+    images = jax.random.normal(jax.random.key(2), (5, 3, 3))
+    np.testing.assert_array_equal(lora.network(base, adapters, images), lora.network(base, None, images))
+    for i, adapter in enumerate(adapters.values()):
+        adapter["b"] = jax.random.normal(jax.random.key(i), adapter["b"].shape)
+    merged = {
+        name: {"kernel": layer["kernel"] + adapters[name]["a"] @ adapters[name]["b"], "bias": layer["bias"]}
+        for name, layer in base.items()
+    }
+    found = lora.network(base, adapters, images)
+    assert_close(found, lora.network(merged, None, images), 1e-5)
+    assert np.abs(found - lora.network(base, None, images)).max() > 0.1
+
+
+@pytest.mark.slow
+def test_the_base_stays_frozen():
+    """Adapters alone are parameters, layers and state; all of them move, and the base does not."""
+    base = lora.init_base(jax.random.key(0), (784, 6, 10))
+    adapters = lora.init_adapters(jax.random.key(1), base, 2)
+    batch = digits.load().batch(jax.random.key(2), 16)
+    layers = kfe.find_layers(lora.loss_fn, adapters, base, batch)
+    assert list(layers) == ["dense_0/a", "dense_0/b", "dense_1/a", "dense_1/b"]
+    assert not layers.rest
+    before, tx = jax.tree.map(np.array, base), kfe.spectral_kfac(0.1, layers)
+
+    @jax.jit
+    def step(adapters, opt_state, key):
+        _, grads, taps = kfe.value_grad_and_taps(lora.loss_fn, layers)(adapters, base, batch, key=key)
+        updates, opt_state = tx.update(grads, opt_state, adapters, taps=taps)
+        return optax.apply_updates(adapters, updates), opt_state
+
+    opt_state = tx.init(adapters)
+    for key in jax.random.split(jax.random.key(3), 3):
+        adapters, opt_state = step(adapters, opt_state, key)
+    jax.tree.map(np.testing.assert_array_equal, base, before)
+    assert all(np.abs(adapter["b"]).max() > 1e-3 for adapter in adapters.values())
+
+
+def test_bodies_attract_each_other(x64):
+    """Each of two is drawn to the other by Newton's law, in a sum of all; a network does not depend on the order of bodies."""
+    bodies = graph.sample(jax.random.key(0), 3, 4)
+    expected = np.zeros((3, 4, 2))
+    places, masses = np.asarray(bodies.places), np.asarray(bodies.masses)
+    for n, i, j in np.ndindex(3, 4, 4):
+        between = places[n, j] - places[n, i]
+        expected[n, i] += masses[n, j] * between / (between @ between + 0.3**2) ** 1.5
+    assert_close(bodies.accelerations, expected, 1e-12)
+    params = graph.init(jax.random.key(1), 5, 3)
+    order = jnp.array([2, 0, 3, 1])
+    assert_close(
+        graph.network(params, bodies.places[:, order], bodies.masses[:, order]),
+        graph.network(params, bodies.places, bodies.masses)[:, order],
+        1e-12,
+    )
+    assert set(kfe.find_layers(graph.loss_fn, params, bodies)) == set(params)
+
+
+def test_cart_pole(x64):
+    """A step against the two equations of motion, solved as a linear system; what ends begins again."""
+    state = np.array([[0.1, -0.4, 0.12, 0.8], [-1.0, 2.0, -0.15, -1.5]])
+    action = np.array([1, 0])
+    found = cartpole.move(jnp.asarray(state), jnp.asarray(action))
+    for (_, speed, angle, turning), push, before, after in zip(
+        state, (10.0, -10.0), state, found, strict=True
+    ):
+        sine, cosine, moment = np.sin(angle), np.cos(angle), 0.1 * 0.5
+        # (M + m) x'' + m l cos θ θ'' = F + m l θ'² sin θ,  m l cos θ x'' + 4/3 m l² θ'' = m g l sin θ
+        system = np.array([[1.1, moment * cosine], [moment * cosine, 4 / 3 * moment * 0.5]])
+        forces = np.array([push + moment * turning**2 * sine, moment * 9.8 * sine])
+        pulled, bent = np.linalg.solve(system, forces)
+        assert_close(after, before + 0.02 * np.array([speed, pulled, turning, bent]), 1e-12)
+
+    standing = jnp.array([[0.0, 0, 0, 0], [0, 0, 0.3, 0], [2.5, 0, 0, 0], [0, 0, 0, 0]])
+    poles = cartpole.Poles(standing, jnp.array([3, 7, 8, 199]), jnp.zeros(4))
+    following, after, down = cartpole.step(poles, jnp.array([0, 1, 0, 1]), jax.random.key(0))
+    assert list(np.asarray(down)) == [False, True, True, False]
+    assert list(np.asarray(following.count)) == [4, 0, 0, 0]
+    assert list(np.asarray(following.returns)) == [0, 8, 9, 200]
+    assert (np.abs(after[1:3]).max(1) > 0.2).all()
+    assert np.abs(following.state[1:]).max() <= 0.05
+
+
+def test_the_targets_of_deep_q_learning(x64):
+    params, target = (dqn.init(jax.random.key(i), 6) for i in range(2))
+    states = jax.random.normal(jax.random.key(2), (2, 5, 4))
+    batch = dqn.Transitions(states[0], jnp.array([0, 1, 1, 0, 1]), states[1], jnp.array([False] * 4 + [True]))
+    online, slow = dqn.values(params, states[1]), dqn.values(target, states[1])
+    expected = [1 + 0.98 * float(slow[i, np.argmax(online[i])]) for i in range(4)] + [1]
+    assert_close(dqn.targets(params, target, batch), np.array(expected), 1e-12)
+    deviations = dqn.values(params, states[0])[np.arange(5), batch.action] - np.array(expected)
+    assert_close(dqn.loss_fn(params, target, batch), (deviations**2).mean() / 2, 1e-12)
+    # No derivative passes through the target.
+    fixed = jax.grad(
+        lambda p: (
+            ((dqn.values(p, states[0])[jnp.arange(5), batch.action] - np.array(expected)) ** 2).mean() / 2
+        )
+    )
+    assert_close(jax.grad(dqn.loss_fn)(params, target, batch), fixed(params), 1e-12)
+    assert set(kfe.find_layers(dqn.loss_fn, params, target, batch)) == set(params)
+
+
+def test_generalized_advantages(x64):
+    """By their sum, which an episode's end cuts."""
+    deltas = jax.random.normal(jax.random.key(0), (6, 2))
+    found = ppo.advantages(deltas, jnp.zeros((6, 2), bool).at[2, 0].set(True))
+    decay = (0.99 * 0.95) ** np.arange(6)
+    assert_close(found[0], np.array([decay[:3] @ deltas[:3, 0], decay @ deltas[:, 1]]), 1e-12)
+    assert_close(found[3, 0], decay[:3] @ deltas[3:, 0], 1e-12)
+
+
+def ppo_case() -> tuple[Any, ppo.Rollout]:
+    params = ppo.init(jax.random.key(1), 5)
+    params["policy_2"]["kernel"] *= 100
+    state, action = jax.random.normal(jax.random.key(2), (7, 4)), jnp.array([0, 1, 1, 0, 1, 0, 0])
+    before = ppo.log_probability(ppo.policy(params, state), action)
+    return params, ppo.Rollout(state, action, before, jnp.arange(-3.0, 4.0), jnp.arange(7.0))
+
+
+def policy_gradient(params: Any, batch: ppo.Rollout) -> jax.Array:
+    """The same without a ratio."""
+    logits = ppo.policy(params, batch.state)
+    chances = jax.nn.softmax(logits)
+    squares = kfe.losses.l2_loss(ppo.value(params, batch.state), batch.returns)
+    surrogate = kfe.losses.policy_gradient_loss(logits, batch.action, batch.advantage)
+    return (surrogate + squares + 0.01 * (chances * jnp.log(chances)).sum(-1)).mean()
+
+
+def test_the_gradient_of_proximal_policy_optimization(x64):
+    """That of a policy gradient at ρ = 1, and nothing of it where the ratio is clipped."""
+    params, batch = ppo_case()
+    found, expected = jax.jit(jax.grad(ppo.loss_fn)), jax.jit(jax.grad(policy_gradient))
+    assert_close(found(params, batch), expected(params, batch), 1e-10)
+    far = batch._replace(log_probability=batch.log_probability - 1, advantage=jnp.ones(7))
+    assert_close(found(params, far), expected(params, batch._replace(advantage=jnp.zeros(7))), 1e-10)
+    assert set(kfe.find_layers(ppo.loss_fn, params, batch)) == set(params)
+
+
+@pytest.mark.slow
+def test_the_curvature_of_proximal_policy_optimization(x64):
+    """That of the policy and of the values, as `policy_gradient_loss` has it."""
+    params, batch = ppo_case()
+    updates = []
+    for loss_fn in (ppo.loss_fn, policy_gradient):
+        layers = kfe.find_layers(loss_fn, params, batch)
+        tx = kfe.scale_by_kfac(layers, 1e-3)
+
+        @jax.jit
+        def update(params, loss_fn=loss_fn, layers=layers, tx=tx):
+            _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, batch)
+            return tx.update(grads, tx.init(params), params, taps=taps)[0]
+
+        updates.append(update(params))
+    assert_close(*updates, 1e-8)
+
+
+TINY: dict[str, tuple[dict[str, int], set[str]]] = {
+    "helium": ({}, {"own", "both", "orbitals"}),
+    "poisson": ({}, {"dense_0", "dense_1", "dense_2", "dense_3"}),
+    "heat": ({}, {"dense_0", "dense_1", "dense_2", "dense_3"}),
+    "vae": (
+        {"width": 8, "latents": 2},
+        {"encoder/hidden", "encoder/mean", "encoder/log_variance", "decoder/hidden", "decoder/pixels"},
+    ),
+    "lora": ({"base_steps": 1}, {f"dense_{i}/{part}" for i in range(3) for part in "ab"}),
+    "graph": ({}, {"edge_0", "edge_1", "edge_2", "node_0", "node_1"}),
+    "dqn": ({"capacity": 8, "batch": 8}, {"dense_0", "dense_1", "dense_2"}),
+    "ppo": (
+        {"environments": 4, "length": 4, "minibatches": 2},
+        {f"{head}_{i}" for head in ("policy", "value") for i in range(3)},
+    ),
+    "equinox_classifier": ({"channels": 1}, {"convolutions/0", "convolutions/1", "out"}),
+    "haiku_classifier": (
+        {"width": 4, "depth": 1, "heads": 1},
+        {"patches", "attention_0/query", "mlp_0/~/linear_0", "out"},
+    ),
+    "characters_nnx": (
+        {"width": 4, "depth": 1, "heads": 1, "length": 8},
+        {"tokens", "places", "blocks/0/attention/query", "blocks/0/hidden", "out"},
+    ),
+    "gpt2": (
+        {"width": 4, "depth": 1, "heads": 1, "length": 8},
+        {"transformer/wte", "transformer/h/0/attn/c_attn"},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "dqn" else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+)
+def test_program(name, tmp_path, capsys):
+    """At a tiny size: the layers, a line for each twentieth, a table with both optimizers, and a picture."""
+    for word, package in {"equinox": "equinox", "haiku": "haiku", "gpt2": "transformers"}.items():
+        if name.startswith(word):
+            pytest.importorskip(package)
+    module: Any = importlib.import_module(f"examples.{name}")
+    sizes, names = TINY[name]
+    out = tmp_path / "x.png"
+    arguments = ["--steps", "3", "--optimizers", "adam", "spectral_kfac", "--out", str(out)]
+    problem = module.PROBLEM._replace(**sizes)
+    best = race.main(
+        name,
+        module.TITLE,
+        problem,
+        module.RATES[:1],
+        module.PROBLEM.unit.startswith("mean return"),
+        arguments=arguments,
+    )
+    printed = capsys.readouterr().out
+    found = set(re.findall(r"^(\S+) +(?:dense|conv|norm|embedding)", printed, re.MULTILINE))
+    assert names <= found, found
+    progress = re.findall(r"^  step +(\d+): (\S+)$", printed, re.MULTILINE)
+    assert [int(step) for step, _ in progress] == [1, 2, 3] * 2
+    values = np.array([float(value) for _, value in progress]).reshape(2, 3)
+    assert np.isfinite(values).all()
+    np.testing.assert_allclose(values[:, 0], values[0, 0], rtol=1e-4)  # the same beginning
+    assert set(best) == {"adam", "spectral_kfac"}
+    table = printed[printed.index("last twentieth") :]
+    rows = re.findall(r"^(adam|spectral_kfac), (\S+) +(\S+) ", table, re.MULTILINE)
+    assert [row[0] for row in rows] == ["adam", "spectral_kfac"]
+    np.testing.assert_allclose([float(row[2]) for row in rows], values[:, -1], rtol=1e-3)
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_best_of_adam_is_shown(monkeypatch, tmp_path):
+    """The least by default, the largest of returns, and never one that is not finite."""
+    lasts = {1e-3: 2.0, 3e-3: 1.0, 1e-2: np.nan, 3e-2: 3.0}
+    drawn = {}
+    monkeypatch.setattr(race, "begin", lambda *_: (None, None, "no layers"))
+    monkeypatch.setattr(race, "train", lambda _, __, rate, *___, **____: (np.array([5.0, lasts[rate]]), 1.0))
+    monkeypatch.setattr(race, "draw", lambda *given: drawn.update(given[2]))
+    arguments = ["--optimizers", "adam", "--out", str(tmp_path / "x.png")]
+    for larger, label, last in ((False, "adam, 0.003", 1.0), (True, "adam, 0.03", 3.0)):
+        drawn.clear()
+        found = race.main("x", "x", vae.PROBLEM, tuple(lasts), larger, arguments=arguments)
+        assert (list(drawn), found) == ([label], {"adam": last})
+
+
+def test_line_searches_keep_their_draw():
+    """L-BFGS goes down on the points of its first step; the others see new ones."""
+
+    class Square(poisson.Poisson):
+        def start(self, key):
+            return jnp.zeros(()), jnp.zeros(())
+
+        def arguments(self, params, carried, key):
+            drawn = jax.random.normal(key)
+            return (drawn,), drawn
+
+        def loss_fn(self, params, drawn):
+            return kfe.losses.l2_loss((params - drawn)[None]).mean()
+
+        def measure(self, params, carried, loss):
+            return carried
+
+    draws = {name: race.train(Square(4), race.OPTIMIZERS[name], 0.1, 0)[0] for name in ("adam", "lbfgs")}
+    assert len(set(draws["lbfgs"])) == 1
+    assert len(set(draws["adam"])) == 4

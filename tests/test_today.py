@@ -7,7 +7,8 @@ import pytest
 
 from benchmarks.today.report import reached, report
 from benchmarks.today.results import missing
-from benchmarks.today.tasks import OPTIMIZERS, RATES, schedule_of, trial_of
+from benchmarks.today.tasks import OPTIMIZERS, RATES, trial_of
+from examples.race import schedule_of
 
 
 def test_a_loss_is_reached_between_intervals():

@@ -12,7 +12,8 @@ import numpy as np
 import optax
 
 import kfe_optax as kfe
-from benchmarks.today.tasks import OPTIMIZERS, Problem, Recipe, schedule_of
+from benchmarks.today.tasks import OPTIMIZERS, Problem, Recipe
+from examples.race import schedule_of
 
 INTERVALS = 20
 

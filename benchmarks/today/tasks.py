@@ -17,7 +17,6 @@ from kfe_optax.experiments.data import load
 from kfe_optax.experiments.task import make_task
 
 RATES = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
-WARM_UP = 0.1
 
 
 class Recipe(NamedTuple):
@@ -139,18 +138,6 @@ def configured(name: str, changes: Mapping[str, Any], seed: int = 0, steps: int 
     config.update_from_flattened_dict(dict(changes))
     dataset = load(config)
     return Problem(make_task(config, dataset), dataset, make_batches(config, dataset, seed), steps)
-
-
-def schedule_of(rate: float, steps: int) -> optax.Schedule:
-    """From zero to the rate over the first tenth, then linearly to zero."""
-    warm_up = max(1, round(WARM_UP * steps))
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(rate / warm_up, rate, warm_up),
-            optax.linear_schedule(rate, 0.0, steps - warm_up),
-        ],
-        [warm_up],
-    )
 
 
 def trial_of(recipe: Recipe, trial: int) -> tuple[float, dict[str, float]]:
