@@ -288,7 +288,7 @@ TINY: dict[str, tuple[dict[str, int], set[str]]] = {
         {"environments": 4, "length": 4, "minibatches": 2},
         {f"{head}_{i}" for head in ("policy", "value") for i in range(3)},
     ),
-    "equinox_classifier": ({"channels": 1}, {"convolutions/0", "convolutions/1", "out"}),
+    "equinox_classifier": ({"channels": 2}, {"convolutions/0", "convolutions/1", "out"}),
     "haiku_classifier": (
         {"width": 4, "depth": 1, "heads": 1},
         {"patches", "attention_0/query", "mlp_0/~/linear_0", "out"},
