@@ -93,7 +93,8 @@ def _shape(leaves: dict[str, tuple[int, ...]], name: str) -> str:
 
 def reasons(layers: Layers, most: int = 5) -> str:
     """Why the parameters are in no layer."""
-    found = [f"{path_name(path)} ({why})" for path, why in zip(layers.rest, layers.reasons, strict=True)]
+    pairs = zip(layers.rest, layers.reasons, strict=True)
+    found = [f"{path_name(path) or 'the parameters'} ({why})" for path, why in pairs]
     more = f" and {len(found) - most} more, which print(layers) lists" if len(found) > most else ""
     return ", ".join(found[:most]) + more if found else "it has no parameters"
 
