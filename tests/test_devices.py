@@ -367,7 +367,7 @@ def test_a_loss_that_names_its_shardings():
         layers = kfe.find_layers(loss_fn, params, x)
         tx = kfe.kfac_adaptive(layers)
         differentiate = kfe.value_grad_and_taps(loss_fn, layers, quadratic_model=True, recompute=True)
-        _, grads, taps = differentiate(params, x, key=jax.random.key(1))
+        _, grads, taps = differentiate(params, x, key=jax.random.key(1), loss_scale=2.0)
         return tx.update(grads, tx.init(params), params, taps=taps)[0]
 
     plain, typed = loss_of(None), loss_of(DIVIDED)

@@ -62,7 +62,7 @@ def value_grad_and_taps(
         parts: give dropout a key an example, or `nnx.Rngs`, of the module or as an argument.
       batch_arguments: which arguments of the loss hold examples along their first axis: positions (the parameters are 0) or
         names of keywords. All behind the parameters by default; scalars are never divided.
-      statistics_fraction: 1/k estimates curvature from a part of the batch (τ₁ of Martens & Grosse 2015, section 8): every k-th
+      statistics_fraction: 1/k estimates curvature from a part of the batch (τ₁ of Martens & Grosse 2015): every k-th
         example, from one that `key` chooses. A step that reads statistics then runs a pass on that part alone, besides the
         gradient's, and `layers` of the taps have its shapes. The estimate is that of the whole loss, a sum or a mean.
       products_fraction: the same for the products with the Fisher of `quadratic_model` (τ₂); the loss at other parameters stays
@@ -127,7 +127,7 @@ def value_grad_and_taps(
     keep = reference()
     if keep is None:
         keep, reference = loss_fn, weakref.ref(loss_fn)
-        compiled = jax.jit(Step(reference, *options).__call__, static_argnums=(0, 1, 2))
+        compiled = jax.jit(Step(reference, *options).passes, static_argnums=(0, 1, 2))
         per_loss[options] = (reference, compiled)
 
     def wrapped(params, *args, key=None, row_mask=None, loss_scale=None, **kwargs):

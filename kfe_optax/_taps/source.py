@@ -148,7 +148,7 @@ class Source:
         swaps: list[Swaps] = []
 
         def run(*given: Any) -> tuple[list[Any], jax.Array]:
-            passed = self.forward(*given, self.scale)
+            passed = self.forward(*given)
             swaps.append(passed.swaps)
             return passed.leaves, passed.cotangent
 
@@ -156,8 +156,8 @@ class Source:
         return Passage(leaves, cotangent, swaps[-1], number)
 
     def _typed(self, function: Callable[..., T], *given: Any) -> T:
-        """`function(parameters, arrays, row mask)` with their types of the step."""
-        leaves, structure = jax.tree.flatten(given)
+        """`function(parameters, arrays, row mask, scale)` with their types of the step."""
+        leaves, structure = jax.tree.flatten((*given, self.scale))
 
         def run(*leaves: Any) -> T:
             return function(*jax.tree.unflatten(structure, leaves))

@@ -40,7 +40,7 @@ class Step:
     parts: Parts
     recompute: bool
 
-    def __call__(self, rebuild, static, examples, parameters, arrays, seed, row_mask, loss_scale):
+    def passes(self, rebuild, static, examples, parameters, arrays, seed, row_mask, loss_scale):
         """The loss (with aux), its gradient, the taps, and the state of NNX objects."""
         with discovery.bound_axes():
             fitting.check_axes(parameters, arrays, self.place.axis_name)
@@ -87,7 +87,7 @@ class _Call:
         residuals, swaps = ((passed.leaves, passed.cotangent), passed.swaps) if kept else (None, None)
         # The loss at other parameters is computed from what was given.
         again = self.given if parts.products or not kept else None
-        shardings = explicit_axes.shardings(self.given[:3])
+        shardings = explicit_axes.shardings((*self.given[:3], self.scale))
         source = Source(residuals, again, self.scale, forward, swaps, (), shardings)
         return (passed.loss, passed.aux), grads, passed.state, weights, source
 
@@ -103,7 +103,7 @@ class _Call:
         given = Given(parameters, met, row_mask)
         one = [a[0] if s else a for a, s in zip(met, stacked, strict=True)]
         mask = None if row_mask is None else row_mask[0]
-        shardings = explicit_axes.shardings((parameters, one, mask))
+        shardings = explicit_axes.shardings((parameters, one, mask, self.scale))
         source = Source(None, given, self.scale, forward, None, stacked, shardings)
         return found, grads, state, weights, source
 
@@ -119,7 +119,7 @@ class _Call:
     def _part(self, parts: int, tangents: bool) -> Source:
         number = (self.seed[0] % parts).astype(jnp.int32)
         given = self._given(parts, number)
-        shardings = explicit_axes.shardings(given[:3])
+        shardings = explicit_axes.shardings((*given[:3], self.scale))
         return Source(None, given, self.scale, self._forward(parts, tangents, True), None, (), shardings)
 
     def _given(self, parts: int, number: Any) -> Given:

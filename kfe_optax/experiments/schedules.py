@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,28 @@ from kfe_optax.experiments.errors import require
 Schedule = Callable[[jax.Array], jax.Array]
 
 
-def _steps(own: ConfigDict, progress: jax.Array, run: jax.Array) -> Any:
+class Moment(NamedTuple):
+    """When: the share that has passed of the steps behind a warm-up, that of all steps, and the step itself."""
+
+    progress: jax.Array
+    run: jax.Array
+    count: jax.Array
+
+
+def _steps(own: ConfigDict, now: Moment) -> Any:
     # Of a run of 50 steps, 0.14 is step 7 although 0.14 * 50 is a little more.
-    return own.value * own.factor ** sum(jnp.where(run >= place - 1e-6, 1, 0) for place in own.boundaries)
+    return own.value * own.factor ** sum(jnp.where(now.run >= place - 1e-6, 1, 0) for place in own.boundaries)
 
 
-# The level of a schedule, from the share that has passed of the steps behind its warm-up, and of all steps.
-KINDS: Mapping[str, Callable[[ConfigDict, jax.Array, jax.Array], Any]] = {
-    "constant": lambda own, progress, run: own.value,
-    "linear": lambda own, progress, run: own.value + (own.end - own.value) * progress,
-    "cosine": lambda own, progress, run: (
-        own.end + (own.value - own.end) * 0.5 * (1 + jnp.cos(jnp.pi * progress))
-    ),
-    "exponential": lambda own, progress, run: own.value * (own.end / own.value) ** progress,
+# The level of a schedule.
+KINDS: Mapping[str, Callable[[ConfigDict, Moment], Any]] = {
+    "constant": lambda own, now: own.value,
+    "linear": lambda own, now: own.value + (own.end - own.value) * now.progress,
+    "cosine": lambda own, now: own.end + (own.value - own.end) * 0.5 * (1 + jnp.cos(jnp.pi * now.progress)),
+    "exponential": lambda own, now: own.value * (own.end / own.value) ** now.progress,
     "steps": _steps,
+    # The momentum of Sutskever et al. (2013), 1 - 2^(-1 - log2(1 + t // 250)), with which K-FAC's paper ran its baseline.
+    "rising": lambda own, now: jnp.minimum(1 - 0.5 / (1 + now.count // 250), own.value),
 }
 # Of a decay: its warm-up counts steps in the place of updates.
 BY_STEPS = "by_steps"
@@ -49,7 +57,8 @@ def schedule(
 
     A linear, cosine or exponential schedule reaches ``end`` at step ``steps``, 0 for the length of the run. One in
     ``"steps"`` is multiplied by ``factor`` at each of ``boundaries``, fractions of ``steps``. Over ``warmup`` steps, which
-    count in ``steps``, the value first grows linearly from zero. ``"by_steps"`` makes of a ``decay`` what
+    count in ``steps``, the value first grows linearly from zero. ``"rising"`` is a momentum that starts at a half and approaches
+    ``value`` (Sutskever et al. 2013). ``"by_steps"`` makes of a ``decay`` what
     ``kfe.factors.DecayBySteps`` does.
 
     Example::
@@ -84,7 +93,7 @@ def make_schedule(settings: ConfigDict, run_steps: int) -> float | Schedule:
 
     def at(count: jax.Array) -> jax.Array:
         progress = jnp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        level = jnp.asarray(KINDS[settings.kind](settings, progress, count / steps))
+        level = jnp.asarray(KINDS[settings.kind](settings, Moment(progress, count / steps, count)))
         # The step about to be taken counts, so that the first step of a warm-up is not lost.
         return jnp.minimum(1.0, (count + 1) / warmup) * level if warmup else level
 

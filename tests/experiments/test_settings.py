@@ -40,6 +40,14 @@ def test_schedules_end_where_they_say():
     np.testing.assert_allclose(exponential, [8, 4, 2, 1, 0.5, 0.5], rtol=1e-6)
 
 
+def test_a_momentum_may_rise():
+    """μ of Sutskever et al. (2013): a half for 250 steps, then 3/4, 5/6, ..., at most the value."""
+    rising = settings.make_schedule(settings.schedule(0.9, "rising"), 2000)
+    np.testing.assert_allclose(
+        values(rising, (0, 249, 250, 500, 1000, 1999)), [0.5, 0.5, 0.75, 5 / 6, 0.9, 0.9], rtol=1e-6
+    )
+
+
 def test_a_decay_may_count_steps():
     decay = settings.make_schedule(settings.schedule(0.9, "by_steps"), 10)
     assert decay == kfe.factors.DecayBySteps(0.9)
