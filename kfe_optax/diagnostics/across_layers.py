@@ -41,7 +41,7 @@ def fisher_matrix(
       >>> params, x = {"first": jnp.ones((2, 1)), "second": jnp.ones((1, 1))}, jnp.eye(2)
       >>> layers = kfe.find_layers(loss_fn, params, x)
       >>> _, _, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x)
-      >>> print(kfe.diagnostics.fisher_matrix(taps))
+      >>> print(kfe.diagnostics.fisher_matrix(taps).round(3))
       [[0.5 0.  0.5]
        [0.  0.5 0.5]
        [0.5 0.5 1. ]]
@@ -85,7 +85,7 @@ def kfac_matrix(
       >>> layers = kfe.find_layers(loss_fn, params, x)
       >>> _, _, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x)
       >>> found = kfe.diagnostics.kfac_matrix(taps)
-      >>> print(kfe.diagnostics.mean_absolute_blocks(found, [2, 1]))
+      >>> print(kfe.diagnostics.mean_absolute_blocks(found, [2, 1]).round(3))
       [[0.25 0.5 ]
        [0.5  1.  ]]
     """
