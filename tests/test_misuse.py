@@ -306,3 +306,22 @@ def test_traced_max_dim(name, step):
 
     with pytest.raises(ValueError, match=r"max_dim fixes the shapes.*static_args=\('max_dim',\)"):
         jax.jit(init)(8)
+
+
+def test_a_key_of_the_losss_own():
+    """`key=` is the Fisher's: a loss that has one too gets it by position, and not silently none."""
+    params, x, key = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3)), jax.random.key(0)
+
+    def loss_fn(params, x, key=None):
+        z = x @ params["w"]
+        z = z if key is None else z + jax.random.normal(key, z.shape)
+        return kfe.losses.l2_loss(z).mean()
+
+    layers = kfe.find_layers(loss_fn, params, x, key=key)
+    differentiate = kfe.value_grad_and_taps(loss_fn, layers)
+    with pytest.raises(ValueError, match="The loss has a parameter 'key' of its own and is not given it"):
+        differentiate(params, x, key=key)
+    for own in (key, None):
+        assert float(differentiate(params, x, own, key=key)[0]) == pytest.approx(
+            float(loss_fn(params, x, own))
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -85,9 +86,10 @@ def value_grad_and_taps(
 
     Raises:
       TypeError, ValueError: as `find_layers` does.
-      ValueError: the loss registers no output or subtracts one, `key` is missing, `loss_scale` is not positive, the loss's
-        layers or parameters are not those of `layers`, "exact" meets a loss inside a loop, the batch does not divide into
-        microbatches or fractions, or it differs between the devices of an axis of `jax.shard_map` that `axis_name` does not name.
+      ValueError: the loss registers no output or subtracts one, `key` is missing, the loss has a `key` of its own and is not
+        given it, `loss_scale` is not positive, the loss's layers or parameters are not those of `layers`, "exact" meets a loss
+        inside a loop, the batch does not divide into microbatches or fractions, or it differs between the devices of an axis of
+        `jax.shard_map` that `axis_name` does not name.
 
     Example:
       >>> import jax, jax.numpy as jnp, flax.linen as nn, kfe_optax as kfe
@@ -138,6 +140,7 @@ def value_grad_and_taps(
             )
         if loss_scale is not None:
             loss_scale = _checked_scale(loss_scale)
+        _check_names(keep, args, kwargs, key=key, row_mask=row_mask, loss_scale=loss_scale)
         parameters, given, rebuild, objects = adapters.partition(params, args, kwargs)
         arrays, static = static_values.split_call(given)
         divided = {
@@ -156,6 +159,21 @@ def value_grad_and_taps(
         return value, grads, taps
 
     return wrapped
+
+
+def _check_names(loss_fn: Any, args: Any, kwargs: Any, **taken: Any) -> None:
+    """Raises where a keyword that this call takes for itself is one of the loss's, too, and the loss is left without."""
+    try:
+        signature = inspect.signature(loss_fn)
+        given = signature.bind_partial(None, *args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return  # no signature, or a call that the loss itself refuses
+    for name, value in taken.items():
+        if value is not None and name in signature.parameters and name not in given:
+            raise ValueError(
+                f"The loss has a parameter {name!r} of its own and is not given it: {name}= is for the taps (a key for the "
+                "Fisher's draws, a mask of rows, a scale). Pass the loss's by position, None for none."
+            )
 
 
 def _checked_scale(loss_scale: Any) -> jax.Array:

@@ -74,7 +74,7 @@ def test_every_number_is_that_of_the_dense_matrices(config, x64, fisher, monkeyp
         params = jax.tree.map(lambda v, step=step: v * (1 + 0.2 * step), params)
         key = jax.random.fold_in(jax.random.key(3), step)
         values, correlations, old = measure(params, batch, {}, key, old, jnp.array(refresh))
-        a, g = (np.asarray(v) for v in differentiate(params, batch, key=key)[2][name].rows())
+        a, g = (np.asarray(v) for v in differentiate(params, batch, None, None, key=key)[2][name].rows())
         m = dense_factors.examples(a, g)
         f, kfac = dense_factors.fisher(m), dense_factors.kfac(a, g)
         sigma, phi, psi = dense_factors.tkfac(a, g)
