@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     products: int  # 0 where no quadratic model is asked for
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # JAX hashes what it compiles: by identity, not layer by layer
 class Step:
     """What is static about a step: see `value_grad_and_taps`; the loss is held weakly."""
 
