@@ -13,6 +13,7 @@ import pytest
 
 import kfe_optax as kfe
 from kfe_optax._jax.counts import CYCLE, LAST
+from kfe_optax._methods import periods
 
 from .dense import assert_close
 from .methods import (
@@ -220,6 +221,23 @@ def test_counts_at_the_end_of_int32(trainer, good):
     assert int(after.state.method.factors.updates) == LAST
     for batch in (problem.batch(2, scale=jnp.nan), problem.batch(2, x=problem.x * 1e25)):
         assert counts(trainer.step(end, batch, due).state)[:2] == (LAST, LAST)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_all_that_is_due_is_due_more_often_in_the_beginning(name, problem, monkeypatch):
+    """Every period of a method knows of its first refreshes."""
+    asked, due = [], periods.due
+    monkeypatch.setattr(periods, "due", lambda *given: asked.append(given[1:]) or due(*given))
+    tx = CASES[name].having(initial_refreshes=3, refreshes_per_doubling=5).make(problem.layers)
+    differentiate = kfe.value_grad_and_taps(problem.loss_fn, problem.layers)
+
+    def step(params, state, batch):
+        _, grads, taps = differentiate(params, batch.x, batch.y, batch.weight, key=batch.key)
+        return tx.update(grads, state, params, taps=taps)
+
+    jax.eval_shape(step, problem.params, jax.eval_shape(tx.init, problem.params), problem.batch())
+    assert len(asked) >= 2 and all(early in ((3, 5), (0, 5)) for _, early in asked)
+    assert sum(early == (0, 5) for _, early in asked) <= 1  # EKFAC's scale
 
 
 @pytest.mark.release

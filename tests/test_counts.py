@@ -36,6 +36,30 @@ def test_a_period_goes_on(period):
     assert CYCLE % period == 0
 
 
+def by_hand(step, period, n):
+    """Whether step `step` is due where no period is longer than `step`/n, down to a power of 2."""
+    power = 1
+    while n and 2 * power * n <= step:
+        power *= 2
+    return step % (min(period, power) if n else period) == 0
+
+
+@pytest.mark.parametrize(("period", "n"), [(50, 8), (10, 8), (7, 3), (64, 1), (5, 0)])
+def test_periods_that_grow(period, n):
+    steps = np.arange(1000)
+    early = periods.Early(2, n)
+    found = jax.vmap(lambda step: periods.due(step, jnp.asarray(period), early))(jnp.asarray(steps))
+    assert found.tolist() == [step < 2 or by_hand(step, period, n) for step in steps]
+    if n:
+        at = np.flatnonzero(found)
+        # While the steps double there are n, until the period has been reached.
+        assert all(np.sum((at >= n * k) & (at < 2 * n * k)) == n for k in (1, 2, 4) if k <= period)
+        # Far later there is nothing left of it, at the end of int32 either.
+        last = LAST - np.arange(3 * period)
+        late = jax.vmap(lambda step: periods.due(step, period, early))(jnp.asarray(last, jnp.int32))
+        assert late.tolist() == (last % period == 0).tolist()
+
+
 def test_totals_stay_at_the_end():
     total = jnp.int32(LAST - 1)
     for more in (jnp.ones((), bool), 3, jnp.int32(LAST)):

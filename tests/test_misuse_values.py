@@ -58,7 +58,11 @@ def test_periods(name, step):
             ValueError, match="^initial_refreshes must be a whole number, zero or positive, of steps"
         ):
             make(name, step[1], initial_refreshes=steps)
-    assert callable(make(name, step[1], initial_refreshes=0).update)
+        with pytest.raises(
+            ValueError, match="^refreshes_per_doubling must be a whole number, zero or positive, of refreshes"
+        ):
+            make(name, step[1], refreshes_per_doubling=steps)
+    assert callable(make(name, step[1], initial_refreshes=0, refreshes_per_doubling=0).update)
 
 
 @pytest.mark.parametrize("name", PERIODIC)

@@ -42,6 +42,7 @@ def kfac_adaptive(
     factor_update_period: int | None = None,
     inverse_update_period: int | None = None,
     initial_refreshes: int | None = None,
+    refreshes_per_doubling: int | None = None,
     max_dim: int | None = None,
     distribute: Distribute | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -78,8 +79,8 @@ def kfac_adaptive(
         by some 1/(1 − ξ) steps: for runs of a few hundred 0.9 is better.
       rest: the transformation of the parameters outside the layers, whose step size is α too: by default `optax.identity()`,
         their gradient itself.
-      damping_type, decay, factor_update_period, inverse_update_period, initial_refreshes, max_dim, distribute: the
-        preconditioner's, see `scale_by_kfac`; None leaves its own default.
+      damping_type, decay, factor_update_period, inverse_update_period, initial_refreshes, refreshes_per_doubling, max_dim,
+        distribute: the preconditioner's, see `scale_by_kfac`; None leaves its own default.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)` for taps of
@@ -119,6 +120,7 @@ def kfac_adaptive(
         "factor_update_period": factor_update_period,
         "inverse_update_period": inverse_update_period,
         "initial_refreshes": initial_refreshes,
+        "refreshes_per_doubling": refreshes_per_doubling,
         "max_dim": max_dim,
         "distribute": distribute,
     }

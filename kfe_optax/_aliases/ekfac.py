@@ -45,6 +45,7 @@ def ekfac(
     basis_update_period: int = 50,
     scale_update_period: int | None = None,
     initial_refreshes: int = 1,
+    refreshes_per_doubling: int = 8,
     on_refresh: OnRefresh = "carry",
     refresh: Refresh = "eigh",
     refresh_tolerance: float | None = None,
@@ -62,8 +63,8 @@ def ekfac(
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
       scale, damping_type, trace_floor, factors, decay, scale_decay, factor_update_period, basis_update_period,
-        initial_refreshes, on_refresh, refresh, refresh_tolerance, null_threshold, max_dim, distribute: see
-        `kfe.scale_by_ekfac`.
+        initial_refreshes, refreshes_per_doubling, on_refresh, refresh, refresh_tolerance, null_threshold, max_dim, distribute:
+        see `kfe.scale_by_ekfac`.
       scale_update_period: steps between updates of the scale; None: 10, or every one with scale="running", which needs no further
         backward pass.
 
@@ -114,6 +115,7 @@ def tekfac(
     basis_update_period: int = 50,
     scale_update_period: int = 10,
     initial_refreshes: int = 1,
+    refreshes_per_doubling: int = 8,
     on_refresh: OnRefresh = "carry",
     refresh: Refresh = "eigh",
     refresh_tolerance: float | None = None,
@@ -127,8 +129,8 @@ def tekfac(
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
       damping_type, trace_floor, decay, pairing, averages, scale_decay, factor_update_period, basis_update_period,
-        scale_update_period, initial_refreshes, on_refresh, refresh, refresh_tolerance, null_threshold, max_dim,
-        distribute: see `kfe.scale_by_tekfac`.
+        scale_update_period, initial_refreshes, refreshes_per_doubling, on_refresh, refresh, refresh_tolerance, null_threshold,
+        max_dim, distribute: see `kfe.scale_by_tekfac`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.

@@ -41,6 +41,7 @@ def kfac(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 8,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -68,8 +69,8 @@ def kfac(
       rest: the transformation of the parameters outside the layers, before the learning rate. By default
         `optax.scale_by_adam(b2=0.99)` times 0.1.
       rest_kinds: the kinds of layers that go there too.
-      damping_type, decay, factor_update_period, inverse_update_period, initial_refreshes, max_dim, distribute: see
-        `scale_by_kfac`.
+      damping_type, decay, factor_update_period, inverse_update_period, initial_refreshes, refreshes_per_doubling, max_dim,
+        distribute: see `scale_by_kfac`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -122,6 +123,7 @@ def kfac_tridiagonal(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 8,
     floor: float = 1e-4,
     max_dim: int | None = None,
     distribute: Distribute = "none",
@@ -131,8 +133,8 @@ def kfac_tridiagonal(
     Args:
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
-      chains, decay, factor_update_period, inverse_update_period, initial_refreshes, floor, max_dim, distribute: see
-        `kfe.scale_by_block_tridiagonal`.
+      chains, decay, factor_update_period, inverse_update_period, initial_refreshes, refreshes_per_doubling, floor, max_dim,
+        distribute: see `kfe.scale_by_block_tridiagonal`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -179,6 +181,7 @@ def two_level_kfac(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 8,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -187,8 +190,8 @@ def two_level_kfac(
     Args:
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
-      coarse, groups, count, form, grid, coarse_damping, damping_type, decay, factor_update_period,
-        inverse_update_period, initial_refreshes, max_dim, distribute: see `kfe.scale_by_two_level_kfac`.
+      coarse, groups, count, form, grid, coarse_damping, damping_type, decay, factor_update_period, inverse_update_period,
+        initial_refreshes, refreshes_per_doubling, max_dim, distribute: see `kfe.scale_by_two_level_kfac`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.

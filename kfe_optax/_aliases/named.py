@@ -46,6 +46,7 @@ def tkfac(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 8,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -54,8 +55,8 @@ def tkfac(
     Args:
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
-      damping_type, decay, pairing, averages, factor_update_period, inverse_update_period, initial_refreshes, max_dim,
-        distribute: see `kfe.scale_by_tkfac`.
+      damping_type, decay, pairing, averages, factor_update_period, inverse_update_period, initial_refreshes,
+        refreshes_per_doubling, max_dim, distribute: see `kfe.scale_by_tkfac`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -98,6 +99,7 @@ def kpsvd(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 8,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -107,7 +109,7 @@ def kpsvd(
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
       damping_type, decay, tolerance, max_iterations, factor_update_period, inverse_update_period, initial_refreshes,
-        max_dim, distribute: see `kfe.scale_by_kpsvd`.
+        refreshes_per_doubling, max_dim, distribute: see `kfe.scale_by_kpsvd`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -152,6 +154,7 @@ def deflation(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 8,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -161,7 +164,7 @@ def deflation(
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
       damping_type, denominators, floor, decay, tolerance, max_iterations, factor_update_period,
-        inverse_update_period, initial_refreshes, max_dim, distribute: see `kfe.scale_by_deflation`.
+        inverse_update_period, initial_refreshes, refreshes_per_doubling, max_dim, distribute: see `kfe.scale_by_deflation`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -207,6 +210,7 @@ def lanczos(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 8,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -216,7 +220,7 @@ def lanczos(
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
       damping_type, denominators, floor, decay, tolerance, subspace, max_restarts, factor_update_period,
-        inverse_update_period, initial_refreshes, max_dim, distribute: see `kfe.scale_by_lanczos`.
+        inverse_update_period, initial_refreshes, refreshes_per_doubling, max_dim, distribute: see `kfe.scale_by_lanczos`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -261,6 +265,7 @@ def kfac_corrected(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 8,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -269,8 +274,8 @@ def kfac_corrected(
     Args:
       learning_rate, layers, damping, relative_damping, size, momentum, nesterov, max_kl, max_change, weight_decay, mask, rest,
         rest_kinds: see `kfe.kfac`.
-      damping_type, denominators, floor, decay, tolerance, max_iterations, factor_update_period,
-        inverse_update_period, initial_refreshes, max_dim, distribute: see `kfe.scale_by_kfac_corrected`.
+      damping_type, denominators, floor, decay, tolerance, max_iterations, factor_update_period, inverse_update_period,
+        initial_refreshes, refreshes_per_doubling, max_dim, distribute: see `kfe.scale_by_kfac_corrected`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.

@@ -41,6 +41,7 @@ def spectral_kfac(
     factor_update_period: int = 25,
     inverse_update_period: int = 50,
     initial_refreshes: int = 1,
+    refreshes_per_doubling: int = 8,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -64,7 +65,7 @@ def spectral_kfac(
         `optax.scale_by_adam(b2=0.99)` times 0.1.
       rest_kinds: the kinds of layers that go there too.
       factors, decay, exponents, exponents_back, coefficients, iteration_dtype, factor_update_period, inverse_update_period,
-        initial_refreshes, max_dim, distribute: see `kfe.scale_by_spectral_kfac`.
+        initial_refreshes, refreshes_per_doubling, max_dim, distribute: see `kfe.scale_by_spectral_kfac`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -108,6 +109,7 @@ def spectral_kfac(
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
         initial_refreshes=initial_refreshes,
+        refreshes_per_doubling=refreshes_per_doubling,
         max_dim=max_dim,
         distribute=distribute,
         rest_kinds=rest_kinds,

@@ -16,11 +16,12 @@ def period(name: str, steps: Any) -> None:
     whole(name, steps, unit=" of steps")
 
 
-def refreshes(initial_refreshes: Any, **periods: Any) -> None:
-    """Raises unless the periods of a method are positive whole numbers, and that of its first refreshes is one or zero."""
+def refreshes(initial_refreshes: Any, refreshes_per_doubling: Any, **periods: Any) -> None:
+    """Raises unless the periods of a method are positive whole numbers, and those of its first refreshes are, or zero."""
     for name, steps in periods.items():
         period(name, steps)
     whole("initial_refreshes", initial_refreshes, least=0, unit=" of steps")
+    whole("refreshes_per_doubling", refreshes_per_doubling, least=0, unit=" of refreshes")
 
 
 def whole(name: str, number: Any, least: int = 1, unit: str = "") -> None:

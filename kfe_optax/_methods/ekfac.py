@@ -11,7 +11,7 @@ from kfe_optax._jax import checks
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg.devices import Distribute
 from kfe_optax._methods import basis as basis_lib
-from kfe_optax._methods import layerwise
+from kfe_optax._methods import layerwise, periods
 from kfe_optax._methods.basis import Refresh
 from kfe_optax._methods.ekfac_step import Ekfac
 from kfe_optax._methods.layerwise import ScalarOrSchedule
@@ -37,6 +37,7 @@ def scale_by_ekfac(
     basis_update_period: int = 50,
     scale_update_period: int = 1,
     initial_refreshes: int = 1,
+    refreshes_per_doubling: int = 0,
     on_refresh: OnRefresh = "carry",
     refresh: Refresh = "eigh",
     refresh_tolerance: float | None = None,
@@ -69,6 +70,8 @@ def scale_by_ekfac(
       basis_update_period: steps between refreshes of the basis.
       scale_update_period: steps between updates of S.
       initial_refreshes: the first steps, in each of which factors and basis are refreshed.
+      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
+        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
       on_refresh: "carry" takes S into the new basis by the squared rotation, which keeps its trace; "restart" sets it to
         s_A s_Gᵀ.
       refresh: "eigh", or "qr": after the first eigh, one power step and a QR with sorted columns, U ← qr(A U).
@@ -118,6 +121,7 @@ def scale_by_ekfac(
     checks.one_of("on_refresh", on_refresh, OnRefresh)
     checks.refreshes(
         initial_refreshes,
+        refreshes_per_doubling,
         factor_update_period=factor_update_period,
         basis_update_period=basis_update_period,
         scale_update_period=scale_update_period,
@@ -135,7 +139,7 @@ def scale_by_ekfac(
         factor_update_period=factor_update_period,
         basis_update_period=basis_update_period,
         scale_update_period=scale_update_period,
-        initial_refreshes=initial_refreshes,
+        early=periods.Early(initial_refreshes, refreshes_per_doubling),
         carry=on_refresh == "carry",
         refresh=refresh,
         refresh_tolerance=refresh_tolerance,

@@ -55,7 +55,7 @@ class Ekfac(NamedTuple):
     factor_update_period: Any
     basis_update_period: Any
     scale_update_period: Any
-    initial_refreshes: int
+    early: periods.Early
     carry: bool
     refresh: Refresh
     refresh_tolerance: Any
@@ -77,9 +77,9 @@ class Ekfac(NamedTuple):
         damping = step.damping_of(self.damping, self.relative)
         if step.again:
             return self._applied(state, step, self._rotated(state, step), damping)
-        new_factors = periods.due(count, self.factor_update_period, self.initial_refreshes)
-        new_basis = periods.due(count, self.basis_update_period, self.initial_refreshes)
-        new_scale = periods.due(count, self.scale_update_period)
+        new_factors = periods.due(count, self.factor_update_period, self.early)
+        new_basis = periods.due(count, self.basis_update_period, self.early)
+        new_scale = periods.due(count, self.scale_update_period, self.early._replace(steps=0))
         # The stand-in s_A s_Gᵀ of a first scale is no measure of it: N squared mean gradients may be N times as much.
         known = state.last_refresh >= 0
         refresh = new_factors | new_basis

@@ -22,6 +22,7 @@ def scale_by_kfac(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
@@ -43,6 +44,8 @@ def scale_by_kfac(
       factor_update_period: steps between updates of A and G, each one more backward pass.
       inverse_update_period: steps between refreshes of the inverses (or eigenbases).
       initial_refreshes: the first steps, in each of which everything is refreshed.
+      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
+        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
       max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
         results; "inverses_and_apply": likewise each device preconditions its share in every step. See `scale_by_kronecker`.
@@ -79,6 +82,7 @@ def scale_by_kfac(
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
         initial_refreshes=initial_refreshes,
+        refreshes_per_doubling=refreshes_per_doubling,
         max_dim=max_dim,
         distribute=distribute,
         rest=rest,

@@ -88,6 +88,7 @@ def in_kfe(
     factor_update_period: int = 10,
     basis_update_period: int = 50,
     initial_refreshes: int = 1,
+    refreshes_per_doubling: int = 0,
     refresh: Refresh = "eigh",
     refresh_tolerance: float | None = None,
     max_dim: int | None = None,
@@ -117,6 +118,8 @@ def in_kfe(
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       basis_update_period: steps between refreshes of the basis.
       initial_refreshes: the first steps, in each of which factors and basis are refreshed.
+      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
+        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
       refresh: "eigh", or "qr": after the first eigh, one power step and a QR with sorted columns, U ← qr(A U).
       refresh_tolerance: a side of the basis with ‖offdiag(UᵀAU)‖_F ≤ tolerance ‖A‖_F is not refreshed; None: all are.
       max_dim: a side larger than this keeps the identity as its basis; None: 8192.
@@ -152,7 +155,10 @@ def in_kfe(
             f"inner must be an Optax transformation such as optax.scale_by_adam(), not {inner!r}; the layers come second."
         )
     checks.refreshes(
-        initial_refreshes, factor_update_period=factor_update_period, basis_update_period=basis_update_period
+        initial_refreshes,
+        refreshes_per_doubling,
+        factor_update_period=factor_update_period,
+        basis_update_period=basis_update_period,
     )
     basis_lib.check(refresh, refresh_tolerance)
     for field, how in (carry or {}).items():
@@ -167,7 +173,7 @@ def in_kfe(
         {**CARRY, **(carry or {})},
         factor_update_period,
         basis_update_period,
-        initial_refreshes,
+        periods.Early(initial_refreshes, refreshes_per_doubling),
         refresh,
         refresh_tolerance,
         max_dim,
@@ -182,7 +188,7 @@ class _InKfe(NamedTuple):
     carry: Mapping[str, Carry]
     factor_update_period: Any
     basis_update_period: Any
-    initial_refreshes: int
+    early: periods.Early
     refresh: Refresh
     refresh_tolerance: Any
     max_dim: int | None
@@ -203,10 +209,10 @@ class _InKfe(NamedTuple):
 
     def update(self, state: KfeState, step: Step) -> tuple[Matrices, KfeState]:
         factors = update_factors(
-            self.factors, self.layers, state.factors, step, self.factor_update_period, self.initial_refreshes
+            self.factors, self.layers, state.factors, step, self.factor_update_period, self.early
         )
         first = state.last_refresh < 0
-        due = periods.due(step.count, self.basis_update_period, self.initial_refreshes)
+        due = periods.due(step.count, self.basis_update_period, self.early)
         basis, inner, failed = periods.new_if_due(
             due,
             step.finite,

@@ -13,7 +13,7 @@ from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Distribute
-from kfe_optax._methods import layerwise, refreshes, roots
+from kfe_optax._methods import layerwise, periods, refreshes, roots
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax._methods.roots import DampingType, Denominators
 from kfe_optax.factors.base import Factors
@@ -50,6 +50,7 @@ def scale_by_kronecker(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
@@ -79,6 +80,8 @@ def scale_by_kronecker(
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       inverse_update_period: steps between refreshes of the inverses.
       initial_refreshes: the first steps, in each of which everything is refreshed.
+      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
+        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
       max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: how devices that take the same step share its linear algebra. "none": each does all of it. "inverses": each has
         1/n of the factorizations of a refresh, and the results are gathered in the refresh. "inverses_and_apply": each also
@@ -119,6 +122,7 @@ def scale_by_kronecker(
     form = _form(factors, damping_type, relative_damping, denominators, floor)
     checks.refreshes(
         initial_refreshes,
+        refreshes_per_doubling,
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
     )
@@ -130,7 +134,7 @@ def scale_by_kronecker(
         relative_damping,
         factor_update_period,
         inverse_update_period,
-        initial_refreshes,
+        periods.Early(initial_refreshes, refreshes_per_doubling),
         max_dim,
     )
     return layerwise.layerwise(layers, method, rest, distribute)
@@ -170,7 +174,7 @@ class _Kronecker(NamedTuple):
     relative: bool
     factor_update_period: Any
     inverse_update_period: Any
-    initial_refreshes: int
+    early: periods.Early
     max_dim: int | None
 
     reads_parameters = False

@@ -37,6 +37,7 @@ def scale_by_tkfac(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
@@ -50,8 +51,8 @@ def scale_by_tkfac(
       layers: what `kfe.find_layers` returned.
       damping: λ > 0; a scalar or a schedule of the step.
       decay, pairing, averages: see `kfe.factors.tkfac`.
-      relative_damping, damping_type, factor_update_period, inverse_update_period, initial_refreshes, max_dim,
-        distribute, rest: see `kfe.scale_by_kronecker`.
+      relative_damping, damping_type, factor_update_period, inverse_update_period, initial_refreshes, refreshes_per_doubling,
+        max_dim, distribute, rest: see `kfe.scale_by_kronecker`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -84,6 +85,7 @@ def scale_by_kpsvd(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
@@ -97,8 +99,8 @@ def scale_by_kpsvd(
       layers: what `kfe.find_layers` returned.
       damping: λ > 0; a scalar or a schedule of the step.
       decay, tolerance, max_iterations: see `kfe.factors.kpsvd`.
-      relative_damping, damping_type, factor_update_period, inverse_update_period, initial_refreshes, max_dim,
-        distribute, rest: see `kfe.scale_by_kronecker`.
+      relative_damping, damping_type, factor_update_period, inverse_update_period, initial_refreshes, refreshes_per_doubling,
+        max_dim, distribute, rest: see `kfe.scale_by_kronecker`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -133,6 +135,7 @@ def scale_by_deflation(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
@@ -147,7 +150,7 @@ def scale_by_deflation(
       damping: λ > 0; a scalar or a schedule of the step.
       decay, tolerance, max_iterations: see `kfe.factors.deflation`.
       relative_damping, damping_type, denominators, floor, factor_update_period, inverse_update_period,
-        initial_refreshes, max_dim, distribute, rest: see `kfe.scale_by_kronecker`.
+        initial_refreshes, refreshes_per_doubling, max_dim, distribute, rest: see `kfe.scale_by_kronecker`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -183,6 +186,7 @@ def scale_by_lanczos(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
@@ -197,7 +201,7 @@ def scale_by_lanczos(
       damping: λ > 0; a scalar or a schedule of the step.
       decay, tolerance, subspace, max_restarts: see `kfe.factors.lanczos`.
       relative_damping, damping_type, denominators, floor, factor_update_period, inverse_update_period,
-        initial_refreshes, max_dim, distribute, rest: see `kfe.scale_by_kronecker`.
+        initial_refreshes, refreshes_per_doubling, max_dim, distribute, rest: see `kfe.scale_by_kronecker`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -232,6 +236,7 @@ def scale_by_kfac_corrected(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
@@ -246,7 +251,7 @@ def scale_by_kfac_corrected(
       damping: λ > 0; a scalar or a schedule of the step.
       decay, tolerance, max_iterations: see `kfe.factors.kfac_corrected`.
       relative_damping, damping_type, denominators, floor, factor_update_period, inverse_update_period,
-        initial_refreshes, max_dim, distribute, rest: see `kfe.scale_by_kronecker`.
+        initial_refreshes, refreshes_per_doubling, max_dim, distribute, rest: see `kfe.scale_by_kronecker`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.

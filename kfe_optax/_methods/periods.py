@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,29 @@ from kfe_optax._jax import varying_axes
 T = TypeVar("T")
 
 
-def due(count: jax.Array, period: Any, first: int = 0) -> jax.Array:
-    """Whether a refresh with this period falls on step `count`; always in the first `first` steps."""
+class Early(NamedTuple):
+    """How often everything is refreshed in the beginning.
+
+    Attributes:
+      steps: in each of so many steps.
+      per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2.
+    """
+
+    steps: Any = 0
+    per_doubling: Any = 0
+
+
+PLAIN = Early()
+
+
+def due(count: jax.Array, period: Any, early: Early = PLAIN) -> jax.Array:
+    """Whether a refresh with this period falls on step `count`."""
     every = jnp.asarray(period).astype(jnp.int32)
-    return (count % every == 0) | (count < first)
+    n = jnp.asarray(early.per_doubling).astype(jnp.int32)
+    ratio = jnp.maximum(count // jnp.maximum(n, 1), 1).astype(jnp.int32)
+    power = jnp.left_shift(1, 31 - jax.lax.clz(ratio))
+    every = jnp.where(n > 0, jnp.minimum(every, power), every)
+    return (count % every == 0) | (count < early.steps)
 
 
 def new_if_due(due: jax.Array, finite: jax.Array, new: Callable[[], T], old: T) -> T:

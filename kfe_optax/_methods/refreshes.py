@@ -28,7 +28,7 @@ class Inverting(Protocol):
     @property
     def inverse_update_period(self) -> Any: ...
     @property
-    def initial_refreshes(self) -> int: ...
+    def early(self) -> periods.Early: ...
 
 
 class Refreshed(NamedTuple):
@@ -50,9 +50,9 @@ def refreshed(
         state.factors,
         step,
         method.factor_update_period,
-        method.initial_refreshes,
+        method.early,
     )
-    due = periods.due(step.count, method.inverse_update_period, method.initial_refreshes) | step.again
+    due = periods.due(step.count, method.inverse_update_period, method.early) | step.again
 
     def new() -> tuple[Any, jax.Array]:
         with jax.default_matmul_precision("highest"):
@@ -67,7 +67,7 @@ def refreshed(
 
 
 def update_factors(
-    factors: Any, layers: Layers, state: Any, step: Step, period: Any, initial_refreshes: int
+    factors: Any, layers: Layers, state: Any, step: Step, period: Any, early: periods.Early
 ) -> Any:
     """The state of the factors after this step, from a pull of its own when an update is due."""
     if step.again:
@@ -78,4 +78,4 @@ def update_factors(
         with jax.default_matmul_precision("highest"):
             return factors.update(state, Source(layers, pulled, step.gradients), step.count)
 
-    return periods.new_if_due(periods.due(step.count, period, initial_refreshes), step.finite, new, state)
+    return periods.new_if_due(periods.due(step.count, period, early), step.finite, new, state)

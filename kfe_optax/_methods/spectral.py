@@ -16,7 +16,7 @@ from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Distribute
-from kfe_optax._methods import layerwise, refreshes
+from kfe_optax._methods import layerwise, periods, refreshes
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax._methods.powers import Powers
 from kfe_optax.factors.base import Factors
@@ -60,6 +60,7 @@ def scale_by_spectral_kfac(
     factor_update_period: int = 25,
     inverse_update_period: int = 50,
     initial_refreshes: int = 1,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest_kinds: Sequence[str] = ("embedding", "norm"),
@@ -88,6 +89,8 @@ def scale_by_spectral_kfac(
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       inverse_update_period: steps between refreshes of the powers of the factors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
+      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
+        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
       max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: how devices that take the same step share its linear algebra, see `kfe.scale_by_kronecker`.
       rest_kinds: layers of these kinds go through `rest`: a matrix of vectors that are looked up one by one, and a vector, have
@@ -123,6 +126,7 @@ def scale_by_spectral_kfac(
     checks.decay("momentum", momentum)
     checks.refreshes(
         initial_refreshes,
+        refreshes_per_doubling,
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
     )
@@ -151,7 +155,7 @@ def scale_by_spectral_kfac(
         iteration_dtype=polar.checked_dtype(iteration_dtype),
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
-        initial_refreshes=initial_refreshes,
+        early=periods.Early(initial_refreshes, refreshes_per_doubling),
         max_dim=max_dim,
     )
     return layerwise.layerwise(inside, method, rest, distribute)
@@ -178,7 +182,7 @@ class _Spectral(NamedTuple):
     iteration_dtype: Any
     factor_update_period: Any
     inverse_update_period: Any
-    initial_refreshes: int
+    early: periods.Early
     max_dim: int | None
 
     reads_parameters = False

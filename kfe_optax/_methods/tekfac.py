@@ -29,6 +29,7 @@ def scale_by_tekfac(
     basis_update_period: int = 50,
     scale_update_period: int = 10,
     initial_refreshes: int = 1,
+    refreshes_per_doubling: int = 0,
     on_refresh: OnRefresh = "carry",
     refresh: Refresh = "eigh",
     refresh_tolerance: float | None = None,
@@ -54,8 +55,8 @@ def scale_by_tekfac(
       factor_update_period: T_FIM, steps between updates of Φ and Ψ (the paper: 50).
       basis_update_period: T_EIG, steps between eigendecompositions (the paper: 50).
       scale_update_period: T_RE, steps between updates of Θ.
-      relative_damping, scale_decay, initial_refreshes, on_refresh, refresh, refresh_tolerance, null_threshold, max_dim,
-        distribute, rest: see `scale_by_ekfac`.
+      relative_damping, scale_decay, initial_refreshes, refreshes_per_doubling, on_refresh, refresh, refresh_tolerance,
+        null_threshold, max_dim, distribute, rest: see `scale_by_ekfac`.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.

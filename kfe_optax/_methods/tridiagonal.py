@@ -15,7 +15,7 @@ from kfe_optax._layers.layer import Layer
 from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._linalg import kronecker
 from kfe_optax._linalg.devices import Devices, Distribute
-from kfe_optax._methods import chain_roots, layerwise, refreshes
+from kfe_optax._methods import chain_roots, layerwise, periods, refreshes
 from kfe_optax._methods.chain_roots import ChainRoots
 from kfe_optax._methods.layerwise import Matrices, ScalarOrSchedule, Step
 from kfe_optax._methods.roots import Inverses
@@ -64,6 +64,7 @@ def scale_by_block_tridiagonal(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     floor: float = 1e-4,
     max_dim: int | None = None,
     distribute: Distribute = "none",
@@ -96,6 +97,8 @@ def scale_by_block_tridiagonal(
       factor_update_period: steps between updates of the factors, each one more backward pass.
       inverse_update_period: steps between refreshes of the inverses.
       initial_refreshes: the first steps, in each of which everything is refreshed.
+      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
+        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
       floor: in (0, 1]: of Σ_i at least floor · A_ii⊗G_ii is inverted. In deep linear networks without damping Σ_i has a null
         space: the next layer explains all of this one.
       max_dim: a side larger than this is treated as diagonal, and its layer is a chain of one; None:
@@ -136,6 +139,7 @@ def scale_by_block_tridiagonal(
     checks.decay("decay", decay)
     checks.refreshes(
         initial_refreshes,
+        refreshes_per_doubling,
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
     )
@@ -152,7 +156,7 @@ def scale_by_block_tridiagonal(
         floor,
         factor_update_period,
         inverse_update_period,
-        initial_refreshes,
+        periods.Early(initial_refreshes, refreshes_per_doubling),
         max_dim,
     )
     return layerwise.layerwise(layers, method, rest, distribute)
@@ -167,7 +171,7 @@ class _Tridiagonal(NamedTuple):
     floor: Any
     factor_update_period: Any
     inverse_update_period: Any
-    initial_refreshes: int
+    early: periods.Early
     max_dim: int | None
 
     needs_taps = True

@@ -13,7 +13,7 @@ from kfe_optax._layers.layers import Layers, require_layers
 from kfe_optax._layers.paths import leaves_by_path
 from kfe_optax._linalg import devices as devices_lib
 from kfe_optax._linalg.devices import Distribute
-from kfe_optax._methods import given, layerwise
+from kfe_optax._methods import given, layerwise, periods
 from kfe_optax._methods import request as request_lib
 from kfe_optax._methods.kfac import scale_by_kfac
 from kfe_optax._methods.layerwise import LayerwiseState, ScalarOrSchedule, Step
@@ -63,6 +63,7 @@ def two_level(
     factor_update_period: int = 10,
     inverse_update_period: int = 100,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
 ) -> optax.GradientTransformationExtraArgs:
@@ -106,6 +107,8 @@ def two_level(
       factor_update_period: steps between updates of the averages, each one more backward pass.
       inverse_update_period: steps between eigendecompositions of F_c, and refreshes of the coarse vectors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
+      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
+        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
       max_dim: a side larger than this has unit vectors for eigenvectors, for "eigenvectors"; None: 8192.
       distribute: how devices share the eigendecompositions of A and G, for "eigenvectors"; see `scale_by_kronecker`. `fine` has
         an option of its own, and F_c is one small matrix, which is not divided.
@@ -144,6 +147,7 @@ def two_level(
     checks.decay("decay", decay)
     checks.refreshes(
         initial_refreshes,
+        refreshes_per_doubling,
         factor_update_period=factor_update_period,
         inverse_update_period=inverse_update_period,
     )
@@ -158,7 +162,7 @@ def two_level(
         decay,
         factor_update_period,
         inverse_update_period,
-        initial_refreshes,
+        periods.Early(initial_refreshes, refreshes_per_doubling),
     )
     if relative_damping and coarse == "residual":
         raise ValueError(
@@ -234,6 +238,7 @@ def scale_by_two_level_kfac(
     factor_update_period: int = 10,
     inverse_update_period: int = 50,
     initial_refreshes: int = 3,
+    refreshes_per_doubling: int = 0,
     max_dim: int | None = None,
     distribute: Distribute = "none",
     rest: optax.GradientTransformation | None = None,
@@ -245,8 +250,8 @@ def scale_by_two_level_kfac(
       damping: λ of K-FAC, a scalar or a schedule of the step.
       coarse, groups, count, form, grid: see `two_level`.
       coarse_damping: λ of the coarse level.
-      damping_type, relative_damping, decay, factor_update_period, inverse_update_period, initial_refreshes, max_dim, distribute,
-        rest: see `scale_by_kfac`; of both levels.
+      damping_type, relative_damping, decay, factor_update_period, inverse_update_period, initial_refreshes,
+        refreshes_per_doubling, max_dim, distribute, rest: see `scale_by_kfac`; of both levels.
 
     Returns:
       A transformation with `update(grads, state, params, *, taps)`.
@@ -271,6 +276,7 @@ def scale_by_two_level_kfac(
         "factor_update_period": factor_update_period,
         "inverse_update_period": inverse_update_period,
         "initial_refreshes": initial_refreshes,
+        "refreshes_per_doubling": refreshes_per_doubling,
         "max_dim": max_dim,
         "distribute": distribute,
     }

@@ -85,8 +85,8 @@ def adam_in_kfe(
       learning_rate, layers, b1, b2, eps, weight_decay: see `kfe.soap`.
       basis: a key of `kfe.factors.FACTORS`.
       decay: ρ of the factors' running averages.
-      factor_update_period, basis_update_period, initial_refreshes, refresh, refresh_tolerance, max_dim, distribute: see
-        `kfe.in_kfe`.
+      factor_update_period, basis_update_period, initial_refreshes, refreshes_per_doubling, refresh, refresh_tolerance, max_dim,
+        distribute: see `kfe.in_kfe`.
     """
     factors = _named("are no factors", kfe.factors.FACTORS, basis)(decay=decay)
     adam = optax.scale_by_adam(b1, b2, eps)

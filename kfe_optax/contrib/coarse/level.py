@@ -58,7 +58,7 @@ class Level(NamedTuple):
     decay: ScalarOrSchedule
     factor_update_period: Any
     inverse_update_period: Any
-    initial_refreshes: int
+    early: periods.Early
 
     def present(self, leaves: Any) -> list[Layer]:
         """The layers in the tree that have coarse vectors."""
@@ -88,8 +88,8 @@ class Level(NamedTuple):
         layers = self._of(step)
         damping = layerwise.value(self.damping, step.count, "damping")
         if not step.again:
-            refresh = periods.due(step.count, self.inverse_update_period, self.initial_refreshes)
-            measure = periods.due(step.count, self.factor_update_period, self.initial_refreshes)
+            refresh = periods.due(step.count, self.inverse_update_period, self.early)
+            measure = periods.due(step.count, self.factor_update_period, self.early)
             # New vectors need a Fisher matrix of their own.
             measure = measure | refresh if self.space.moves else measure
             state = periods.new_if_due(
