@@ -188,7 +188,7 @@ class _Tagger:
             return self._tagged(layer, place, x, y, live, own)
 
         y, x, *rest = operands
-        own = list(rider.values())
+        own = varying_axes.over(varying_axes.axes_of((y, x)), list(rider.values()))
         vmaps = tuple(
             (size, (*mapped[:2], *mapped[2 + roles :], *(mapped[2],) * len(own)))
             for size, mapped in params["vmaps"]
@@ -205,7 +205,8 @@ class _Tagger:
             of, operand = place.kept
             x = x * self._kept[of][1][operand]
         mask, of_batch = self._mask(layer, place)
-        own, names = list(rider.values()), list(rider)
+        # Inside a shard_map the rider is the same on all devices, and what the tag yields is each one's own.
+        own, names = varying_axes.over(varying_axes.axes_of((y, x)), list(rider.values())), list(rider)
 
         def tagged(y, x, mask, *own):
             rider = dict(zip(names, own, strict=True))

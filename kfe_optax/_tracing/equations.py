@@ -32,7 +32,29 @@ def is_place(equation: Any) -> bool:
 def is_rebuilt(equation: Any) -> bool:
     """Whether uses inside an equation can be tagged: what is none of these stays as it is (see `rebuild`)."""
     name = equation.primitive.name
+    if name == "shard_map":
+        # Without types it is not known on which devices a value is the same.
+        return bool(equation.params["check_vma"]) and not any(map(_has_marks, inner(equation)))
     return is_place(equation) or name in _CALLS or name in ("scan", "cond")
+
+
+def _has_marks(program: Any) -> bool:
+    """Whether there is a registered loss or a row mask in a program."""
+    return any(
+        equation.primitive in (loss_mark, mask_mark) or any(map(_has_marks, inner(equation)))
+        for equation in program.eqns
+    )
+
+
+def manual_axes(equation: Any) -> frozenset[Any]:
+    """The axes over which a `shard_map` divides; JAX 0.8 and 0.9 name them otherwise than later releases."""
+    params = equation.params
+    return params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]
+
+
+def is_divided(spec: Any) -> bool:
+    """Whether a partition spec divides an array over devices."""
+    return any(part is not None and part != () for part in spec)
 
 
 def inner(equation: Any) -> list[Any]:

@@ -53,7 +53,7 @@ class Use:
     Attributes:
       trail: that of its kernel (its first parameter); None where none reaches it.
       parameters: those of the parameters that the layer used.
-      info: what the mark holds: "mark", of a layer "kind", "roles", "shapes", "masked" and "vmaps".
+      info: what the mark holds: "mark", of a layer "kind", "roles", "shapes", "masked", "vmaps" and "divided".
       place: where it stands in the program (see `equations.places`).
       loops: how many loops it is in.
       constant: whether the layer's input depends on neither data nor parameters.
@@ -89,6 +89,7 @@ class Walk:
       masked: whether a row mask of the whole batch is in force.
       masks: {serial number of a `row_mask` inside the loss: the place of its mark, and the calls around that}.
       scoped: the `row_mask` that a call around is in, which the equations in the call do not say.
+      divided: whether a `shard_map` is around, in which each device has its share of the examples.
       loss: what the program's output comes from directly.
       live: the uses that the output's derivative reaches.
       scope: the calls around what is being walked.
@@ -102,6 +103,7 @@ class Walk:
     masked: bool = False
     masks: dict[str, tuple[int, tuple[int, ...]]] = dataclasses.field(default_factory=dict)
     scoped: str | None = None
+    divided: bool = False
     loss: Origins = NOWHERE
     live: Live = frozenset()
     scope: tuple[int, ...] = ()

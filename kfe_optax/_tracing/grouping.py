@@ -68,7 +68,8 @@ def layers_of(
     for path, group in found.groups.items():
         group, paths = as_one_layer(group, found.beside)
         single = not any(map(spread_of, group)) and not (batch.looped and any(use.loops for use in group))
-        shown = 1 if batches == {1} else _shown(group, batch.sources)
+        shown = _shown(group, batch.sources) if batches != {1} else 1
+        shown = None if any(use.info["divided"] for use in group) else shown
         if batches and single and shown is None:
             group = [_by_positions(use) for use in group]
         own = [p for _, p in paths]
@@ -99,6 +100,8 @@ def layers_of(
 def _trouble_inside(group: list[Use], single: bool, shown: int | None, batch: Batch) -> str | None:
     """What is wrong with the uses of a kernel."""
     trouble = next(filter(None, map(reasons_lib.trouble, group)), None) or reasons_lib.disagreement(group)
+    if any(use.info["divided"] for use in group) and not batch.sizes:
+        trouble = trouble or "inside a shard_map, and no registered loss says how many examples there are"
     if group[0].info["kind"].per_example:
         trouble = trouble or reasons_lib.unknown_examples(group, single, batch.sizes, shown)
     return trouble

@@ -130,9 +130,17 @@ def _plain(equation: Any, inputs: list[Fact], other: Fact | None, walk: Walk, lo
     return matching.recorded(equation, inputs, outputs, other, walk, loops)
 
 
+def _divided(fact: Fact, spec: Any) -> Fact:
+    """The fact of what enters or leaves a `shard_map`, inside of which is a device's share of the examples."""
+    trail = fact.trail
+    if trail is not None and equations.is_divided(spec):
+        trail = dataclasses.replace(trail, lost=trail.lost or "divided over devices by a shard_map")
+    return fact._replace(trail=trail, batch=UNKNOWN)
+
+
 def _mark_reached(equation: Any, inputs: Sequence[Fact], walk: Walk, loops: int) -> Fact:
     """Records the use, and the fact of the mark's output."""
-    info = {"mark": equation.primitive, **equation.params}
+    info: dict[str, Any] = {"mark": equation.primitive, **equation.params, "divided": walk.divided}
     first = inputs[0]
     if equation.primitive is loss_mark:
         return _loss_reached(equation, inputs, info, walk, loops)
@@ -201,10 +209,10 @@ def _inner(equation: Any, name: str, inputs: list[Fact], walk: Walk, loops: int)
         paths = data_contact.open_in(*zip(*chosen_of, strict=True)) if chosen_of else frozenset()
         return data_contact.met(equation, paths, frozenset(), joined, walk, loops)
     for program in equations.inner(equation):
+        around, paths, unknown = walk.divided, frozenset(), not equations.is_rebuilt(equation)
         if name == "shard_map":
-            # Inside is a device's share of the examples.
-            inputs = [fact._replace(batch=UNKNOWN) for fact in inputs]
-        paths, unknown = frozenset(), not equations.is_rebuilt(equation)
+            walk.divided = True
+            inputs = [_divided(*each) for each in zip(inputs, equation.params["in_specs"], strict=True)]
         if unknown:
             # Its derivative may be another one than that of its equations.
             data_contact.read_by(inputs, walk)
@@ -218,7 +226,8 @@ def _inner(equation: Any, name: str, inputs: list[Fact], walk: Walk, loops: int)
         elif unknown:
             results = [fact._replace(unseen=kept) for fact in results]
         if name == "shard_map":
-            results = [fact._replace(batch=UNKNOWN) for fact in results]
+            walk.divided = around
+            results = [_divided(*each) for each in zip(results, equation.params["out_specs"], strict=True)]
         if name.startswith("custom_"):
             # A derivative of its own may reach what the function itself does not (a straight-through estimator).
             reached = frozenset((use, 0) for use, _ in lives(inputs))

@@ -110,6 +110,7 @@ def _used(
         "mask": None,
         **_masked(equation, walk),
         "vmaps": found.vmaps,
+        "divided": walk.divided,
     }
     use = Use(
         found.trail, (found.trail,), info, walk.place, loops, x.level == NOTHING, fixed, x.origins, x.origins

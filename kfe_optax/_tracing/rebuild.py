@@ -1,8 +1,9 @@
 """A traced loss, evaluated once more with a tag at each of its places.
 
-Equations without a place in them are run as they are, and so are functions with derivatives of their own, `while` loops and
-`shard_map`. A call that holds a place (jit, remat, a scan, a branch) is made anew by JAX's public functions, and the riders of
-stacked layers enter a scan as their parameters do: sliced along the first axis.
+Equations without a place in them are run as they are, and so are functions with derivatives of their own and `while` loops. A
+call that holds a place (jit, remat, a scan, a branch, a shard_map) is made anew by JAX's public functions. The riders of stacked
+layers enter a scan as their parameters do, sliced along the first axis; all enter a shard_map whole, so that JAX adds up over its
+devices what tags yield.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ class Rebuild:
             return self._scan(equation, operands, riders, place, depth)
         if name == "cond":
             return self._cond(equation, operands, riders, place, depth)
+        if name == "shard_map":
+            return self._shard_map(equation, operands, riders, place, depth)
         (program,) = equations.inner(equation)
 
         def body(*operands):
@@ -128,6 +131,24 @@ class Rebuild:
             again = jax.checkpoint(body, policy=params["policy"], prevent_cse=params["prevent_cse"])
             return again(*operands)
         return body(*operands)
+
+    def _shard_map(self, equation, operands, riders, place, depth) -> list[Any]:
+        params = equation.params
+        (program,) = equations.inner(equation)
+        within = [self._places[p] for p in self._within(place, equations.places(equation))]
+        own = {p.number: riders[p.number] for p in within if isinstance(p, Place)}
+
+        def body(operands, own):
+            return self._run(program, (), operands, own, place, depth)
+
+        mapped = jax.shard_map(
+            body,
+            mesh=params["mesh"],
+            in_specs=(list(params["in_specs"]), jax.P()),
+            out_specs=list(params["out_specs"]),
+            axis_names=equations.manual_axes(equation),
+        )
+        return mapped(operands, own)
 
     def _cond(self, equation, operands, riders, place, depth) -> list[Any]:
         branches = []

@@ -25,7 +25,13 @@ from kfe_optax.experiments.schedules import schedule as schedule
 
 # Otherwise than the library's own defaults, the configs take the natural gradient's own step on all layers: their numbers are
 # tuned to it.
-_NATURAL = {**kfe.NATURAL, "max_change": None, "rest_kinds": (), "initial_refreshes": 1, "refreshes_per_doubling": 0}
+_NATURAL = {
+    **kfe.NATURAL,
+    "max_change": None,
+    "rest_kinds": (),
+    "initial_refreshes": 1,
+    "refreshes_per_doubling": 0,
+}
 _OWN: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9, "nesterov": True},
     "ekfac": {"scale": "running", "scale_decay": 0.95, "damping_type": "plain"},
