@@ -209,7 +209,9 @@ def last_losses(**options):
         {"kernel": jnp.asarray(generator.normal(size=s) * (2 / s[0]) ** 0.5, jnp.float32)} for s in shapes
     ]
     layers = kfe.find_layers(loss_fn, params, x[:16], y[:16])
-    tx = kfe.kfac(0.1, layers, 1e-2, **{**kfe.NATURAL, **options})
+    # With inverses of 50 steps before: those that are new keep the run from the worst by themselves.
+    periods = {"refreshes_per_doubling": 0}
+    tx = kfe.kfac(0.1, layers, 1e-2, **{**kfe.NATURAL, **periods, **options})
     differentiate = kfe.value_grad_and_taps(loss_fn, layers)
 
     def step(carry, chosen):
