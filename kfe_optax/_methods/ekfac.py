@@ -70,8 +70,8 @@ def scale_by_ekfac(
       basis_update_period: steps between refreshes of the basis.
       scale_update_period: steps between updates of S.
       initial_refreshes: the first steps, in each of which factors and basis are refreshed.
-      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
-        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
+      refreshes_per_doubling: n > 0: periods begin at a fifth of what they are, and grow: n refreshes while the number of steps
+        doubles. Curvature changes fastest in the beginning. 0: the periods as they are.
       on_refresh: "carry" takes S into the new basis by the squared rotation, which keeps its trace; "restart" sets it to
         s_A s_Gᵀ.
       refresh: "eigh", or "qr": after the first eigh, one power step and a QR with sorted columns, U ← qr(A U).

@@ -44,8 +44,8 @@ def scale_by_kfac(
       factor_update_period: steps between updates of A and G, each one more backward pass.
       inverse_update_period: steps between refreshes of the inverses (or eigenbases).
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
-        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
+      refreshes_per_doubling: n > 0: periods begin at a fifth of what they are, and grow: n refreshes while the number of steps
+        doubles. Curvature changes fastest in the beginning. 0: the periods as they are.
       max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: "none": every device factorizes everything; "inverses": each device factorizes its share, and all get the
         results; "inverses_and_apply": likewise each device preconditions its share in every step. See `scale_by_kronecker`.

@@ -118,8 +118,8 @@ def in_kfe(
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       basis_update_period: steps between refreshes of the basis.
       initial_refreshes: the first steps, in each of which factors and basis are refreshed.
-      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
-        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
+      refreshes_per_doubling: n > 0: periods begin at a fifth of what they are, and grow: n refreshes while the number of steps
+        doubles. Curvature changes fastest in the beginning. 0: the periods as they are.
       refresh: "eigh", or "qr": after the first eigh, one power step and a QR with sorted columns, U ← qr(A U).
       refresh_tolerance: a side of the basis with ‖offdiag(UᵀAU)‖_F ≤ tolerance ‖A‖_F is not refreshed; None: all are.
       max_dim: a side larger than this keeps the identity as its basis; None: 8192.

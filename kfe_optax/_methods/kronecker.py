@@ -80,8 +80,8 @@ def scale_by_kronecker(
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       inverse_update_period: steps between refreshes of the inverses.
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
-        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
+      refreshes_per_doubling: n > 0: periods begin at a fifth of what they are, and grow: n refreshes while the number of steps
+        doubles. Curvature changes fastest in the beginning. 0: the periods as they are.
       max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: how devices that take the same step share its linear algebra. "none": each does all of it. "inverses": each has
         1/n of the factorizations of a refresh, and the results are gathered in the refresh. "inverses_and_apply": each also

@@ -18,7 +18,8 @@ class Early(NamedTuple):
 
     Attributes:
       steps: in each of so many steps.
-      per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2.
+      per_doubling: n > 0: periods begin at a fifth of what they are, and at step t none is longer than t/n, down to a power of 2,
+        if that is more.
     """
 
     steps: Any = 0
@@ -34,7 +35,8 @@ def due(count: jax.Array, period: Any, early: Early = PLAIN) -> jax.Array:
     n = jnp.asarray(early.per_doubling).astype(jnp.int32)
     ratio = jnp.maximum(count // jnp.maximum(n, 1), 1).astype(jnp.int32)
     power = jnp.left_shift(1, 31 - jax.lax.clz(ratio))
-    every = jnp.where(n > 0, jnp.minimum(every, power), every)
+    least = jnp.maximum(every // 5, 1)
+    every = jnp.where(n > 0, jnp.clip(power, least, every), every)
     return (count % every == 0) | (count < early.steps)
 
 

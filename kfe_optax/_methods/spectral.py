@@ -89,8 +89,8 @@ def scale_by_spectral_kfac(
       factor_update_period: steps between updates of the factors, each one more backward pass (none for gradient factors).
       inverse_update_period: steps between refreshes of the powers of the factors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
-        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
+      refreshes_per_doubling: n > 0: periods begin at a fifth of what they are, and grow: n refreshes while the number of steps
+        doubles. Curvature changes fastest in the beginning. 0: the periods as they are.
       max_dim: a side larger than this is treated as diagonal; None: 8192.
       distribute: how devices that take the same step share its linear algebra, see `kfe.scale_by_kronecker`.
       rest_kinds: layers of these kinds go through `rest`: a matrix of vectors that are looked up one by one, and a vector, have

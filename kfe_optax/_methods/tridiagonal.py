@@ -97,8 +97,8 @@ def scale_by_block_tridiagonal(
       factor_update_period: steps between updates of the factors, each one more backward pass.
       inverse_update_period: steps between refreshes of the inverses.
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
-        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
+      refreshes_per_doubling: n > 0: periods begin at a fifth of what they are, and grow: n refreshes while the number of steps
+        doubles. Curvature changes fastest in the beginning. 0: the periods as they are.
       floor: in (0, 1]: of Σ_i at least floor · A_ii⊗G_ii is inverted. In deep linear networks without damping Σ_i has a null
         space: the next layer explains all of this one.
       max_dim: a side larger than this is treated as diagonal, and its layer is a chain of one; None:

@@ -107,8 +107,8 @@ def two_level(
       factor_update_period: steps between updates of the averages, each one more backward pass.
       inverse_update_period: steps between eigendecompositions of F_c, and refreshes of the coarse vectors.
       initial_refreshes: the first steps, in each of which everything is refreshed.
-      refreshes_per_doubling: n > 0: at step t no period is longer than t/n, down to a power of 2. Curvature changes fast in
-        the beginning, and is refreshed n times there while the number of steps doubles. 0: the periods as they are.
+      refreshes_per_doubling: n > 0: periods begin at a fifth of what they are, and grow: n refreshes while the number of steps
+        doubles. Curvature changes fastest in the beginning. 0: the periods as they are.
       max_dim: a side larger than this has unit vectors for eigenvectors, for "eigenvectors"; None: 8192.
       distribute: how devices share the eigendecompositions of A and G, for "eigenvectors"; see `scale_by_kronecker`. `fine` has
         an option of its own, and F_c is one small matrix, which is not divided.
