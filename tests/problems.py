@@ -146,6 +146,23 @@ def make(framework: str, kind: str = "softmax", sizes=SIZES, examples=EXAMPLES, 
     return Problem(loss_fn, params, (x, targets), names, weights, plain)
 
 
+def assert_gradients_and_rows(loss_fn, layers: kfe.Layers, params, *args, tolerance: float = 1e-10):
+    """The gradient is JAX's, and Σ_t ā gᵀ over the rows that of each example.
+
+    One program for all of it. A layer whose rows are not those of the examples has nothing to compare.
+    """
+
+    @jax.jit
+    def pairs(params, *args):
+        *found, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, *args)
+        known = {name: layer for name, layer in layers.items() if layer.per_example}
+        rows = {name: taps[name].example_gradients().mean(-3) for name in known}
+        matrices = {name: layer.to_matrix(found[1]) for name, layer in known.items()}
+        return (found, rows), ([*jax.value_and_grad(loss_fn)(params, *args)], matrices)
+
+    dense.assert_close(*pairs(params, *args), tolerance)
+
+
 def state_of(params: Any) -> Any:
     """What Optax sees: the parameter tree, or an NNX model's `nnx.Param` state."""
     return nnx.state(params, nnx.Param) if isinstance(params, nnx.Module) else params
