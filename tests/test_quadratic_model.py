@@ -36,8 +36,8 @@ def _dense_model(problem, params, damping, l2):
         return problems.plain_forward(rebuild(vector), x)
 
     fisher = dense.gauss_newton(outputs, problem.loss, flat)
-    gradient = jax.grad(lambda p: problem.loss(outputs(p)) + l2 * p @ p / 2)(flat)
-    return gradient, fisher + (damping + l2) * jnp.eye(len(flat))
+    gradient = jax.jit(jax.grad(lambda p: problem.loss(outputs(p)) + l2 * p @ p / 2))(flat)
+    return np.asarray(gradient), np.asarray(fisher) + (damping + l2) * np.eye(len(flat))
 
 
 def _trained(problem, tx, steps, **options):
@@ -63,14 +63,14 @@ def test_step_minimizes_the_model(kind, x64):
     problem = problems.make("plain", kind)
     inner = kfe.scale_by_kfac(problem.layers(), 1.0, inverse_update_period=1, factor_update_period=1)
     tx = kfe.scale_by_quadratic_model(inner, DAMPING, l2=L2)
-    previous = 0 * _flat(problem.params)
+    previous = np.zeros_like(_flat(problem.params))
     for params, updates, state, new_state in _trained(problem, tx, 3):
         gradient, matrix = _dense_model(problem, params, DAMPING, L2)
-        delta = _flat(updates)
+        delta = np.asarray(_flat(updates))
         model = lambda d, gradient=gradient, matrix=matrix: gradient @ d + d @ matrix @ d / 2
-        proposal = _flat(_proposal(problem, inner, params, state.inner))
-        basis = jnp.stack([proposal, previous])[: 1 + bool(jnp.any(previous != 0))].T
-        best = basis @ jnp.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
+        proposal = np.asarray(_flat(_proposal(problem, inner, params, state.inner)))
+        basis = np.stack([proposal, previous])[: 1 + bool(np.any(previous != 0))].T
+        best = basis @ np.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
         assert_close(delta, best, 1e-9)
         assert_close(new_state.model_change, model(delta), 1e-9)
         assert_close(new_state.model_change, gradient @ delta / 2, 1e-9)
@@ -118,7 +118,7 @@ def test_one_step_to_the_minimum_of_a_quadratic(fisher, x64):
     )
     _, grads, taps = differentiate(problem.params, *problem.args, key=jax.random.key(0))
     updates, _ = jax.jit(tx.update)(grads, tx.init(problem.params), problem.params, taps=taps)
-    after = jax.grad(problem.loss_fn)(optax.apply_updates(problem.params, updates), *problem.args)
+    after = jax.jit(jax.grad(problem.loss_fn))(optax.apply_updates(problem.params, updates), *problem.args)
     left = jnp.linalg.norm(_flat(after)) / jnp.linalg.norm(_flat(grads))
     # Sampled targets leave noise in G; the direction is the better the more samples there are.
     assert left < (1e-8 if fisher == "exact" else 0.15)
