@@ -178,9 +178,11 @@ def test_deep_linear_networks(x64):
     inputs, outputs = [x, x @ weights[0]], [h @ weights[1].T, h]
     gram = lambda rows: [[p.T @ q / 9 for q in rows] for p in rows]
     factors = chain_factors(gram(inputs), gram(outputs))
-    roots, failures = chain_roots.refresh(
-        {"chain": factors}, {"chain": chain_roots.unit(factors)}, jnp.asarray(1e-30)
-    )
+    roots, failures = jax.jit(
+        lambda factors: chain_roots.refresh(
+            {"chain": factors}, {"chain": chain_roots.unit(factors)}, jnp.asarray(1e-30)
+        )
+    )(factors)
     assert int(failures) == 0
     for side in roots["chain"].pencils[0]:
         assert_close(side.values, np.ones(3), 1e-8)
