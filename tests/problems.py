@@ -95,7 +95,8 @@ def plain_forward(params, x):
 
 def barrier():
     """(params, loss_fn, layers) of one weight from 2 toward 1/2, whose loss is no number below 0.9, with a finite gradient."""
-    params, x = {"kernel": jnp.full((1, 1), 2.0)}, jnp.ones((4, 1))
+    # Of no weak type, with which a step would be compiled twice.
+    params, x = {"kernel": 2 * jnp.ones((1, 1))}, jnp.ones((4, 1))
 
     def loss_fn(params):
         z = kfe.tag_dense(x, x @ params["kernel"], params)

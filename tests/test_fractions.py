@@ -130,7 +130,7 @@ def mean_loss(params, x, labels):
 
 
 @pytest.mark.parametrize(
-    "name", quick("kfac", "ekfac", "kpsvd", slow=("tekfac", "two_level_kfac", "kfac_tridiagonal"))
+    "name", quick("kfac", "ekfac", slow=("tekfac", "two_level_kfac", "kfac_tridiagonal"))
 )
 def test_every_method_steps_as_with_all_examples(x64, name):
     """Where they are alike: a batch of copies, of which each part has one of each."""
