@@ -165,8 +165,19 @@ def test_natural(x64):
         kfe.NATURAL["size"] = "rms"
 
 
-# Blocks form no chain of layers, and `kfe.kfac_tridiagonal` says so.
-@pytest.mark.parametrize("name", [name for name in kfe.METHODS if name != "kfac_tridiagonal"])
+# Blocks form no chain of layers, and `kfe.kfac_tridiagonal` says so. The fitted products of the others are tested on stacks
+# where their factors are.
+FITTED = ("kpsvd", "deflation", "lanczos", "kfac_corrected")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] * (name in FITTED))
+        for name in kfe.METHODS
+        if name != "kfac_tridiagonal"
+    ],
+)
 def test_blocks_and_stacked_layers(name):
     """Experts, and a stack of layers: each has a damping of its own. The step is that of each by itself."""
     key = jax.random.key(0)

@@ -144,7 +144,9 @@ def test_a_head_of_zeros(name):
     assert "not checked" in str(checks).splitlines()[2]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    "name", quick("sum", "squares", "squares beside a sum", "advantages", "centered inputs", of=LOSSES)
+)
 def test_a_mistake_beside_it(name):
     """What lets a penalty through finds a mistaken tag still."""
     checks = check_loss(name, mistake=0.1)
