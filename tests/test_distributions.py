@@ -147,9 +147,9 @@ def expected_fisher(case, params, x, targets, weights):
     return np.einsum("n,ntip,ntij,ntjq->pq", weights, jacobian, blocks, jacobian)
 
 
-def of_rows(layer, tap):
+def of_rows(a, g):
     """(draws or columns, pq, pq): Σ over examples of the per-example gradients' squares."""
-    a, g = map(np.asarray, layer.rows(tap))
+    a, g = np.asarray(a), np.asarray(g)
     gradients = np.einsum("nta,cntb->cnab", a, g).reshape(*g.shape[:2], -1)
     return np.einsum("cni,cnj->cij", gradients, gradients) / N
 
@@ -159,14 +159,21 @@ def test_the_curvature_of_a_network(case):
     given, loss_fn = problem(case), loss_of(case)
     layers = kfe.find_layers(loss_fn, *given)
     differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
-    loss, grads, taps = differentiate(*given)
-    plain = loss_of(case, lambda z, y, _: -densities(case, z, y))
-    assert_close((loss, grads), jax.jit(jax.value_and_grad(plain))(*given), 1e-12)
-    expected = expected_fisher(case, *given)
-    assert_close(of_rows(layers["kernel"], taps["kernel"]).sum(0), expected, 1e-10)
-    assert_close(taps["kernel"].second_moment_in(None, None).ravel(), np.diag(expected), 1e-10)
+
+    @jax.jit
+    def read(given, v):
+        *gradient, taps = differentiate(*given)
+        rows = layers["kernel"].rows(taps["kernel"])
+        moment = taps["kernel"].second_moment_in(None, None)
+        return gradient, rows, moment, taps.fisher_products(taps.tangent({"kernel": v}))
+
     v = np.random.default_rng(0).normal(size=given[0]["kernel"].shape)
-    product = jax.jit(lambda taps, v: taps.fisher_products(taps.tangent({"kernel": v})))(taps, v)
+    gradient, rows, moment, product = read(given, v)
+    plain = loss_of(case, lambda z, y, _: -densities(case, z, y))
+    assert_close(gradient, [*jax.jit(jax.value_and_grad(plain))(*given)], 1e-12)
+    expected = expected_fisher(case, *given)
+    assert_close(of_rows(*rows).sum(0), expected, 1e-10)
+    assert_close(moment.ravel(), np.diag(expected), 1e-10)
     assert_close(product, (v.ravel() @ expected @ v.ravel()).reshape(1, 1), 1e-10)
 
 
@@ -175,7 +182,8 @@ def test_sampled_converges_to_it(case):
     given, loss_fn, samples = problem(case), loss_of(case), 2000
     layers = kfe.find_layers(loss_fn, *given)
     differentiate = kfe.value_grad_and_taps(loss_fn, layers, num_samples=samples)
-    draws = of_rows(layers["kernel"], differentiate(*given, key=jax.random.key(0))[2]["kernel"])
+    taps = differentiate(*given, key=jax.random.key(0))[2]
+    draws = of_rows(*layers["kernel"].rows(taps["kernel"]))
     expected = expected_fisher(case, *given)
     standard = draws.std(0) / np.sqrt(samples)
     assert (np.abs(draws.mean(0) - expected) <= 5 * standard + 1e-12).all()
@@ -214,9 +222,14 @@ def test_half_precision(name, dtype):
     for kind in (dtype, jnp.float32):
         given = problem(case, kind)
         layers = kfe.find_layers(loss_of(case), *given)
-        loss, grads, taps = kfe.value_grad_and_taps(loss_of(case), layers, fisher="exact")(*given)
-        assert grads["kernel"].dtype == kind
-        found[kind] = loss, grads, taps["kernel"].covariances()
+
+        @jax.jit
+        def read(*given, layers=layers):
+            loss, grads, taps = kfe.value_grad_and_taps(loss_of(case), layers, fisher="exact")(*given)
+            return loss, grads, taps["kernel"].covariances()
+
+        found[kind] = read(*given)
+        assert found[kind][1]["kernel"].dtype == kind
     assert_close(found[dtype], found[jnp.float32], 0.05)
     assert {v.dtype for v in found[dtype][2]} == {jnp.dtype(jnp.float32)}
 

@@ -260,7 +260,7 @@ def test_a_module_that_is_called_twice_on_the_same_input(x64):
             return jnp.tanh(dense(x)) + jnp.sin(dense(x))
 
     model, x = Twice(), matrix(5, N, D)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     assert uses_of(lambda params, x: model.apply({"params": params}, x), params, x) == {"Dense_0": 1}
 
 

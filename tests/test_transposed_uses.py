@@ -209,7 +209,7 @@ class Potential(nn.Module):
 def test_a_force_is_fitted(method):
     """A network whose gradient is fitted, as those of interatomic potentials are: Flax modules, reverse mode in the loss."""
     model, x = Potential(), jnp.asarray(matrix(0, 16, D), jnp.float32)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     forces = -2 * x
 
     def loss_fn(params, x, forces):
@@ -219,7 +219,7 @@ def test_a_force_is_fitted(method):
     layers = kfe.find_layers(loss_fn, params, x, forces)
     assert set(layers) == {"Dense_0", "Dense_1"}
     tx = getattr(kfe, method)(0.03, layers)
-    state, losses = tx.init(params), []
+    state, losses = jax.jit(tx.init)(params), []
     differentiate = kfe.value_grad_and_taps(loss_fn, layers)
 
     @jax.jit
