@@ -89,7 +89,7 @@ def terms_of(case, state, layers):
         "ekfac",
         "kfac exact",
         slow=("lanczos", "tekfac", "two_level_kfac", "ekfac factored"),
-        of=CASES,
+        of=BLOCKS,
     ),
 )
 def test_is_absolute_damping_of_each_layer(case, x64):
