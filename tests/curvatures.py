@@ -35,7 +35,7 @@ class Model:
 
     @property
     def labels(self):
-        return jnp.arange(len(self.x)) % CLASSES
+        return jnp.asarray(np.arange(len(self.x)) % CLASSES)
 
     def plain_loss(self, z):
         return optax.losses.softmax_cross_entropy_with_integer_labels(z, self.labels).mean()
@@ -65,7 +65,7 @@ class Model:
             return self.outputs(jax.tree.unflatten(structure, new), self.x)
 
         flat = layer.to_matrix(self.params).ravel()
-        whole = np.asarray(jax.jit(lambda p: dense.gauss_newton(outputs, self.plain_loss, p))(flat))
+        whole = np.asarray(dense.gauss_newton(outputs, self.plain_loss, flat))
         d = int(np.prod(layer.sides))
         blocks = whole.reshape(-1, d, flat.size // d, d)
         return np.stack([blocks[i, :, i] for i in range(flat.size // d)])
@@ -78,7 +78,7 @@ class Model:
         def one(x, label):
             return layer.to_matrix(jax.grad(self.loss_fn)(self.params, x[None], label[None]))
 
-        found = np.asarray(jax.vmap(one)(self.x, self.labels))
+        found = np.asarray(jax.jit(jax.vmap(one))(self.x, self.labels))
         return np.moveaxis(found.reshape(len(self.x), -1, int(np.prod(layer.sides))), 0, 1)
 
 

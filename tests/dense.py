@@ -45,10 +45,15 @@ def forward(weights, x, shifts=None):
 
 def gauss_newton(outputs, loss, parameters):
     """JᵀHJ of loss(outputs(θ)) for a flat parameter vector θ: Jacobian and Hessian in full."""
-    z = outputs(parameters)
-    jacobian = jax.jacobian(lambda p: outputs(p).ravel())(parameters)
-    hessian = jax.hessian(lambda flat: loss(flat.reshape(z.shape)))(z.ravel())
-    return jacobian.T @ hessian @ jacobian
+
+    @jax.jit
+    def compute(parameters):
+        z = outputs(parameters)
+        jacobian = jax.jacobian(lambda p: outputs(p).ravel())(parameters)
+        hessian = jax.hessian(lambda flat: loss(flat.reshape(z.shape)))(z.ravel())
+        return jacobian.T @ hessian @ jacobian
+
+    return compute(parameters)
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

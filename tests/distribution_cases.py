@@ -37,14 +37,13 @@ class Case(NamedTuple):
         """A target for each event of z."""
         generator = np.random.default_rng(seed)
 
-        def one(event):
-            nodes, weights = self.targets(event)
-            weights = np.asarray(weights, np.float64)
-            return nodes[generator.choice(len(nodes), p=weights / weights.sum())]
-
         events = z.reshape(-1, *([] if self.size is None else [self.size]))
+        chosen = []
+        for nodes, weights in zip(*map(np.asarray, jax.jit(jax.vmap(self.targets))(events)), strict=True):
+            weights = np.asarray(weights, np.float64)
+            chosen.append(nodes[generator.choice(len(nodes), p=weights / weights.sum())])
         shape = z.shape if self.size is None else z.shape[:-1]
-        return jnp.stack([one(event) for event in events]).reshape(shape)
+        return jnp.asarray(np.stack(chosen).reshape(shape))
 
 
 def _counts(mass, most=400):

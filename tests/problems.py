@@ -95,7 +95,8 @@ def plain_forward(params, x):
 
 def barrier():
     """(params, loss_fn, layers) of one weight from 2 toward 1/2, whose loss is no number below 0.9, with a finite gradient."""
-    params, x = {"kernel": jnp.full((1, 1), 2.0)}, jnp.ones((4, 1))
+    # Of no weak type, with which a step would be compiled twice.
+    params, x = {"kernel": 2 * jnp.ones((1, 1))}, jnp.ones((4, 1))
 
     def loss_fn(params):
         z = kfe.tag_dense(x, x @ params["kernel"], params)
@@ -144,6 +145,23 @@ def make(framework: str, kind: str = "softmax", sizes=SIZES, examples=EXAMPLES, 
         params, names = leaves, tuple(str(i) for i in range(len(weights)))
         loss_fn = lambda params, x, y: ours(plain_forward(params, x), y)
     return Problem(loss_fn, params, (x, targets), names, weights, plain)
+
+
+def assert_gradients_and_rows(loss_fn, layers: kfe.Layers, params, *args, tolerance: float = 1e-10):
+    """The gradient is JAX's, and Σ_t ā gᵀ over the rows that of each example.
+
+    One program for all of it. A layer whose rows are not those of the examples has nothing to compare.
+    """
+
+    @jax.jit
+    def pairs(params, *args):
+        *found, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, *args)
+        known = {name: layer for name, layer in layers.items() if layer.per_example}
+        rows = {name: taps[name].example_gradients().mean(-3) for name in known}
+        matrices = {name: layer.to_matrix(found[1]) for name, layer in known.items()}
+        return (found, rows), ([*jax.value_and_grad(loss_fn)(params, *args)], matrices)
+
+    dense.assert_close(*pairs(params, *args), tolerance)
 
 
 def state_of(params: Any) -> Any:

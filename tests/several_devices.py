@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -95,4 +94,4 @@ def difference(ours: Any, theirs: Any, start: Any) -> float:
 
 def batches_of(x: jax.Array, y: jax.Array) -> Callable[[int], tuple[jax.Array, jax.Array]]:
     """Batch t: the examples, with noise of their own."""
-    return lambda t: (x + 0.3 * jax.random.normal(jax.random.key(1000 + t), x.shape, x.dtype), jnp.roll(y, t))
+    return lambda t: (x + 0.3 * jax.random.normal(jax.random.key(1000 + t), x.shape, x.dtype), np.roll(y, t))

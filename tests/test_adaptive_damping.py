@@ -43,15 +43,19 @@ def test_rule_on_scripted_ratios(stepped, damping_in_model, x64):
     theta = _flat(problem.params)
     # What is inside is given ∇h.
     state, damping, delta = tx.init(problem.params), START, -0.1 * (_flat(grads) + L2 * theta)
-    update = jax.jit(tx.update, static_argnames="value_fn")
+
+    @jax.jit
+    def update(state, new_loss):
+        return tx.update(
+            grads, state, problem.params, taps=taps, value=7.0, value_fn=lambda p: jnp.asarray(new_loss)
+        )
+
     penalty = L2 * (theta @ delta + delta @ delta / 2)
     for ratio, power in SCRIPT:
         gradient, matrix = _dense_model(problem, problem.params, damping if damping_in_model else 0, L2)
         model = gradient @ delta + delta @ matrix @ delta / 2
         new_loss = 7.0 + ratio * model - penalty
-        updates, state = update(
-            grads, state, problem.params, taps=taps, value=7.0, value_fn=lambda p, loss=new_loss: loss
-        )
+        updates, state = update(state, new_loss)
         taken = np.isfinite(ratio)
         damping *= 0.9**power if taken else 4
         assert_close(state.damping, damping, 1e-9)
@@ -68,9 +72,12 @@ def test_floor_and_ceiling(stepped, ratio, expected, x64):
     delta = -0.1 * _flat(grads)
     gradient, matrix = _dense_model(problem, problem.params, START, 0)
     loss = ratio * (gradient @ delta + delta @ matrix @ delta / 2)
-    _, state = tx.update(
-        grads, tx.init(problem.params), problem.params, taps=taps, value=0.0, value_fn=lambda p: loss
+    update = jax.jit(
+        lambda state, loss: tx.update(
+            grads, state, problem.params, taps=taps, value=0.0, value_fn=lambda p: loss
+        )
     )
+    _, state = update(tx.init(problem.params), loss)
     assert_close(state.damping, jnp.asarray(expected), 1e-12)
 
 
@@ -80,18 +87,18 @@ def test_known_and_full_model_agree(stepped, damping_in_model, x64):
     problem, grads, taps = stepped
     inner = kfe.scale_by_quadratic_model(optax.identity(), 9.0, l2=L2)
     tx = kfe.adaptive_damping(inner, START, period=1, l2=L2, damping_in_model=damping_in_model)
-    updates, state = tx.update(grads, tx.init(problem.params), problem.params, taps=taps)
+    updates, state = jax.jit(tx.update)(grads, tx.init(problem.params), problem.params, taps=taps)
     # Wrapped in a chain, the update might have been changed after the model: it is measured in full.
     chained = kfe.adaptive_damping(
         optax.chain(inner), START, period=1, l2=L2, damping_in_model=damping_in_model
     )
-    _, other = chained.update(grads, chained.init(problem.params), problem.params, taps=taps)
+    _, other = jax.jit(chained.update)(grads, chained.init(problem.params), problem.params, taps=taps)
     assert_close(state.reduction_ratio, other.reduction_ratio, 1e-9)
     delta, theta = _flat(updates), _flat(problem.params)
     gradient, matrix = _dense_model(problem, problem.params, START if damping_in_model else 0, L2)
     model = gradient @ delta + delta @ matrix @ delta / 2
     before, after = (
-        problem.loss_fn(p, *problem.args)
+        jax.jit(problem.loss_fn)(p, *problem.args)
         for p in (problem.params, optax.apply_updates(problem.params, updates))
     )
     change = after - before + L2 * (theta @ delta + delta @ delta / 2)
@@ -171,7 +178,7 @@ def test_a_step_into_nowhere_is_taken_back(model, x64):
     assert state.rejected >= 1 and state.damping >= 4e-3
     assert np.isfinite(loss) or np.isfinite(seen[-1])
     assert seen[-1] > 0.9 or seen[-2] > 0.9
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)) if leaf.ndim)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, state)) if leaf.ndim)
 
 
 @pytest.mark.parametrize("wrap", [lambda inner: inner, lambda inner: optax.chain(inner, optax.identity())])
@@ -247,7 +254,7 @@ def test_the_state_keeps_its_types():
     differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
     _, grads, taps = differentiate(params, x)
     state = tx.init(params)
-    _, new = tx.update(grads, state, params, taps=taps)
+    _, new = jax.jit(tx.update)(grads, state, params, taps=taps)
     assert [leaf.dtype for leaf in jax.tree.leaves(new)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
     assert_close(new.last["kernel"], -0.1 * grads["kernel"].astype(jnp.float32), 1e-2)
 
@@ -269,11 +276,11 @@ def test_a_step_too_long_to_be_taken_back_is_not_taken(dtype, factor, model):
     differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)
     step = jax.jit(lambda p: tx.update(differentiate(p, x)[1], tx.init(p), p, taps=differentiate(p, x)[2]))
     updates, state = step(params)
-    assert not updates["kernel"].any()
+    assert not np.any(updates["kernel"])
     assert state.rejected == 1
     assert_close(state.damping, jnp.asarray(4e-6), 1e-6)
     updates, state = step(jax.tree.map(jnp.zeros_like, params))
-    assert jnp.abs(updates["kernel"]).max() > factor / 10
+    assert np.abs(updates["kernel"]).max() > factor / 10
     assert state.rejected == 0
 
 
@@ -306,7 +313,7 @@ def test_a_foretold_rise_raises_the_damping(x64):
     layers = kfe.find_layers(loss_fn, params, x)
     tx = kfe.adaptive_damping(optax.scale(3.0), 1.0, period=1)
     _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", quadratic_model=True)(params, x)
-    _, state = tx.update(grads, tx.init(params), params, taps=taps)
+    _, state = jax.jit(tx.update)(grads, tx.init(params), params, taps=taps)
     assert state.reduction_ratio < 0
     assert_close(state.damping, jnp.asarray(20 / 19), 1e-12)
 

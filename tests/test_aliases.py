@@ -112,9 +112,9 @@ def test_the_rest_is_adams_alone(framework, wrapped, x64):
         labels = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: frozen(path), tree)
         tx = optax.partition({"others": tx, "first": optax.set_to_zero()}, labels)
     found = steps_of(tx, loss_fn, params, layers)
-    state = adam.init(found[0][0])
+    state, update = adam.init(found[0][0]), jax.jit(adam.update)
     for grads, updates in found:
-        expected, state = adam.update(grads, state)
+        expected, state = update(grads, state)
         for name in ("embed", "norm", "angle"):
             assert_close(updates[name], expected[name], 1e-10)
         assert not np.allclose(jax.tree.leaves(updates["last"])[0], jax.tree.leaves(expected["last"])[0])
@@ -165,8 +165,19 @@ def test_natural(x64):
         kfe.NATURAL["size"] = "rms"
 
 
-# Blocks form no chain of layers, and `kfe.kfac_tridiagonal` says so.
-@pytest.mark.parametrize("name", [name for name in kfe.METHODS if name != "kfac_tridiagonal"])
+# Blocks form no chain of layers, and `kfe.kfac_tridiagonal` says so. The fitted products of the others are tested on stacks
+# where their factors are.
+FITTED = ("kpsvd", "deflation", "lanczos", "kfac_corrected")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.nightly] * (name in FITTED))
+        for name in kfe.METHODS
+        if name != "kfac_tridiagonal"
+    ],
+)
 def test_blocks_and_stacked_layers(name):
     """Experts, and a stack of layers: each has a damping of its own. The step is that of each by itself."""
     key = jax.random.key(0)

@@ -17,6 +17,7 @@ from . import factor_rows as fr
 from .dense import assert_close
 
 RHO = 0.9
+average = jax.jit(base.average, static_argnums=3)
 
 
 def gram(seed, d, size=1.0):
@@ -42,7 +43,7 @@ def test_the_weight_of_a_huge_estimate(x64, side, size):
     new[side] = size * new[side]
     new = Term(*new)
     (result,), failures = (lambda found: (found[0].values(), found[1]))(
-        base.average({"layer": old}, {"layer": new}, jnp.float64(RHO))
+        average({"layer": old}, {"layer": new}, jnp.float64(RHO))
     )
     p = largest(new[side]) / largest(old[side])
     expected = mixed(old, new, p if p > EXCESS else EXCESS)
@@ -58,38 +59,38 @@ def test_what_no_past_can_judge(x64):
     huge = Term(gram(2, 3, 1e20), gram(3, 2, 1e20))
     rho = jnp.float64(RHO)
     for before, weight in ((zero, rho), (old, 0 * rho)):
-        result, failures = base.average({"": before}, {"": huge}, weight)
+        result, failures = average({"": before}, {"": huge}, weight)
         assert_close(result[""], huge, 1e-15)
         assert int(failures.sum()) == 0
     half = Term(old.input, zero.output)
-    result, failures = base.average({"": half}, {"": Term(old.input, huge.output)}, rho)
+    result, failures = average({"": half}, {"": Term(old.input, huge.output)}, rho)
     assert_close(result[""], Term(old.input, (1 - RHO) * huge.output), 1e-12)
     assert int(failures.sum()) == 0
-    result, failures = base.average({"": old}, {"": Term(huge.input * jnp.inf, huge.output)}, rho)
+    result, failures = average({"": old}, {"": Term(huge.input * jnp.inf, huge.output)}, rho)
     assert_close(result[""], old, 1e-15)
     assert int(failures.sum()) == 1
 
 
 def test_a_rise_that_lasts_is_followed(x64):
     """From 1e-9 to 1: each update lets the average grow 1 + (1 − ρ) EXCESS times, until nothing is out of proportion."""
-    average, new = {"": gram(0, 3, 1e-9)}, {"": gram(1, 3)}
+    mean, new = {"": gram(0, 3, 1e-9)}, {"": gram(1, 3)}
     excessive = 0
     while excessive < 20:
-        average, failures = base.average(average, new, jnp.float64(RHO))
+        mean, failures = average(mean, new, jnp.float64(RHO))
         if not failures.any():
             break
         excessive += 1
     assert excessive == int(np.ceil(np.log(1e9 / EXCESS) / np.log(1 + (1 - RHO) * EXCESS)))
     for _ in range(60):
-        average, failures = base.average(average, new, jnp.float64(RHO))
-    assert_close(average, new, 1e-2)
+        mean, failures = average(mean, new, jnp.float64(RHO))
+    assert_close(mean, new, 1e-2)
 
 
 def test_second_terms_and_neighbors_do_not_judge(x64):
     """P⊗Q may be near zero in one batch; the joint factors of a chain stay positive semi-definite with their weights."""
     first = Term(gram(0, 3), gram(1, 2))
     old = (first, jax.tree.map(lambda side: 1e-9 * side, first))
-    result, failures = base.average({"": old}, {"": (first, first)}, jnp.float64(RHO), lambda e: e[0])
+    result, failures = average({"": old}, {"": (first, first)}, jnp.float64(RHO), lambda e: e[0])
     assert_close(result[""][1].input, (1 - RHO) * first.input, 1e-7)
     assert int(failures.sum()) == 0
 
@@ -104,7 +105,7 @@ def test_second_terms_and_neighbors_do_not_judge(x64):
         return ChainFactors(blocks[0][0], blocks[1][0], blocks[0][1], blocks[1][1])
 
     old, new = chain(0, 1.0), chain(2, 1e9)
-    result, failures = base.average({"": old}, {"": new}, jnp.float64(RHO), lambda c: (c.input, c.output))
+    result, failures = average({"": old}, {"": new}, jnp.float64(RHO), lambda c: (c.input, c.output))
     p = largest(new.input[0]) / largest(old.input[0])
     assert_close(result[""], mixed(old, new, p), 1e-12)
     assert int(failures.sum()) == 1

@@ -76,7 +76,7 @@ def counts(state) -> tuple[int, int, int]:
 def descends(result, name: str) -> bool:
     """Whether the preconditioned gradient of a layer still points uphill, as a positive definite inverse leaves it."""
     pairs = zip(jax.tree.leaves(result.updates[name]), jax.tree.leaves(result.grads[name]), strict=True)
-    return sum(float(jnp.vdot(*pair)) for pair in pairs) > 0
+    return sum(np.vdot(*(np.asarray(leaf, np.float64) for leaf in pair)) for pair in pairs) > 0
 
 
 def aged(state):
@@ -97,7 +97,7 @@ def averages(state):
 def sizes(tree, name) -> list[float]:
     """The largest entries of a layer's arrays, or of all of them."""
     leaves = jax.tree.leaves(tree) if name is None else of_layer(tree, name)
-    return [float(jnp.abs(leaf).max()) for leaf in leaves]
+    return [float(np.abs(np.asarray(leaf, np.float64)).max()) for leaf in leaves]
 
 
 def same_method(state, other):

@@ -110,7 +110,7 @@ def test_clip_and_average():
 
 def test_adaptive_damping_and_quadratic_model():
     """λ is adapted at its period across the end, and the counts of all parts go on together."""
-    params, x = {"kernel": jnp.full((1, 1), 2.0)}, jnp.ones((4, 1))
+    params, x = {"kernel": 2 * jnp.ones((1, 1))}, jnp.ones((4, 1))
 
     def loss_fn(params):
         z = kfe.tag_dense(x, x @ params["kernel"], params)

@@ -69,7 +69,10 @@ def test_agreement(name, mode, devices, fresh_problem):
     step = several_devices.divided(mode, devices, lambda axis_name: make_step(name, axis_name)[0])
     state = make_step(name, None)[1].init(base.params)
     batches = several_devices.batches_of(base.x, base.y)
-    found = several_devices.run(step, base.params, state, batches, STEPS)
+    # Where the first step leaves them: arrays of one device would be a compilation of their own.
+    everywhere = jax.sharding.NamedSharding(several_devices.mesh_of(devices), EVERYWHERE)
+    placed = jax.device_put((base.params, state), everywhere)
+    found = several_devices.run(step, *placed, batches, STEPS)
     expected = alone(name)
     for steps, tolerance in ((1, 1e-10), (STEPS, 1e-8)):
         (params, loss), (theirs, their_loss) = found[steps - 1], expected[steps - 1]
@@ -202,7 +205,7 @@ def test_outputs_that_are_the_same_everywhere(fresh_problem):
     specs = (EVERYWHERE, DIVIDED, DIVIDED)
     mapped = jax.shard_map(gradient, mesh=several_devices.mesh_of(4), in_specs=specs, out_specs=EVERYWHERE)
     found, factors = jax.jit(mapped)(params, x, y)
-    assert_close(found, jax.value_and_grad(of_means)(params, x, y, None), 1e-12)
+    assert_close(found, jax.jit(jax.value_and_grad(of_means))(params, x, y, None), 1e-12)
     assert all(jnp.isfinite(factor).all() and jnp.trace(factor) > 0 for factor in factors)
 
 

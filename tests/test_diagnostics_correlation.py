@@ -16,6 +16,8 @@ from .dense import assert_close
 from .methods import quick
 
 TOLERANCE = 1e-10
+correlation = jax.jit(diagnostics.gradient_correlation)
+summarized = jax.jit(diagnostics.mean_absolute_correlation)
 every_model = pytest.mark.parametrize("name", quick("positions", slow=MODELS, of=MODELS))
 
 
@@ -65,11 +67,11 @@ def test_empirical(name, x64):
     """The mean of the examples' own gradients is subtracted: Pearson's correlations."""
     model = make(name)
     layer = model.layers[model.name]
-    found = diagnostics.gradient_correlation(model.taps("empirical")[model.name])
+    found = correlation(model.taps("empirical")[model.name])
     gradients = model.example_gradients
     expected = np.stack([np.corrcoef(g.T) for g in gradients])
     assert_close(found.reshape(expected.shape), expected, TOLERANCE)
-    summary = diagnostics.mean_absolute_correlation(found)
+    summary = summarized(found)
     d = expected.shape[-1]
     off = np.abs(expected - np.eye(d)).sum((-2, -1)) / (d * (d - 1))
     assert summary.shape == layer.stack_shape
@@ -79,18 +81,18 @@ def test_empirical(name, x64):
 def test_samples_are_averaged(x64):
     model = make("positions")
     taps = model.taps("sampled", 3, jax.random.key(0))
-    gradients = np.stack([taps.draw(i)["shared"].example_gradients() for i in range(3)])
+    draw = jax.jit(lambda taps, i: taps.draw(i)["shared"].example_gradients())
+    gradients = np.stack([draw(taps, i) for i in range(3)])
     flat = gradients.reshape(-1, gradients.shape[-2] * gradients.shape[-1])
-    assert_close(diagnostics.gradient_correlation(taps["shared"]), scaled(flat.T @ flat), TOLERANCE)
+    assert_close(correlation(taps["shared"]), scaled(flat.T @ flat), TOLERANCE)
 
 
 def test_the_eigenbasis_decorrelates(x64):
     """What the figure of George et al. shows, here on a random network."""
     tap = make("plain").exact["first"]
-    basis = tuple(Eigenbasis(*jnp.linalg.eigh(factor)) for factor in tap.covariances())
-    inside, outside = (diagnostics.gradient_correlation(tap, b) for b in (basis, (None, None)))
-    mean = diagnostics.mean_absolute_correlation
-    assert mean(inside) < 0.7 * mean(outside)
+    basis = tuple(Eigenbasis(*map(jnp.asarray, np.linalg.eigh(factor))) for factor in tap.covariances())
+    inside, outside = (correlation(tap, b) for b in (basis, (None, None)))
+    assert summarized(inside) < 0.7 * summarized(outside)
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -108,20 +110,20 @@ def test_coordinates_without_variance(double):
 
         layers = kfe.find_layers(loss_fn, params, x)
         tap = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x)[2]["w"]
-        found = diagnostics.gradient_correlation(tap)
+        found = np.asarray(correlation(tap))
         assert found.dtype == x.dtype
         np.testing.assert_allclose(np.diag(found), [1, 1, 0, 1, 1, 1], rtol=1e-6)
         assert not found[2].any() and not found[:, 2].any()
         others = np.delete(np.arange(6), 2)
         inside = np.abs(found[others][:, others])
         mean = (inside.sum() - 5) / 20
-        np.testing.assert_allclose(diagnostics.mean_absolute_correlation(found), mean, rtol=1e-5)
+        np.testing.assert_allclose(summarized(found), mean, rtol=1e-5)
         _, vectors = np.linalg.eigh(np.asarray(x.T @ x))
-        rotated = diagnostics.gradient_correlation(tap, (jnp.asarray(vectors), None))
+        rotated = correlation(tap, (jnp.asarray(vectors), None))
         np.testing.assert_allclose(np.diag(rotated), [0, 0, 0, 1, 1, 1], rtol=1e-6)
-        assert diagnostics.mean_absolute_correlation(rotated) < (1e-12 if double else 1e-4)
-    assert diagnostics.mean_absolute_correlation(jnp.zeros((2, 2))) == 0
-    assert diagnostics.mean_absolute_correlation(jnp.ones((1, 1))) == 0
+        assert summarized(rotated) < (1e-12 if double else 1e-4)
+    assert summarized(jnp.zeros((2, 2))) == 0
+    assert summarized(jnp.ones((1, 1))) == 0
 
 
 def test_misuse(x64):

@@ -78,7 +78,7 @@ def make_step(name, axis_name, distribute, sizes=SIZES):
 
 def given(name, sizes=SIZES):
     found, layers = problem(sizes)
-    state = METHODS[name](layers).init(found.params)
+    state = jax.jit(METHODS[name](layers).init)(found.params)
     return found.params, state, found.args, jax.random.key(0)
 
 
@@ -278,7 +278,7 @@ def test_axis_types(explicit):
 
     with jax.set_mesh(mesh):
         found = jax.jit(run)(jax.device_put(stacks, shardings))
-    expected = {i: kronecker.eigh(*stack) for i, stack in enumerate(stacks)}
+    expected = jax.jit(lambda stacks: {i: kronecker.eigh(*stack) for i, stack in enumerate(stacks)})(stacks)
     assert_close(found, expected, 1e-10)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(found))
 
@@ -309,7 +309,7 @@ def test_products():
     mesh = several_devices.mesh_of(4)
     with jax.set_mesh(mesh):
         found = jax.jit(lambda: run(devices_lib.present()))()
-    assert_close(found, run(devices_lib.ALONE), 1e-14)
+    assert_close(found, jax.jit(lambda: run(devices_lib.ALONE))(), 1e-14)
 
 
 @pytest.mark.parametrize("check_vma", [False, True])

@@ -21,32 +21,38 @@ from .dense import assert_close
 
 
 def test_poisson_carries_the_laplacian(x64):
-    params = jax.tree.map(lambda w: w + 0.1, poisson.init(jax.random.key(0), (2, 5, 4, 1)))
-    points = poisson.sample(jax.random.key(1), 6, 3)
-    h = jnp.zeros((6, 4, 2)).at[:, 0].set(points.inside).at[:, 1:3].set(jnp.eye(2))
-    found = poisson.network(params, h)
+    params = jax.jit(poisson.init, static_argnums=1)(jax.random.key(0), (2, 5, 4, 1))
+    params = jax.tree.map(lambda w: np.asarray(w) + 0.1, params)
+    points = jax.jit(poisson.sample, static_argnums=(1, 2))(jax.random.key(1), 6, 3)
+    h = np.zeros((6, 4, 2))
+    h[:, 0], h[:, 1:3] = points.inside, np.eye(2)
 
     def value(point):
         return poisson.network(params, point[None, None])[0, 0]
 
-    assert_close(found[:, 0], jax.vmap(value)(points.inside), 1e-12)
-    assert_close(found[:, 1:3], jax.vmap(jax.grad(value))(points.inside), 1e-12)
-    hessians = jax.vmap(jax.hessian(value))(points.inside)
-    assert_close(found[:, 3], jnp.trace(hessians, axis1=1, axis2=2), 1e-12)
+    found = np.asarray(jax.jit(poisson.network)(params, h))
+    derivatives = [jax.vmap(f) for f in (value, jax.grad(value), jax.hessian(value))]
+    values, slopes, hessians = jax.jit(lambda x: [f(x) for f in derivatives])(points.inside)
+    assert_close(found[:, 0], values, 1e-12)
+    assert_close(found[:, 1:3], slopes, 1e-12)
+    assert_close(found[:, 3], np.trace(hessians, axis1=1, axis2=2), 1e-12)
     assert list(kfe.find_layers(poisson.loss_fn, params, points)) == ["dense_0", "dense_1", "dense_2"]
 
 
 def test_poisson_is_solved_by_its_solution(x64):
-    points = poisson.sample(jax.random.key(1), 6, 8)
-    hessians = jax.vmap(jax.hessian(lambda p: poisson.solution(p[None])[0]))(points.inside)
-    assert_close(-jnp.trace(hessians, axis1=1, axis2=2), poisson.source(points.inside), 1e-12)
-    np.testing.assert_allclose(poisson.solution(points.edge), 0, atol=1e-15)
+    points = jax.jit(poisson.sample, static_argnums=(1, 2))(jax.random.key(1), 6, 8)
+    hessians = jax.jit(jax.vmap(jax.hessian(lambda p: poisson.solution(p[None])[0])))(points.inside)
+    source, edge = jax.jit(lambda points: (poisson.source(points.inside), poisson.solution(points.edge)))(
+        points
+    )
+    assert_close(-np.trace(hessians, axis1=1, axis2=2), source, 1e-12)
+    np.testing.assert_allclose(edge, 0, atol=1e-15)
     assert {0.0, 1.0} <= set(np.asarray(points.edge).ravel())
 
 
 def test_helium(x64):
     """Exchange, the local energy by finite differences, and the gradient that its docstring promises."""
-    params = helium.init(jax.random.key(0), width=6, terms=2)
+    params = jax.jit(lambda key: helium.init(key, width=6, terms=2))(jax.random.key(0))
     walkers = jax.jit(helium.start, static_argnums=2)(params, jax.random.key(1), 16)
     log_amplitude = jax.jit(helium.log_amplitude)
     log_psi = log_amplitude(params, walkers)
@@ -63,13 +69,10 @@ def test_helium(x64):
     assert_close(energies, -(laplacian + (slope**2).sum(-1)) / 2 + potential, 1e-5)
 
     assert list(kfe.find_layers(helium.loss_fn, params, walkers, energies)) == ["own", "both", "orbitals"]
-    deviations = jnp.clip(energies, -3.5, -2.5)  # so narrow that nothing is drawn in
+    clipped = np.clip(energies, -3.5, -2.5)  # so narrow that nothing is drawn in
     jacobian = jax.jit(jax.jacobian(helium.log_amplitude))(params, walkers)
-    deviations = deviations - deviations.mean()
-    expected = jax.tree.map(lambda j: jnp.tensordot(deviations, j, 1) / 16, jacobian)
-    assert_close(
-        jax.jit(jax.grad(helium.loss_fn))(params, walkers, jnp.clip(energies, -3.5, -2.5)), expected, 1e-10
-    )
+    expected = jax.tree.map(lambda j: np.tensordot(clipped - clipped.mean(), j, 1) / 16, jacobian)
+    assert_close(jax.jit(jax.grad(helium.loss_fn))(params, walkers, clipped), expected, 1e-10)
 
 
 @pytest.mark.slow
@@ -84,24 +87,28 @@ def test_default_settings_converge(name, problem, bound):
 
 def test_the_heat_equation(x64):
     """Its solution has no residual and meets what is known at the edge; the residual of another function by a Hessian."""
-    points = heat.sample(jax.random.key(0), 8, 8)
+    points = jax.jit(heat.sample, static_argnums=(1, 2))(jax.random.key(0), 8, 8)
     residuals = jax.jit(jax.vmap(lambda point: heat.residual(heat.solution, point)))(points.inside)
     np.testing.assert_allclose(residuals, 0, atol=1e-12)
     first, sides = np.split(np.asarray(points.known), 2)
     assert set(sides[:, 0]) == {0.0, 1.0}
     assert not first[:, 1].any()
-    np.testing.assert_allclose(jax.vmap(heat.solution)(sides), 0, atol=1e-14)
+    solution = jax.jit(jax.vmap(heat.solution))
+    np.testing.assert_allclose(solution(sides), 0, atol=1e-14)
     waves = np.sin(np.pi * first[:, 0]) + np.sin(3 * np.pi * first[:, 0]) / 2
-    np.testing.assert_allclose(jax.vmap(heat.solution)(first), waves, atol=1e-12)
+    np.testing.assert_allclose(solution(first), waves, atol=1e-12)
 
-    params = heat.init(jax.random.key(1), (2, 4, 1))
+    params = jax.jit(heat.init, static_argnums=1)(jax.random.key(1), (2, 4, 1))
 
     def function(point):
         return heat.network(params, point)
 
-    point = points.inside[0]
-    expected = jax.grad(function)(point)[1] - jax.hessian(function)(point)[0, 0]
-    np.testing.assert_allclose(heat.residual(function, point), expected, rtol=1e-12)
+    @jax.jit
+    def residuals_of(point):
+        expected = jax.grad(function)(point)[1] - jax.hessian(function)(point)[0, 0]
+        return heat.residual(function, point), expected
+
+    np.testing.assert_allclose(*residuals_of(points.inside[0]), rtol=1e-12)
     assert list(kfe.find_layers(heat.loss_fn, params, points)) == ["dense_0", "dense_1"]
 
 
@@ -117,19 +124,23 @@ def test_the_divergence_of_the_autoencoder():
 
 def test_adapters():
     """At first they change nothing; then the network is that of W + AB."""
-    base = lora.init_base(jax.random.key(0), (9, 6, 10))
-    adapters = lora.init_adapters(jax.random.key(1), base, 2)
-    images = jax.random.normal(jax.random.key(2), (5, 3, 3))
-    np.testing.assert_array_equal(lora.network(base, adapters, images), lora.network(base, None, images))
-    for i, adapter in enumerate(adapters.values()):
-        adapter["b"] = jax.random.normal(jax.random.key(i), adapter["b"].shape)
+    base = jax.jit(lora.init_base, static_argnums=1)(jax.random.key(0), (9, 6, 10))
+    adapters = jax.jit(lora.init_adapters, static_argnums=2)(jax.random.key(1), base, 2)
+    generator, network = np.random.default_rng(2), jax.jit(lora.network)
+    images = generator.normal(size=(5, 3, 3)).astype(np.float32)
+    np.testing.assert_array_equal(network(base, adapters, images), network(base, None, images))
+    for adapter in adapters.values():
+        adapter["b"] = generator.normal(size=adapter["b"].shape).astype(np.float32)
     merged = {
-        name: {"kernel": layer["kernel"] + adapters[name]["a"] @ adapters[name]["b"], "bias": layer["bias"]}
+        name: {
+            "kernel": np.asarray(layer["kernel"]) + np.asarray(adapters[name]["a"]) @ adapters[name]["b"],
+            "bias": layer["bias"],
+        }
         for name, layer in base.items()
     }
-    found = lora.network(base, adapters, images)
-    assert_close(found, lora.network(merged, None, images), 1e-5)
-    assert np.abs(found - lora.network(base, None, images)).max() > 0.1
+    found = np.asarray(network(base, adapters, images))
+    assert_close(found, network(merged, None, images), 1e-5)
+    assert np.abs(found - network(base, None, images)).max() > 0.1
 
 
 @pytest.mark.slow
@@ -158,18 +169,18 @@ def test_the_base_stays_frozen():
 
 def test_bodies_attract_each_other(x64):
     """Each of two is drawn to the other by Newton's law, in a sum of all; a network does not depend on the order of bodies."""
-    bodies = graph.sample(jax.random.key(0), 3, 4)
+    bodies = jax.jit(graph.sample, static_argnums=(1, 2))(jax.random.key(0), 3, 4)
     expected = np.zeros((3, 4, 2))
     places, masses = np.asarray(bodies.places), np.asarray(bodies.masses)
     for n, i, j in np.ndindex(3, 4, 4):
         between = places[n, j] - places[n, i]
         expected[n, i] += masses[n, j] * between / (between @ between + 0.3**2) ** 1.5
     assert_close(bodies.accelerations, expected, 1e-12)
-    params = graph.init(jax.random.key(1), 5, 3)
-    order = jnp.array([2, 0, 3, 1])
+    params = jax.jit(graph.init, static_argnums=(1, 2))(jax.random.key(1), 5, 3)
+    order, network = np.array([2, 0, 3, 1]), jax.jit(graph.network)
     assert_close(
-        graph.network(params, bodies.places[:, order], bodies.masses[:, order]),
-        graph.network(params, bodies.places, bodies.masses)[:, order],
+        network(params, places[:, order], masses[:, order]),
+        np.asarray(network(params, places, masses))[:, order],
         1e-12,
     )
     assert set(kfe.find_layers(graph.loss_fn, params, bodies)) == set(params)
@@ -179,7 +190,7 @@ def test_cart_pole(x64):
     """A step against the two equations of motion, solved as a linear system; what ends begins again."""
     state = np.array([[0.1, -0.4, 0.12, 0.8], [-1.0, 2.0, -0.15, -1.5]])
     action = np.array([1, 0])
-    found = cartpole.move(jnp.asarray(state), jnp.asarray(action))
+    found = np.asarray(jax.jit(cartpole.move)(state, action))
     for (_, speed, angle, turning), push, before, after in zip(
         state, (10.0, -10.0), state, found, strict=True
     ):
@@ -190,9 +201,10 @@ def test_cart_pole(x64):
         pulled, bent = np.linalg.solve(system, forces)
         assert_close(after, before + 0.02 * np.array([speed, pulled, turning, bent]), 1e-12)
 
-    standing = jnp.array([[0.0, 0, 0, 0], [0, 0, 0.3, 0], [2.5, 0, 0, 0], [0, 0, 0, 0]])
-    poles = cartpole.Poles(standing, jnp.array([3, 7, 8, 199]), jnp.zeros(4))
-    following, after, down = cartpole.step(poles, jnp.array([0, 1, 0, 1]), jax.random.key(0))
+    standing = np.array([[0.0, 0, 0, 0], [0, 0, 0.3, 0], [2.5, 0, 0, 0], [0, 0, 0, 0]])
+    poles = cartpole.Poles(standing, np.array([3, 7, 8, 199]), np.zeros(4))
+    step = jax.jit(cartpole.step)(poles, np.array([0, 1, 0, 1]), jax.random.key(0))
+    following, after, down = jax.tree.map(np.asarray, step)
     assert list(np.asarray(down)) == [False, True, True, False]
     assert list(np.asarray(following.count)) == [4, 0, 0, 0]
     assert list(np.asarray(following.returns)) == [0, 8, 9, 200]
@@ -201,38 +213,39 @@ def test_cart_pole(x64):
 
 
 def test_the_targets_of_deep_q_learning(x64):
-    params, target = (dqn.init(jax.random.key(i), 6) for i in range(2))
-    states = jax.random.normal(jax.random.key(2), (2, 5, 4))
-    batch = dqn.Transitions(states[0], jnp.array([0, 1, 1, 0, 1]), states[1], jnp.array([False] * 4 + [True]))
-    online, slow = dqn.values(params, states[1]), dqn.values(target, states[1])
+    init, values = jax.jit(dqn.init, static_argnums=1), jax.jit(dqn.values)
+    params, target = (init(jax.random.key(i), 6) for i in range(2))
+    states = np.random.default_rng(2).normal(size=(2, 5, 4))
+    batch = dqn.Transitions(states[0], np.array([0, 1, 1, 0, 1]), states[1], np.array([False] * 4 + [True]))
+    online, slow = (np.asarray(values(p, states[1])) for p in (params, target))
     expected = [1 + 0.98 * float(slow[i, np.argmax(online[i])]) for i in range(4)] + [1]
-    assert_close(dqn.targets(params, target, batch), np.array(expected), 1e-12)
-    deviations = dqn.values(params, states[0])[np.arange(5), batch.action] - np.array(expected)
-    assert_close(dqn.loss_fn(params, target, batch), (deviations**2).mean() / 2, 1e-12)
+    assert_close(jax.jit(dqn.targets)(params, target, batch), np.array(expected), 1e-12)
     # No derivative passes through the target.
-    fixed = jax.grad(
+    fixed = jax.value_and_grad(
         lambda p: (
             ((dqn.values(p, states[0])[jnp.arange(5), batch.action] - np.array(expected)) ** 2).mean() / 2
         )
     )
-    assert_close(jax.grad(dqn.loss_fn)(params, target, batch), fixed(params), 1e-12)
+    found = jax.jit(jax.value_and_grad(dqn.loss_fn))(params, target, batch)
+    assert_close(found, jax.jit(fixed)(params), 1e-12)
     assert set(kfe.find_layers(dqn.loss_fn, params, target, batch)) == set(params)
 
 
 def test_generalized_advantages(x64):
     """By their sum, which an episode's end cuts."""
-    deltas = jax.random.normal(jax.random.key(0), (6, 2))
-    found = ppo.advantages(deltas, jnp.zeros((6, 2), bool).at[2, 0].set(True))
+    deltas, ends = np.random.default_rng(0).normal(size=(6, 2)), np.zeros((6, 2), bool)
+    ends[2, 0] = True
+    found = np.asarray(jax.jit(ppo.advantages)(deltas, ends))
     decay = (0.99 * 0.95) ** np.arange(6)
     assert_close(found[0], np.array([decay[:3] @ deltas[:3, 0], decay @ deltas[:, 1]]), 1e-12)
     assert_close(found[3, 0], decay[:3] @ deltas[3:, 0], 1e-12)
 
 
 def ppo_case() -> tuple[Any, ppo.Rollout]:
-    params = ppo.init(jax.random.key(1), 5)
+    params = jax.jit(ppo.init, static_argnums=1)(jax.random.key(1), 5)
     params["policy_2"]["kernel"] *= 100
-    state, action = jax.random.normal(jax.random.key(2), (7, 4)), jnp.array([0, 1, 1, 0, 1, 0, 0])
-    before = ppo.log_probability(ppo.policy(params, state), action)
+    state, action = np.random.default_rng(2).normal(size=(7, 4)), np.array([0, 1, 1, 0, 1, 0, 0])
+    before = jax.jit(lambda p, s, a: ppo.log_probability(ppo.policy(p, s), a))(params, state, action)
     return params, ppo.Rollout(state, action, before, jnp.arange(-3.0, 4.0), jnp.arange(7.0))
 
 

@@ -23,17 +23,23 @@ from .methods import quick
 DECAY = 0.6
 
 
+@functools.cache
+def fismo():
+    """Layers, the state before any gradient, and the compiled update of the state."""
+    layers, factors = problems.make("plain").layers(), kfe.factors.fismo(DECAY)
+    update = jax.jit(lambda state, gradients: factors.update(state, Source(layers, None, gradients), 0))
+    return layers, factors.init(list(layers.values()), 8192), update
+
+
 @pytest.mark.parametrize(("size", "failures"), [(1.0, 0), (1e6, 1), (np.nan, 1)])
 def test_fismo_keeps_bad_gradients_out(size, failures):
     """A huge one counts as one 100 times as large as the factor, one that is not a number not at all; both are counted."""
-    problem = problems.make("plain")
-    layers, factors = problem.layers(), kfe.factors.fismo(DECAY)
-    before = factors.init(list(layers.values()), 8192)
+    layers, before, update = fismo()
     generator = np.random.default_rng(0)
     gradients = {
         name: jnp.asarray(size * generator.normal(size=v.shape), jnp.float32) for name, v in layers.items()
     }
-    after = factors.update(before, Source(layers, None, gradients), jnp.zeros((), jnp.int32))
+    after = update(before, gradients)
     assert int(after.failures.sum()) == failures * len(layers)
     for name, side in after.input.items():
         assert np.isfinite(side).all()
@@ -212,12 +218,24 @@ def test_both_forms_of_the_operator_agree(name, diagonal, x64):
         unit = operators.times(1 / jnp.sqrt(operator.dot_in(u, u)), u)
         return operators.without(operator, unit)
 
-    for change in (lambda operator: operator, deflated):
-        expected = observe(change(matrices))
-        assert_close(observe(change(rows)), expected, 1e-11)
-        for form in (rows, matrices):
-            x, y, own = form.first(w), form.adjoint(form.first(v)), change(form)
-            assert_close(own.dot_in(x, own.forward(y)), own.dot_out(own.adjoint(x), y), 1e-11)
+    def adjoint(form, own):
+        """Both sides of ⟨x, F y⟩ = ⟨Fᵀ x, y⟩."""
+        x, y = form.first(w), form.adjoint(form.first(v))
+        return own.dot_in(x, own.forward(y)), own.dot_out(own.adjoint(x), y)
+
+    @jax.jit
+    def everything():
+        found = []
+        for change in (lambda operator: operator, deflated):
+            forms = [change(form) for form in (rows, matrices)]
+            pairs = [adjoint(form, own) for form, own in zip((rows, matrices), forms, strict=True)]
+            found.append(([observe(own) for own in forms], pairs))
+        return found
+
+    for (found, expected), pairs in everything():
+        assert_close(found, expected, 1e-11)
+        for pair in pairs:
+            assert_close(*pair, 1e-11)
         assert expected[0].shape == (2,) * stacked
 
 
@@ -253,9 +271,10 @@ def test_gradient_factors_read_no_taps(x64):
     state = factors.init([layers["stack"]], fr.WHOLE)
     generator = np.random.default_rng(0)
     references = [fr.Reference("gradient", DECAY, fr.WHOLE) for _ in range(2)]
+    update = jax.jit(lambda state, v, step: factors.update(state, Source(layers, None, {"stack": v}), step))
     for step in range(3):
         v = generator.normal(size=layers["stack"].shape)
-        state = factors.update(state, Source(layers, None, {"stack": jnp.asarray(v)}), jnp.asarray(step))
+        state = update(state, v, step)
         ((left, right),) = factors.terms(state, layers)["stack"]
         for i, reference in enumerate(references):
             assert_close([(left[i], right[i])], reference.add(None, None, None, v[i]))

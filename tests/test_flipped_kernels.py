@@ -11,6 +11,7 @@ import kfe_optax as kfe
 
 from .dense import assert_close
 from .methods import quick
+from .problems import assert_gradients_and_rows
 from .test_tracing_merging import matrix
 
 N, SIDE, C, H = 5, 5, 2, 3
@@ -73,7 +74,7 @@ CRITICS = {
 def test_a_gradient_penalty(name, x64):
     """Gradients are JAX's, and Σ_t ā gᵀ over both kinds of uses is the gradient of each example."""
     (init, apply), x = CRITICS[name], matrix(0, N, SIDE, SIDE, C)
-    params = init(x)
+    params = jax.jit(init)(x)
 
     def loss_fn(params, x):
         penalty = kfe.losses.squared_error(slope(lambda x: apply(params, x), x), jnp.ones_like(x))
@@ -82,26 +83,31 @@ def test_a_gradient_penalty(name, x64):
     layers = kfe.find_layers(loss_fn, params, x)
     assert set(layers) == {"c", "o"} and not layers.rest
     assert [use[4] for use in layers["c"].uses] == ["", "transposed"]
-    found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
-    assert_close(found[:2], jax.value_and_grad(loss_fn)(params, x), 1e-10)
-    for own, layer in layers.items():
-        rows = found[2][own].example_gradients().mean(-3)
-        assert_close(rows, layer.to_matrix(found[1]), 1e-10)
+    assert_gradients_and_rows(loss_fn, layers, params, x)
 
 
 def test_factors_of_both_kinds_of_uses(x64):
     """Of the transposed use the patches of ∂L/∂u stand in the place of ā, and v in that of g; one product keeps the trace."""
     (_, apply), x = CRITICS["SAME"], matrix(0, N, SIDE, SIDE, C)
-    params = CRITICS["SAME"][0](x)
+    params = jax.jit(CRITICS["SAME"][0])(x)
 
     def loss_fn(params, x):
         penalty = kfe.losses.squared_error(slope(lambda x: apply(params, x), x)).sum((1, 2, 3)).mean()
         return penalty + kfe.losses.squared_error(apply(params, x)).mean()
 
     layers = kfe.find_layers(loss_fn, params, x)
-    taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x)[2]
-    ((a, g),) = kfe.factors.estimate(kfe.factors.kfac(), taps)["c"]
 
+    @jax.jit
+    def found(params, x):
+        taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x)[2]
+        return kfe.factors.estimate(kfe.factors.kfac(), taps)["c"]
+
+    ((a, g),) = found(params, x)
+    assert_close((a, g), factors_by_hand(params, x), 1e-10)
+
+
+@jax.jit
+def factors_by_hand(params, x):
     kernel, weights = params["c"]["kernel"], params["o"]["kernel"]
 
     def by_hand(added):
@@ -134,8 +140,7 @@ def test_factors_of_both_kinds_of_uses(x64):
     second = gram(turned, N), gram(by_hand(added)[1], positions)
     pairs = first, second
     sigma = sum(jnp.trace(a) * jnp.trace(g) for a, g in pairs)
-    assert_close(a, sum(jnp.trace(g) * a for a, g in pairs) / sigma, 1e-10)
-    assert_close(g, sum(jnp.trace(a) * g for a, g in pairs), 1e-10)
+    return sum(jnp.trace(g) * a for a, g in pairs) / sigma, sum(jnp.trace(a) * g for a, g in pairs)
 
 
 def alone(p, x):
@@ -165,11 +170,7 @@ def test_a_layer_whose_kernel_is_flipped(apply, shapes, reason, x64):
     layers = kfe.find_layers(loss_fn, params, x)
     assert {name: layer.shape for name, layer in layers.items()} == {**shapes, "o": (H, 1)}
     assert all(reason in why for path, why in zip(layers.rest, layers.reasons, strict=True) if "c" in path)
-    found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
-    assert_close(found[:2], jax.value_and_grad(loss_fn)(params, x), 1e-10)
-    for name, layer in layers.items():
-        rows = found[2][name].example_gradients().mean(-3)
-        assert_close(rows, layer.to_matrix(found[1]), 1e-10)
+    assert_gradients_and_rows(loss_fn, layers, params, x)
     if reason is None:
         matrices = layers["c"].to_matrix(params)
         assert_close(layers["c"].from_matrix(matrices)[("c",)], params["c"], 1e-10)

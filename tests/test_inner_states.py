@@ -51,19 +51,22 @@ def preconditioner(rest):
     return kfe.scale_by_kronecker(LAYERS, 0.1, factors=kfe.factors.gradient(), rest=rest)
 
 
-def run(tx, gradients, params=PARAMS):
-    state, updates = tx.init(params), None
+def run(tx, gradients, params=PARAMS, wrap=lambda f: f):
+    state, updates, update = tx.init(params), None, wrap(tx.update)
     for grads in gradients:
-        updates, state = tx.update(grads, state, params)
+        updates, state = update(grads, state, params)
     return updates, state
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_rest_in_half_precision(dtype):
     """Adam of the rest in float32: the updates are those of float32 in the gradient's dtype, for small gradients too."""
-    grads = [jax.tree.map(lambda g: 1e-5 * g, gradient(seed, dtype)) for seed in range(3)]
-    wide = [jax.tree.map(lambda g: g.astype(jnp.float32), g) for g in grads]
-    narrow_params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
+    of = lambda tree, dtype, factor=1.0: jax.tree.map(
+        lambda v: jnp.asarray(factor * np.asarray(v, np.float32), dtype), tree
+    )
+    grads = [of(gradient(seed), dtype, 1e-5) for seed in range(3)]
+    wide = [of(g, jnp.float32) for g in grads]
+    narrow_params = of(PARAMS, dtype)
     ours, state = run(preconditioner(optax.scale_by_adam()), grads, narrow_params)
     adam = optax.scale_by_adam()
     expected, _ = run(adam, wide)
@@ -110,10 +113,10 @@ def test_a_state_of_the_rest_that_overflows_is_not_taken(rest):
     """A finite gradient of 1e20, whose square is not: the rest is as if that step had not been, which is counted."""
     huge = {**gradient(1), "shift": jnp.full(2, 1e20)}
     tx = preconditioner(rest)
-    updates, state = run(tx, [gradient(0), huge])
+    updates, state = run(tx, [gradient(0), huge], wrap=jax.jit)
     assert finite(updates) and not updates["shift"].any() and updates["layer"]["kernel"].any()
     assert int(kfe.info(state).nonfinite) == 1
-    assert_equal(state.rest, run(tx, [gradient(0)])[1].rest)
+    assert_equal(state.rest, run(tx, [gradient(0)], wrap=jax.jit)[1].rest)
 
 
 @pytest.mark.parametrize("inner", ["scale_by_adam", "scale_by_rms", "scale_by_amsgrad"])
@@ -124,13 +127,14 @@ def test_an_inner_state_that_overflows_is_not_taken(inner):
         make(), LAYERS, basis=kfe.factors.gradient(), basis_update_period=3, rest=optax.identity()
     )
     huge = {**gradient(1), "layer": {"kernel": jnp.full((3, 2), 1e20)}}
-    updates, state = run(tx, [gradient(0), huge])
+    updates, state = run(tx, [gradient(0), huge], wrap=jax.jit)
     assert not updates["layer"]["kernel"].any() and updates["shift"].any()
-    before = run(tx, [gradient(0)])[1]
+    before = run(tx, [gradient(0)], wrap=jax.jit)[1]
     assert_equal(state.method.inner, before.method.inner)
     assert (int(kfe.info(state).failures), int(kfe.info(state).nonfinite)) == (1, 0)
+    update = jax.jit(tx.update)
     for seed in range(2, 5):
-        updates, state = tx.update(gradient(seed), state, PARAMS)
+        updates, state = update(gradient(seed), state, PARAMS)
         assert finite((updates, state)) and updates["layer"]["kernel"].any()
     assert int(kfe.info(state).last_refresh) == 3
 

@@ -33,7 +33,7 @@ def test_sua_is_exact_where_it_should_be(use_bias, x64):
     exact = np.einsum("nti,ntj->ij", rows, rows) / (len(x) * 4)
     assert_close(dk.sua(x, 3, use_bias, True), exact, 1e-12)
     module = nn.Conv(2, (3,), padding="CIRCULAR", use_bias=use_bias, param_dtype=jnp.float64)
-    params = {"conv": module.init(jax.random.key(0), x)["params"]}
+    params = {"conv": jax.jit(module.init)(jax.random.key(0), x)["params"]}
 
     def loss_fn(params, x):
         return kfe.losses.l2_loss(module.apply({"params": params["conv"]}, x)).sum((1, 2)).mean()
@@ -47,7 +47,7 @@ def test_sua_is_exact_where_it_should_be(use_bias, x64):
 def norm_layers(**approximation):
     module = nn.LayerNorm()
     x = jnp.asarray(random(0, 4, 2, 3), jnp.float32)
-    params = {"norm": module.init(jax.random.key(0), x)["params"]}
+    params = {"norm": jax.jit(module.init)(jax.random.key(0), x)["params"]}
 
     def loss_fn(params, x):
         y = module.apply({"params": params["norm"]}, x)
@@ -69,7 +69,7 @@ def test_a_diagonal_norm_keeps_the_diagonal():
 
 
 def layers_of(module, x):
-    params = {"layer": module.init(jax.random.key(0), x)["params"]}
+    params = {"layer": jax.jit(module.init)(jax.random.key(0), x)["params"]}
 
     def loss_fn(params, x):
         return kfe.losses.l2_loss(module.apply({"params": params["layer"]}, x)).mean()

@@ -69,24 +69,35 @@ def test_the_energy_has_the_layers_of_its_rule(x64):
     assert {name: layer.shape for name, layer in layers.items()} == {"in": (D + 1, H), "out": (H, 1)}
     assert not layers.rest
     differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact", has_aux=True)
-    (loss, energies), grads, taps = differentiate(params, x)
-    expected = jax.value_and_grad(total_energy, has_aux=True)(params, x)
+    tx = kfe.kfac(0.1, layers)
+
+    @jax.jit
+    def read(params, x):
+        value, grads, taps = differentiate(params, x)
+        updates = tx.update(grads, tx.init(params), params, taps=taps)[0]
+        return value, grads, {name: taps[name].covariances() for name in layers}, updates
+
+    (loss, energies), grads, factors, updates = read(params, x)
+    expected = jax.jit(jax.value_and_grad(total_energy, has_aux=True))(params, x)
     assert_close(((loss, energies), grads), expected, 1e-10)
 
     # The derivatives inside the energies themselves are behind the stop and count for nothing.
     found = kfe.find_layers(surrogate, params, x, energies)
-    half, others = kfe.value_grad_and_taps(surrogate, found, fisher="exact")(params, x, energies)[1:]
-    assert_close(grads, jax.tree.map(lambda g: 2 * g, half), 1e-10)
-    for name in layers:
-        assert_close(taps[name].covariances(), others[name].covariances(), 1e-10)
 
-    rows = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical", has_aux=True)(params, x)[2]
-    for name, layer in layers.items():
-        assert_close(rows[name].example_gradients().mean(-3), layer.to_matrix(grads), 1e-10)
+    @jax.jit
+    def read_surrogate(params, x, energies):
+        half, taps = kfe.value_grad_and_taps(surrogate, found, fisher="exact")(params, x, energies)[1:]
+        return jax.tree.map(lambda g: 2 * g, half), {name: taps[name].covariances() for name in layers}
 
-    tx = kfe.kfac(0.1, layers)
-    updates = tx.update(grads, tx.init(params), params, taps=taps)[0]
-    slope = sum(jnp.vdot(g, u) for g, u in zip(*map(jax.tree.leaves, (grads, updates)), strict=True))
+    assert_close((grads, factors), read_surrogate(params, x, energies), 1e-10)
+
+    @jax.jit
+    def means(params, x):
+        taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical", has_aux=True)(params, x)[2]
+        return {name: taps[name].example_gradients().mean(-3) for name in layers}
+
+    assert_close(means(params, x), {name: layer.to_matrix(grads) for name, layer in layers.items()}, 1e-10)
+    slope = sum(np.vdot(g, u) for g, u in zip(*map(jax.tree.leaves, (grads, updates)), strict=True))
     assert slope < 0
     assert jax.tree.structure(optax.apply_updates(params, updates)) == jax.tree.structure(params)
 

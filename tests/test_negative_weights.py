@@ -156,7 +156,7 @@ def test_policy_gradient(x64):
     params, *data = batch()
     _, grads, taps = statistics(lambda z, y, w: losses.policy_gradient_loss(z, y, w).mean())
     reference = lambda z, y, w: (cross_entropy(optax)(z, y) * w).mean()
-    assert_close(grads, jax.grad(loss_of(reference))(params, *data), 1e-12)
+    assert_close(grads, jax.jit(jax.grad(loss_of(reference)))(params, *data), 1e-12)
     _, _, policy = statistics(lambda z, y, w: cross_entropy(kfe)(z, y).mean())
     assert_close(taps["kernel"].covariances(), policy["kernel"].covariances(), 1e-12)
     assert_close(taps.gradient_weight, jnp.asarray(N, jnp.float64), 1e-12)
@@ -167,8 +167,9 @@ def test_policy_gradient_is_a_loss_like_any_other():
     """Outside a tagged pass it is plain; the advantages are constants; shapes that do not fit are refused."""
     params, x, y, w = batch()
     logits = x @ params["kernel"]
-    outside = losses.policy_gradient_loss(logits, y, w)
-    assert_close(outside, cross_entropy(optax)(logits, y) * w, 1e-6)
-    assert not jax.grad(lambda w: losses.policy_gradient_loss(logits, y, w).sum())(w).any()
+    outside = jax.jit(losses.policy_gradient_loss)(logits, y, w)
+    assert_close(outside, jax.jit(lambda z: cross_entropy(optax)(z, y) * w)(logits), 1e-6)
+    of_advantages = jax.jit(jax.grad(lambda w: losses.policy_gradient_loss(logits, y, w).sum()))(w)
+    assert not np.any(of_advantages)
     with pytest.raises(ValueError, match="an action and an advantage for each event"):
         losses.policy_gradient_loss(logits, y, w[:, None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -23,21 +24,32 @@ from .methods import quick
 L2, DAMPING = 0.03, 0.2
 
 
+@jax.jit
 def _flat(tree):
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
 
+@functools.cache
+def _dense_terms(loss, l2):
+    """(parameters, x) → (∇h, F) of `loss` at the outputs, compiled once for all steps of a test."""
+
+    @jax.jit
+    def compute(params, x):
+        flat, rebuild = jax.flatten_util.ravel_pytree(params)
+
+        def outputs(vector):
+            return problems.plain_forward(rebuild(vector), x)
+
+        gradient = jax.grad(lambda p: loss(outputs(p)) + l2 * p @ p / 2)(flat)
+        return gradient, dense.gauss_newton(outputs, loss, flat)
+
+    return compute
+
+
 def _dense_model(problem, params, damping, l2):
     """(∇h, F + (λ + η)I) over all parameters, flattened; F from Jacobians and the Hessian at the outputs."""
-    x, _ = problem.args
-    flat, rebuild = jax.flatten_util.ravel_pytree(params)
-
-    def outputs(vector):
-        return problems.plain_forward(rebuild(vector), x)
-
-    fisher = dense.gauss_newton(outputs, problem.loss, flat)
-    gradient = jax.grad(lambda p: problem.loss(outputs(p)) + l2 * p @ p / 2)(flat)
-    return gradient, fisher + (damping + l2) * jnp.eye(len(flat))
+    gradient, fisher = map(np.asarray, _dense_terms(problem.loss, l2)(params, problem.args[0]))
+    return gradient, fisher + (damping + l2) * np.eye(len(fisher))
 
 
 def _trained(problem, tx, steps, **options):
@@ -63,14 +75,14 @@ def test_step_minimizes_the_model(kind, x64):
     problem = problems.make("plain", kind)
     inner = kfe.scale_by_kfac(problem.layers(), 1.0, inverse_update_period=1, factor_update_period=1)
     tx = kfe.scale_by_quadratic_model(inner, DAMPING, l2=L2)
-    previous = 0 * _flat(problem.params)
+    previous = np.zeros_like(_flat(problem.params))
     for params, updates, state, new_state in _trained(problem, tx, 3):
         gradient, matrix = _dense_model(problem, params, DAMPING, L2)
-        delta = _flat(updates)
+        delta = np.asarray(_flat(updates))
         model = lambda d, gradient=gradient, matrix=matrix: gradient @ d + d @ matrix @ d / 2
-        proposal = _flat(_proposal(problem, inner, params, state.inner))
-        basis = jnp.stack([proposal, previous])[: 1 + bool(jnp.any(previous != 0))].T
-        best = basis @ jnp.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
+        proposal = np.asarray(_flat(_proposal(problem, inner, params, state.inner)))
+        basis = np.stack([proposal, previous])[: 1 + bool(np.any(previous != 0))].T
+        best = basis @ np.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
         assert_close(delta, best, 1e-9)
         assert_close(new_state.model_change, model(delta), 1e-9)
         assert_close(new_state.model_change, gradient @ delta / 2, 1e-9)
@@ -118,7 +130,7 @@ def test_one_step_to_the_minimum_of_a_quadratic(fisher, x64):
     )
     _, grads, taps = differentiate(problem.params, *problem.args, key=jax.random.key(0))
     updates, _ = jax.jit(tx.update)(grads, tx.init(problem.params), problem.params, taps=taps)
-    after = jax.grad(problem.loss_fn)(optax.apply_updates(problem.params, updates), *problem.args)
+    after = jax.jit(jax.grad(problem.loss_fn))(optax.apply_updates(problem.params, updates), *problem.args)
     left = jnp.linalg.norm(_flat(after)) / jnp.linalg.norm(_flat(grads))
     # Sampled targets leave noise in G; the direction is the better the more samples there are.
     assert left < (1e-8 if fisher == "exact" else 0.15)
@@ -181,11 +193,11 @@ def test_search_takes_the_lowest_of_three(x64):
         found = []
         for candidate in candidates:
             grads = jax.tree.unflatten(jax.tree.structure(params), _split(gradient, params))
-            direction = _flat(
-                told.update(grads, told.init(None), taps=None, request=kfe.Request(candidate))[0]
+            direction = np.asarray(
+                _flat(told.update(grads, told.init(None), taps=None, request=kfe.Request(candidate))[0])
             )
-            basis = jnp.stack([direction, previous])[: 1 + (i > 0)].T
-            x = jnp.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
+            basis = np.stack([direction, previous])[: 1 + (i > 0)].T
+            x = np.linalg.solve(basis.T @ matrix @ basis, -basis.T @ gradient)
             found.append((float(gradient @ basis @ x / 2), candidate, basis @ x))
         change, best, delta = min(found, key=lambda f: f[0])
         assert_close(new_state.inner_damping, best, 1e-12)
@@ -194,7 +206,7 @@ def test_search_takes_the_lowest_of_three(x64):
         assert_close(_flat(updates), delta, 1e-8)
         assert new_state.inner.method.calls == i + 1
         moved += best != start
-        previous = _flat(updates)
+        previous = np.asarray(_flat(updates))
     assert moved
 
 
@@ -202,7 +214,7 @@ def _split(vector, like):
     sizes = np.cumsum([leaf.size for leaf in jax.tree.leaves(like)])[:-1]
     return [
         part.reshape(leaf.shape)
-        for part, leaf in zip(jnp.split(vector, sizes), jax.tree.leaves(like), strict=True)
+        for part, leaf in zip(np.split(vector, sizes), jax.tree.leaves(like), strict=True)
     ]
 
 

@@ -16,6 +16,7 @@ from flax import nnx
 import kfe_optax as kfe
 
 from .dense import assert_close
+from .problems import assert_gradients_and_rows
 
 N, D = 6, 4
 
@@ -189,11 +190,7 @@ def test_layers_and_the_law_of_rows(name):
     layers = kfe.find_layers(loss_fn, params, X, LABELS)
     assert {name: layer.shape for name, layer in layers.items()} == shapes
     assert layers.rest == ((("b",),) if name == "an output that is also read without its bias" else ())
-    loss, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)
-    assert_close((loss, grads), jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
-    for name, layer in layers.items():
-        if layer.per_example:
-            assert_close(taps[name].example_gradients().mean(-3), layer.to_matrix(grads), 1e-6)
+    assert_gradients_and_rows(loss_fn, layers, params, X, LABELS, tolerance=1e-6)
 
 
 def network(params, x):
@@ -249,25 +246,36 @@ def test_derivatives_inside_the_loss():
         assert {name: layer.shape for name, layer in layers.items()} == {"in": (3, 5), "out": (6, 1)}
         differentiate = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")
         loss, grads, taps = differentiate(params, x)
-        assert_close((loss, grads), jax.value_and_grad(loss_fn)(params, x), 1e-10)
+        assert_close((loss, grads), jax.jit(jax.value_and_grad(loss_fn))(params, x), 1e-10)
 
-        added = {"in": jnp.zeros((3, N, 5)), "out": jnp.zeros((3, N, 1))}
-        by_output = jax.jacobian(lambda added: jnp.stack(by_hand(params, x, added)[:2]))(added)
-        *found, rows = by_hand(params, x, added)
-        assert_close(found[0], sum(second_derivatives(params, x)), 1e-10)
-        for name in layers:
-            inputs = jnp.concatenate(rows[name])
-            # −log p of each output has the second derivative 2.
-            g = jnp.sqrt(2) * jnp.einsum("oncpnd->oncpd", by_output[name])
-            expected = inputs.T @ inputs / len(inputs), jnp.einsum("oncpd,oncpe->de", g, g) / N
-            assert_close(taps[name].covariances(), expected, 1e-10)
+        @jax.jit
+        def expected(params, x):
+            added = {"in": jnp.zeros((3, N, 5)), "out": jnp.zeros((3, N, 1))}
+            by_output = jax.jacobian(lambda added: jnp.stack(by_hand(params, x, added)[:2]))(added)
+            laplacian, _, rows = by_hand(params, x, added)
+            factors = {}
+            for name in layers:
+                inputs = jnp.concatenate(rows[name])
+                # −log p of each output has the second derivative 2.
+                g = jnp.sqrt(2) * jnp.einsum("oncpnd->oncpd", by_output[name])
+                factors[name] = inputs.T @ inputs / len(inputs), jnp.einsum("oncpd,oncpe->de", g, g) / N
+            return factors, laplacian, sum(second_derivatives(params, x))
+
+        factors, *laplacians = expected(params, x)
+        assert_close(*laplacians, 1e-10)
+        assert_close({name: taps[name].covariances() for name in layers}, factors, 1e-10)
 
         tx = kfe.kfac(0.5, layers, 1e-3)
         state, losses = tx.init(params), []
-        for _ in range(10):
+
+        @jax.jit
+        def step(params, state):
             loss, grads, taps = differentiate(params, x)
             updates, state = tx.update(grads, state, params, taps=taps)
-            params = optax.apply_updates(params, updates)
+            return optax.apply_updates(params, updates), state, loss
+
+        for _ in range(10):
+            params, state, loss = step(params, state)
             losses.append(float(loss))
         assert losses[-1] < losses[0] / 2
 
@@ -290,7 +298,7 @@ def test_a_function_with_a_derivative_of_its_own_stays_as_it_is():
     assert list(layers) == ["out"]
     assert "inside a function with a derivative of its own" in layers.reasons[0]
     found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)[:2]
-    assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
+    assert_close(found, jax.jit(jax.value_and_grad(loss_fn))(params, X, LABELS), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +365,7 @@ def test_what_is_left_as_it_is():
     layers = kfe.find_layers(loss_fn, params, X, LABELS)
     assert list(layers) == ["inside", "out"]
     found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, X, LABELS)[:2]
-    assert_close(found, jax.value_and_grad(loss_fn)(params, X, LABELS), 1e-6)
+    assert_close(found, jax.jit(jax.value_and_grad(loss_fn))(params, X, LABELS), 1e-6)
 
 
 def test_a_row_mask_of_the_batch():
@@ -449,9 +457,16 @@ def test_a_mask_inside_the_loss(name, x64):
             return kfe.losses.squared_error(y).sum(-1).mean()
 
         layers = kfe.find_layers(loss_fn, params, x)
-        _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
-        assert_close(grads, jax.grad(loss_fn)(params, x), 1e-12)
-        assert_close(taps["kernel"].covariances()[0], rows.T @ rows / len(rows), 1e-6)
+
+        @jax.jit
+        def read(params, x, loss_fn=loss_fn, layers=layers):
+            _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
+            return grads, jax.grad(loss_fn)(params, x), taps["kernel"].covariances()[0]
+
+        grads, expected, a = read(params, x)
+        assert_close(grads, expected, 1e-12)
+        counted = np.asarray(rows)
+        assert_close(a, counted.T @ counted / len(counted), 1e-6)
 
 
 def test_a_mask_that_a_derivative_leaves_behind():
@@ -512,7 +527,7 @@ def test_a_vector_that_is_wider_than_the_output_is_no_bias(x64):
     layers = kfe.find_layers(loss_fn, params, x)
     assert {name: layer.shape for name, layer in layers.items()} == {"w": (D, 1), "b": (5, 1, 1)}
     _, grads, _ = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
-    assert_close(grads, jax.grad(loss_fn)(params, x), 1e-12)
+    assert_close(grads, jax.jit(jax.grad(loss_fn))(params, x), 1e-12)
 
 
 def test_a_loss_of_the_output_without_its_bias():

@@ -12,6 +12,7 @@ import kfe_optax as kfe
 from kfe_optax._tracing import merging
 
 from .dense import assert_close
+from .problems import assert_gradients_and_rows
 
 N, D, H = 6, 2, 4
 KEYS = jax.random.split(jax.random.key(0))
@@ -129,16 +130,23 @@ def test_a_laplacian_has_the_factors_of_one_that_is_carried_forward(activation, 
     def by_hand(kernels, x):
         return both(*carried(kernels, x, own))
 
-    kernels = {name: jnp.concatenate([p["kernel"], p["bias"][None]]) for name, p in params.items()}
+    kernels = {name: jnp.asarray(np.vstack([p["kernel"], p["bias"]])) for name, p in params.items()}
     found = []
     for function, given in ((loss_fn, params), (by_hand, kernels)):
         layers = kfe.find_layers(function, given, x)
         assert set(layers) == set(params) and not layers.rest
-        loss, grads, taps = kfe.value_grad_and_taps(function, layers, fisher="exact")(given, x)
-        assert_close((loss, grads), jax.value_and_grad(function)(given, x), 1e-10)
         # Of single examples the first layer's derivatives are the same, and one row for all of them.
         names = [name for name in layers if laplacian is not each_example or name != "in"]
-        found.append((loss, {name: taps[name].covariances() for name in names}))
+
+        @jax.jit
+        def read(given, x, function=function, layers=layers, names=names):
+            *gradients, taps = kfe.value_grad_and_taps(function, layers, fisher="exact")(given, x)
+            factors = {name: taps[name].covariances() for name in names}
+            return gradients, [*jax.value_and_grad(function)(given, x)], factors
+
+        gradients, expected, factors = read(given, x)
+        assert_close(gradients, expected, 1e-10)
+        found.append((gradients[0], factors))
     assert_close(*found, 1e-10)
 
 
@@ -149,11 +157,8 @@ def uses_of(apply, params, x):
         return kfe.losses.squared_error(apply(params, x)).mean()
 
     layers = kfe.find_layers(loss_fn, params, x)
-    found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
-    assert_close(found[:2], jax.value_and_grad(loss_fn)(params, x), 1e-10)
-    for name, layer in layers.items():
-        rows = found[2][name].example_gradients().mean(-3)
-        assert_close(rows, layer.to_matrix(found[1]), 1e-10)
+    assert all(layer.per_example for layer in layers.values())
+    assert_gradients_and_rows(loss_fn, layers, params, x)
     return {name: len(layer.uses) for name, layer in layers.items()}
 
 
@@ -255,7 +260,7 @@ def test_a_module_that_is_called_twice_on_the_same_input(x64):
             return jnp.tanh(dense(x)) + jnp.sin(dense(x))
 
     model, x = Twice(), matrix(5, N, D)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     assert uses_of(lambda params, x: model.apply({"params": params}, x), params, x) == {"Dense_0": 1}
 
 

@@ -9,6 +9,7 @@ import pytest
 import kfe_optax as kfe
 
 from .dense import assert_close
+from .problems import assert_gradients_and_rows
 from .test_tracing_merging import matrix
 
 N, D = 6, 4
@@ -121,14 +122,10 @@ def test_layers_or_reasons(name, x64):
     assert {path[-1] for path in layers.rest} == set(reasons)
     for (own,), reason in zip(layers.rest, layers.reasons, strict=True):
         assert reasons[own] in reason
-    found = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)
-    assert_close(found[:2], jax.value_and_grad(loss_fn)(params, x), 1e-10)
-    for own, layer in layers.items():
-        if layer.per_example:
-            rows = found[2][own].example_gradients().mean(-3)
-            assert_close(rows, layer.to_matrix(found[1]), 1e-10)
+    assert_gradients_and_rows(loss_fn, layers, params, x)
     if name == "one-hot inputs":
         # A row for each token, of which the input's factor counts how often each word is read.
-        a, _ = found[2]["t"].covariances()
+        taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, x)[2]
+        a, _ = taps["t"].covariances()
         words = jax.nn.one_hot(jnp.argsort(x, -1), 7).reshape(-1, 7)
         assert_close(a, words.T @ words / len(words), 1e-10)

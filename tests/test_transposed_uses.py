@@ -113,14 +113,18 @@ def test_gradients_and_the_law_of_rows(case, x64):
     }
     collect = kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")
     loss, grads, taps = jax.jit(collect)(params, x)
-    assert_close((loss, grads), jax.value_and_grad(loss_fn)(params, x), 1e-10)
-    single = jax.vmap(lambda x: jax.grad(loss_fn)(params, x[None]))(x)
+    assert_close((loss, grads), jax.jit(jax.value_and_grad(loss_fn))(params, x), 1e-10)
     known = {name for name, layer in layers.items() if layer.per_example}
     # A derivative that is the same for all examples is a row of its own.
     assert known == ({"mid"} if "one example at a time" in case else set(layers))
-    for name in known:
-        expected = jax.vmap(layers[name].to_matrix)(single)
-        assert_close(taps[name].example_gradients(), expected, 1e-10)
+
+    @jax.jit
+    def expected(params, x):
+        single = jax.vmap(lambda x: jax.grad(loss_fn)(params, x[None]))(x)
+        return {name: jax.vmap(layers[name].to_matrix)(single) for name in known}
+
+    found = jax.jit(lambda taps: {name: taps[name].example_gradients() for name in known})(taps)
+    assert_close(found, expected(params, x), 1e-10)
 
 
 def by_hand(params, x, added):
@@ -146,27 +150,37 @@ def test_factors_of_both_kinds_of_uses(x64):
     layers = kfe.find_layers(loss_fn, params, x)
     assert list(layers) == ["0", "v"] or len(layers) == 2
     (own,) = (name for name, layer in layers.items() if layer.shape == (D + 1, H))
-    taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x)[2]
-    ((a, g),) = kfe.factors.estimate(kfe.factors.kfac(), taps)[own]
 
-    added = {"z": jnp.zeros((N, H)), "back": jnp.zeros((N, H)), "value": jnp.zeros((N, 1))}
-    added["slope"] = jnp.zeros((N, D))
-    jacobians = jax.jacobian(lambda added: by_hand(params, x, added)[0])(added)
-    _, (back, x, _) = by_hand(params, x, added)
+    @jax.jit
+    def found(params, x):
+        taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, x)[2]
+        return kfe.factors.estimate(kfe.factors.kfac(), taps)[own]
 
-    def columns(name):
-        """√2 ∂(each output)/∂(the product), (outputs of an example, N, d): −log p of each output has the second derivative 2."""
-        first, second = (jnp.einsum("n...nd->...nd", part[name]) for part in jacobians)
-        return jnp.sqrt(2) * jnp.concatenate([first, second])
+    @jax.jit
+    def expected(params, x):
+        added = {"z": jnp.zeros((N, H)), "back": jnp.zeros((N, H)), "value": jnp.zeros((N, 1))}
+        added["slope"] = jnp.zeros((N, D))
+        jacobians = jax.jacobian(lambda added: by_hand(params, x, added)[0])(added)
+        _, (back, _, _) = by_hand(params, x, added)
 
-    inputs = jnp.concatenate([x, jnp.ones((N, 1))], 1)
-    plain = inputs.T @ inputs / N, jnp.einsum("cnd,cne->de", columns("z"), columns("z")) / N
-    turned = jnp.pad(columns("slope"), ((0, 0), (0, 0), (0, 1)))
-    turned = jnp.einsum("cnd,cne->de", turned, turned) / N, back.T @ back / N
-    pairs = [plain, turned]
-    sigma = sum(jnp.trace(a) * jnp.trace(g) for a, g in pairs)
-    assert_close(a, sum(jnp.trace(g) * a for a, g in pairs) / sigma, 1e-10)
-    assert_close(g, sum(jnp.trace(a) * g for a, g in pairs), 1e-10)
+        def columns(name):
+            """√2 ∂(each output)/∂(the product), (outputs of an example, N, d).
+
+            −log p of each output has the second derivative 2.
+            """
+            first, second = (jnp.einsum("n...nd->...nd", part[name]) for part in jacobians)
+            return jnp.sqrt(2) * jnp.concatenate([first, second])
+
+        inputs = jnp.concatenate([x, jnp.ones((N, 1))], 1)
+        plain = inputs.T @ inputs / N, jnp.einsum("cnd,cne->de", columns("z"), columns("z")) / N
+        turned = jnp.pad(columns("slope"), ((0, 0), (0, 0), (0, 1)))
+        turned = jnp.einsum("cnd,cne->de", turned, turned) / N, back.T @ back / N
+        pairs = [plain, turned]
+        sigma = sum(jnp.trace(a) * jnp.trace(g) for a, g in pairs)
+        return sum(jnp.trace(g) * a for a, g in pairs) / sigma, sum(jnp.trace(a) * g for a, g in pairs)
+
+    ((a, g),) = found(params, x)
+    assert_close((a, g), expected(params, x), 1e-10)
 
 
 def test_what_other_uses_know_nothing_of(x64):
@@ -195,7 +209,7 @@ class Potential(nn.Module):
 def test_a_force_is_fitted(method):
     """A network whose gradient is fitted, as those of interatomic potentials are: Flax modules, reverse mode in the loss."""
     model, x = Potential(), jnp.asarray(matrix(0, 16, D), jnp.float32)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     forces = -2 * x
 
     def loss_fn(params, x, forces):
@@ -205,7 +219,7 @@ def test_a_force_is_fitted(method):
     layers = kfe.find_layers(loss_fn, params, x, forces)
     assert set(layers) == {"Dense_0", "Dense_1"}
     tx = getattr(kfe, method)(0.03, layers)
-    state, losses = tx.init(params), []
+    state, losses = jax.jit(tx.init)(params), []
     differentiate = kfe.value_grad_and_taps(loss_fn, layers)
 
     @jax.jit

@@ -178,9 +178,11 @@ def test_deep_linear_networks(x64):
     inputs, outputs = [x, x @ weights[0]], [h @ weights[1].T, h]
     gram = lambda rows: [[p.T @ q / 9 for q in rows] for p in rows]
     factors = chain_factors(gram(inputs), gram(outputs))
-    roots, failures = chain_roots.refresh(
-        {"chain": factors}, {"chain": chain_roots.unit(factors)}, jnp.asarray(1e-30)
-    )
+    roots, failures = jax.jit(
+        lambda factors: chain_roots.refresh(
+            {"chain": factors}, {"chain": chain_roots.unit(factors)}, jnp.asarray(1e-30)
+        )
+    )(factors)
     assert int(failures) == 0
     for side in roots["chain"].pencils[0]:
         assert_close(side.values, np.ones(3), 1e-8)
@@ -307,7 +309,7 @@ def test_convolutions_of_one_resolution(x64, monkeypatch):
     """The rows of a convolution are its patches; they are formed a few examples at a time."""
     model = nn.Sequential([nn.Conv(2, (3,)), nn.tanh, nn.Conv(3, (1,)), nn.tanh, lambda x: x.mean(1)])
     x, labels = jnp.asarray(np.random.default_rng(0).normal(size=(5, 4, 2))), jnp.array([0, 1, 2, 0, 1])
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda v: v.astype(jnp.float64), params)
     loss_fn = lambda params, x, labels: cross_entropy(model.apply({"params": params}, x), labels)
     layers, grads, taps = sampled_taps(loss_fn, params, (x, labels))
@@ -436,7 +438,7 @@ class Residual(nn.Module):
 
 def test_options_and_messages():
     x, labels = jnp.ones((4, 3)), jnp.zeros(4, int)
-    params = Residual().init(jax.random.key(0), x)["params"]
+    params = jax.jit(Residual().init)(jax.random.key(0), x)["params"]
     loss_fn = lambda params: cross_entropy(Residual().apply({"params": params}, x), labels)
     layers = kfe.find_layers(loss_fn, params)
     message = "layer 'head' stands after layer 'down' and is fed by down and stem.*chains='split'"

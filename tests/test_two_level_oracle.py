@@ -200,7 +200,7 @@ def convolutions():
     outputs = jax.jit(lambda s: model.apply({"params": params}, x, s))
     inputs = {name: np.asarray(v) for name, v in outputs(shifts)[1].items()}
     # ∂z_c of every example; the Hessian of ½‖z‖² is the identity.
-    jacobian = jax.jacobian(lambda s: outputs(s)[0].sum(0))(shifts)
+    jacobian = jax.jit(jax.jacobian(lambda s: outputs(s)[0].sum(0)))(shifts)
     gamma = {name: np.asarray(j).sum(-1) for name, j in jacobian.items()}
     alpha = {"wide": np.zeros((n, 4, 4)), "narrow": np.zeros((n, 2, 2)), "head": inputs["head"].sum(1) + 1}
     for name, stride, before, bias in (("wide", 1, 1, 1), ("narrow", 2, 0, 0)):
@@ -279,5 +279,5 @@ def test_convolutions_exactly(x64):
     )
     expected = np.einsum("inc,jnc->ij", zeta, zeta) / 4
     tx = two_level(cheap(layers), layers, form="exact")
-    _, state = jax.jit(tx.update)(params, tx.init(params), params, taps=taps)
+    _, state = jax.jit(lambda v, taps: tx.update(v, tx.init(v), v, taps=taps))(params, taps)
     assert_close(state.coarse.averages[0], expected)

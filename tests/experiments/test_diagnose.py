@@ -62,7 +62,7 @@ def test_every_number_is_that_of_the_dense_matrices(config, x64, fisher, monkeyp
     dataset = load(config)
     task = make_task(config, dataset)
     batch = {"image": dataset.train_images[:16].astype(float), "label": dataset.train_labels[:16]}
-    params, _ = task.init(jax.random.key(0), batch["image"])
+    params, _ = jax.jit(task.init)(jax.random.key(0), batch["image"])
     params = jax.tree.map(lambda v: 2 * v.astype(jnp.float64), params)
     layers = find_layers(task, params, {}, batch)
     name = find_layer(layers, "2")

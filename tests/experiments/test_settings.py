@@ -249,7 +249,7 @@ def test_relatives_of_kfac_have_what_they_share_with_it():
 def test_the_code_is_linear_and_so_are_the_outputs():
     model = Autoencoder(sizes=(6, 4, 2, 4, 6), activation="tanh")
     images = jax.random.uniform(jax.random.key(0), (3, 6))
-    params = model.init(jax.random.key(1), images)["params"]
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
     assert {name: layer["kernel"].shape for name, layer in params.items()} == {
         "dense_1": (6, 4),
         "dense_2": (4, 2),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 from pathlib import Path
 
 import jax
@@ -85,8 +86,9 @@ def test_losses_are_trained_as_sums_and_reported_as_means(tiny_config, loss, mon
     assert not state
     images, labels = dataset.splits()["train"]
     batch = {"image": images, "label": labels}
-    losses, others = example_losses(loss, task.model.apply({"params": params}, images), batch)
-    trained = task.loss_fn(params, batch)
+    outputs = np.asarray(jax.jit(task.model.apply)({"params": params}, images))
+    losses, others = map(np.asarray, example_losses(loss, outputs, batch))
+    trained = jax.jit(task.loss_fn)(params, batch)
     np.testing.assert_allclose(trained, losses.sum() / 72, rtol=1e-6)
     # Every image counts once, whatever the size of the evaluation's batches.
     for batch_size in (1000, 50):
@@ -113,12 +115,13 @@ def test_the_loss_of_a_regression_is_the_squared_error_of_the_targets(linear):
     task = make_task(config, dataset)
     params, state = jax.jit(task.init)(jax.random.key(0), dataset.train_images[:1])
     images, targets = dataset.splits()["test"]
-    errors = np.square(task.model.apply({"params": params, **state}, images) - targets)
+    errors = np.square(np.asarray(jax.jit(task.model.apply)({"params": params, **state}, images)) - targets)
     measures = task.evaluate(params, images, targets, state)
     np.testing.assert_allclose(measures["loss"], errors.mean(), rtol=1e-5)
     np.testing.assert_allclose(measures["squared_error"], errors.sum(-1).mean(), rtol=1e-5)
-    loss, moved = task.loss_fn(params, {"image": images, "label": targets}, state)
-    trained, _ = task.model.apply({"params": params, **state}, images, train=True, mutable=["batch_stats"])
+    loss, moved = jax.jit(task.loss_fn)(params, {"image": images, "label": targets}, state)
+    apply = functools.partial(task.model.apply, train=True, mutable=["batch_stats"])
+    trained = np.asarray(jax.jit(apply)({"params": params, **state}, images)[0])
     np.testing.assert_allclose(loss, np.square(trained - targets).sum(-1).mean(), rtol=1e-5)
     assert not np.allclose(moved["batch_stats"]["first"]["norm"]["mean"], 0)
 
@@ -198,7 +201,7 @@ def test_evaluation_takes_the_running_statistics(config):
     params, state = jax.jit(task.init)(jax.random.key(0), dataset.train_images[:1])
     state = jax.tree.map(lambda leaf: leaf + 0.3, state)
     images, labels = dataset.test_images, dataset.test_labels
-    logits = task.model.apply({"params": params, **state}, images)
+    logits = jax.jit(task.model.apply)({"params": params, **state}, images)
     expected = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     measures = task.evaluate(params, images, labels, state)
     np.testing.assert_allclose(measures["loss"], expected, rtol=1e-6)
@@ -269,12 +272,11 @@ def test_the_loss_of_a_text_is_the_mean_over_its_characters(text_config, monkeyp
     assert not state
     tokens, following = dataset.test_images, dataset.test_labels
     assert tokens.shape == following.shape == (len(tokens), 9)
-    logits = task.model.apply({"params": params}, tokens)
+    logits = jax.jit(task.model.apply)({"params": params}, tokens)
     assert logits.shape == (*tokens.shape, dataset.vocabulary)
-    expected = optax.losses.softmax_cross_entropy_with_integer_labels(logits, following).mean()
-    np.testing.assert_allclose(
-        task.loss_fn(params, {"image": tokens, "label": following}), expected, rtol=1e-6
-    )
+    expected = jax.jit(optax.losses.softmax_cross_entropy_with_integer_labels)(logits, following).mean()
+    loss = jax.jit(task.loss_fn)(params, {"image": tokens, "label": following})
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
     measures = task.evaluate(params, tokens, following)
     np.testing.assert_allclose(measures["loss"], expected, rtol=1e-6)
     np.testing.assert_allclose(measures["accuracy"], np.mean(logits.argmax(-1) == following), rtol=1e-6)
