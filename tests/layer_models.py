@@ -89,12 +89,12 @@ def conv_groups_dilated(dtype):
     return pooled(body, 5, 4, 4)(dtype)
 
 
-@case((2 * 2 + 1, WIDTH), HEAD, tier="slow")
+@case((2 * 2 + 1, WIDTH), HEAD, tier="nightly")
 def conv_causal(dtype):
     return pooled(lambda x: nn.Conv(WIDTH, (2,), padding="CAUSAL", kernel_dilation=2)(x), 5, 2)(dtype)
 
 
-@case((3 * 2 + 1, WIDTH), (4 * WIDTH + 1, WIDTH), HEAD, tier="slow")
+@case((3 * 2 + 1, WIDTH), (4 * WIDTH + 1, WIDTH), HEAD, tier="nightly")
 def conv_transpose(dtype):
     """One that puts zeros between, one whose stored kernel is flipped."""
 
@@ -105,7 +105,7 @@ def conv_transpose(dtype):
     return pooled(body, 3, 2)(dtype)
 
 
-@case((3, 2 * 2 + 1, WIDTH), HEAD, tier="slow")
+@case((3, 2 * 2 + 1, WIDTH), HEAD, tier="nightly")
 def conv_local(dtype):
     return pooled(lambda x: nn.ConvLocal(WIDTH, (2,))(x), 3, 2)(dtype)
 

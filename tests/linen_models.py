@@ -75,7 +75,7 @@ def remat(dtype):
     return stack(lambda x: nn.remat(Block)(name="block")(x)[0])(dtype)
 
 
-@case(IN, HID, OUT, tier="slow")
+@case(IN, HID, OUT, tier="nightly")
 def linen_jit(dtype):
     return stack(lambda x: nn.jit(Block)(name="block")(x)[0])(dtype)
 
@@ -286,7 +286,7 @@ def integer_inputs(dtype):
     return linen(nn.Sequential(layers), dtype, (x > 0).astype(int), labels)
 
 
-@case(IN, OUT, has_aux=True, tier="slow")
+@case(IN, OUT, has_aux=True, tier="nightly")
 def with_aux(dtype):
     model = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
     x, labels = batch(dtype)

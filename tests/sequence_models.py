@@ -154,7 +154,7 @@ class NnxGpt(nnx.Module):
     *((2, WIDTH, WIDTH),) * 4,
     (2, WIDTH + 1, WIDTH),
     shared=(0,),
-    tier="slow",
+    tier="nightly",
 )
 def nnx_gpt(dtype):
     x, _ = tokens(VOCABULARY, 3)

@@ -301,7 +301,7 @@ def test_checkpoints(trainer, good, tmp_path):
         assert_equal((resumed.updates, resumed.state), (expected.updates, expected.state))
 
 
-@pytest.mark.parametrize("trainer", quick("kfac", slow=["tekfac", "soap"]), indirect=True)
+@pytest.mark.parametrize("trainer", quick("kfac", slow=["soap"]), indirect=True)
 def test_all_wrappers_at_once(trainer):
     """MultiSteps of chain, apply_if_finite, masked, partition and inject_hyperparams: the bare update, on the second call."""
     problem = trainer.problem
@@ -336,7 +336,7 @@ def test_all_wrappers_at_once(trainer):
 CLIPPED = [n for n, m in kfe.METHODS.items() if "max_kl" in inspect.signature(m.optimizer).parameters]
 
 
-@pytest.mark.parametrize("trainer", quick("tekfac", slow=["kfac", "deflation"], of=CLIPPED), indirect=True)
+@pytest.mark.parametrize("trainer", quick("tekfac", slow=["kfac"], of=CLIPPED), indirect=True)
 def test_aliases_with_hyperparameters_in_the_state(trainer):
     """The optimizer of a line of the registry steps along its preconditioner; learning rate and λ change in the state."""
     problem = trainer.problem
@@ -380,7 +380,7 @@ def narrow():
     return make_problem(sizes=(3, 1, 2), examples=1)
 
 
-@pytest.mark.parametrize("name", quick("ekfac", "kfac_tridiagonal", slow=["tekfac", "lanczos"]))
+@pytest.mark.parametrize("name", quick("ekfac", "kfac_tridiagonal", slow=["lanczos"]))
 def test_one_example_and_a_layer_of_width_one(name, narrow):
     """Two refreshes without jax.jit around the update."""
     tx = CASES[name].make(narrow.layers)
