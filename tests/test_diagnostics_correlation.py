@@ -16,7 +16,7 @@ from .dense import assert_close
 from .methods import quick
 
 TOLERANCE = 1e-10
-every_model = pytest.mark.parametrize("name", quick("positions", slow=MODELS, of=MODELS))
+every_model = pytest.mark.parametrize("name", quick("positions", slow=["stacked"], of=MODELS))
 
 
 def scaled(covariance):

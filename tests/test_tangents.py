@@ -13,7 +13,7 @@ import kfe_optax as kfe
 
 from . import problems
 from .dense import assert_close
-from .methods import quick
+from .methods import kinds_of_frameworks
 
 pytestmark = pytest.mark.release
 
@@ -66,7 +66,7 @@ def _vectors(params, count):
     return [jax.tree.map(lambda p, i=i: one(i, p), params) for i in range(count)]
 
 
-@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.nightly)])
 def test_products_of_the_fisher(mixed, fisher, x64):
     """vᵀFu = (Jv)ᵀH(Ju) with H the Hessian at the outputs, whatever the layers, the loops and the weights of the losses."""
     loss_fn, params, args, outputs = mixed
@@ -88,8 +88,7 @@ def test_products_of_the_fisher(mixed, fisher, x64):
     assert difference == 0
 
 
-@pytest.mark.parametrize("framework", quick("plain", slow=["nnx"], of=problems.FRAMEWORKS))
-@pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels", "counts"])
+@pytest.mark.parametrize(("kind", "framework"), kinds_of_frameworks("plain", "nnx"))
 def test_equal_to_the_sum_over_exact_columns(framework, kind, x64):
     """The same F as fisher="exact" estimates curvature from: vᵀFv of one layer's v is that of its per-example gradients."""
     problem = problems.make(framework, kind)
