@@ -176,7 +176,6 @@ def test_sampled_converges_to_it(case):
     assert standard.max() < 0.1 * np.abs(expected).max()  # the bound says something
 
 
-@pytest.mark.release
 @pytest.mark.parametrize(
     ("case", "fisher"),
     [

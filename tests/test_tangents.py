@@ -15,8 +15,6 @@ from . import problems
 from .dense import assert_close
 from .methods import kinds_of_frameworks
 
-pytestmark = pytest.mark.release
-
 
 class _Block(nn.Module):
     @nn.compact
@@ -66,6 +64,7 @@ def _vectors(params, count):
     return [jax.tree.map(lambda p, i=i: one(i, p), params) for i in range(count)]
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.nightly)])
 def test_products_of_the_fisher(mixed, fisher, x64):
     """vᵀFu = (Jv)ᵀH(Ju) with H the Hessian at the outputs, whatever the layers, the loops and the weights of the losses."""
@@ -115,6 +114,7 @@ def test_equal_to_the_sum_over_exact_columns(framework, kind, x64):
     )
 
 
+@pytest.mark.release
 def test_mutable_state_and_auxiliary_values(x64):
     """The trial loss leaves batch statistics alone and drops auxiliary values."""
     model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False), nn.Dense(2)])
@@ -133,6 +133,7 @@ def test_mutable_state_and_auxiliary_values(x64):
     assert taps.loss_at(jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)) < loss
 
 
+@pytest.mark.release
 def test_misuse():
     """Taps that were not asked, a loss that registers nothing, a loss inside a vmap."""
     problem = problems.make("plain", "gaussian")
@@ -164,6 +165,7 @@ def test_misuse():
         )
 
 
+@pytest.mark.release
 def test_what_nobody_asks_for_costs_nothing():
     """Without the flag the taps hold no outputs, and with it the gradient is the same to the last bit."""
     problem = problems.make("plain", "softmax")
