@@ -77,7 +77,7 @@ def conv_norm_pool(dtype):
     return loss_fn, params, (x, labels, statistics)
 
 
-@case((2, 2 * 3 * 2 + 1, WIDTH // 2), HEAD, tier="slow")
+@case((2, 2 * 3 * 2 + 1, WIDTH // 2), HEAD, tier="nightly")
 def conv_groups_dilated(dtype):
     """Feature groups, kernel dilation, stride and padding on one side, on images that are not square."""
 
@@ -146,7 +146,7 @@ def linear_maps(dtype):
     return linen(Model(), dtype, *batch(dtype, 2, 3))
 
 
-@case((WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), NORM, HEAD, tier="slow")
+@case((WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), NORM, HEAD, tier="nightly")
 def attention(dtype):
     """Query, key, value and out; without biases, since that of a key changes nothing."""
 
@@ -189,7 +189,7 @@ def norm_repeated(dtype):
     return linen(Model(), dtype, *batch(dtype, WIDTH))
 
 
-@case((4, 1, 2), HEAD, tier="slow")
+@case((4, 1, 2), HEAD, tier="nightly")
 def norm_vmap(dtype):
     """A norm that sees one example at a time has a row an example."""
     model = nn.Sequential([nn.LayerNorm(), nn.tanh, nn.Dense(CLASSES)])

@@ -64,7 +64,7 @@ def frozen_dict(dtype):
     return linen(Stack(lambda x: Block(name="block")(x)[0]), dtype, *batch(dtype), freeze_params=True)
 
 
-@case((INPUTS, WIDTH), (WIDTH, CLASSES), tier="slow")
+@case((INPUTS, WIDTH), (WIDTH, CLASSES), tier="nightly")
 def no_bias(dtype):
     layers = [nn.Dense(WIDTH, use_bias=False), nn.tanh, nn.Dense(CLASSES, use_bias=False)]
     return linen(nn.Sequential(layers), dtype, *batch(dtype))

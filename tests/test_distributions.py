@@ -19,7 +19,7 @@ from .methods import quick
 N, D, T = 4, 3, 2
 OWN = kfe.losses.negative_log_likelihood
 # The others differ from these by their formulas alone, which the first tests check.
-SOME = quick("HeteroscedasticGaussian", "NegativeBinomial", slow=["Categorical"], of=CASES)
+SOME = quick("HeteroscedasticGaussian", "NegativeBinomial", of=CASES)
 
 
 @pytest.fixture(params=CASES)

@@ -130,7 +130,7 @@ def test_nnx_forms(x64):
         layers = kfe.find_layers(loss_fn, model, *args)
         tx = OPTIMIZERS["kfac"](layers)
         _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(model, *args)
-        return tx.update(grads, tx.init(nnx.state(model, nnx.Param)), taps=taps)[0]
+        return jax.jit(tx.update)(grads, jax.jit(tx.init)(nnx.state(model, nnx.Param)), taps=taps)[0]
 
     expected = updates(model)
     for around in (nnx.remat, nnx.jit):

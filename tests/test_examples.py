@@ -73,22 +73,13 @@ def test_helium(x64):
 
 
 BOUNDS = {"poisson": 0.25, "helium": 0.02}
+RUNS = [(problem, name) for problem in BOUNDS for name in ("kfac", "ekfac", "spectral_kfac")]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("problem", "name"),
-    [
-        pytest.param(
-            problem,
-            name,
-            marks=[]
-            if (problem, name) in {("poisson", "ekfac"), ("helium", "kfac")}
-            else pytest.mark.nightly,
-        )
-        for problem in BOUNDS
-        for name in ("kfac", "ekfac", "spectral_kfac")
-    ],
+    [pytest.param(*run, marks=[] if run == ("poisson", "ekfac") else pytest.mark.nightly) for run in RUNS],
 )
 def test_default_settings_converge(problem, name):
     """At the recommended rate; where the scale of EKFAC is that of squared mean gradients it ends at an error of 2."""

@@ -172,7 +172,7 @@ def test_exact_is_gauss_newton(name, x64):
     "name",
     quick(
         "two heads",
-        slow=["soft where", "vmapped"],
+        slow=["vmapped"],
         of=["mean", "mean over pixels", "squared error", "two heads", "soft where", "vmapped"],
     ),
 )
