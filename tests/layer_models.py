@@ -131,7 +131,7 @@ def conv_repeated(dtype):
     return linen(Model(), dtype, *batch(dtype, 5, WIDTH))
 
 
-@case((2 * 3 + 1, 2 * WIDTH), (2, WIDTH, WIDTH), (2 * WIDTH, WIDTH), HEAD, tier="slow")
+@case((2 * 3 + 1, 2 * WIDTH), (2, WIDTH, WIDTH), (2 * WIDTH, WIDTH), HEAD, tier="nightly")
 def linear_maps(dtype):
     """DenseGeneral over two axes, one with a batch axis, an einsum."""
 
@@ -156,7 +156,7 @@ def attention(dtype):
     return pooled(body, 3, WIDTH)(dtype)
 
 
-@case(NORM, (WIDTH, 1, 1), NORM, (WIDTH, 1, 1), HEAD, tier="slow")
+@case(NORM, (WIDTH, 1, 1), NORM, (WIDTH, 1, 1), HEAD, tier="nightly")
 def norms(dtype):
     """Group, RMS, instance and layer norm, the last without a scale."""
 

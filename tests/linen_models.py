@@ -233,7 +233,7 @@ def two_models(dtype):
     return loss_fn, randomized(params, dtype), (x, labels)
 
 
-@case(OUT, tier="slow")
+@case(OUT, tier="nightly")
 def frozen_part(dtype):
     """The first layer behind a stop_gradient."""
     model = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])

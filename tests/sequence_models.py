@@ -175,7 +175,7 @@ class NnxRecurrent(nnx.Module):
         return self.head(self.loop(self.embed(tokens))[:, -1])
 
 
-@case((VOCABULARY, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH + 1, 4 * WIDTH), HEAD, shared=(1, 2), tier="slow")
+@case((VOCABULARY, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH + 1, 4 * WIDTH), HEAD, shared=(1, 2), tier="nightly")
 def nnx_lstm(dtype):
     return nnx_loss, nnx_model(NnxRecurrent(dtype), dtype), tokens(VOCABULARY, 3)
 

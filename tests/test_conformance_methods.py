@@ -390,7 +390,7 @@ def narrow():
     return make_problem(sizes=(3, 1, 2), examples=1)
 
 
-@pytest.mark.parametrize("name", quick("ekfac", "kfac_tridiagonal", slow=["lanczos"]))
+@pytest.mark.parametrize("name", quick("ekfac", "kfac_tridiagonal"))
 def test_one_example_and_a_layer_of_width_one(name, narrow):
     """Two refreshes without jax.jit around the update."""
     tx = CASES[name].make(narrow.layers)

@@ -281,7 +281,7 @@ def test_an_axis_that_is_not_named(fresh_problem):
     "spec",
     [
         (("data", "model"), None),
-        pytest.param((None, "model"), marks=pytest.mark.slow),
+        pytest.param((None, "model"), marks=pytest.mark.nightly),
         pytest.param(("model", None), marks=pytest.mark.nightly),
     ],
 )

@@ -147,15 +147,7 @@ DEFAULT = [
     "soft where",
     "vmapped positions",
 ]
-SLOW = [
-    "sum",
-    "two losses on one head",
-    "where",
-    "register_output",
-    "vmapped",
-    "positions",
-    "scaled and shifted",
-]
+SLOW = ["sum", "register_output", "vmapped", "scaled and shifted"]
 
 
 @pytest.mark.parametrize("name", quick(*DEFAULT, slow=SLOW, of=LOSSES))

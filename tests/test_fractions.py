@@ -118,7 +118,7 @@ def mean_loss(params, x, labels):
     return kfe.losses.softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
 
-@pytest.mark.parametrize("name", quick("kfac", "ekfac", "kpsvd", slow=["two_level_kfac"]))
+@pytest.mark.parametrize("name", quick("kfac", "ekfac", "kpsvd"))
 def test_every_method_steps_as_with_all_examples(x64, name):
     """Where they are alike: a batch of copies, of which each part has one of each."""
     params, (x, labels), _ = given()

@@ -72,7 +72,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "name",
-    quick("sampled", "empirical", "microbatches", "sums, empirical", slow=["quadratic model"], of=CASES),
+    quick("sampled", "empirical", "microbatches", "sums, empirical", of=CASES),
 )
 def test_statistics_are_those_of_the_loss_itself(name, x64):
     function, options = CASES[name]

@@ -42,7 +42,7 @@ SHARING_BLOCKS = ("groups", "sua_uncentered", "queries", "projection", "heads_of
 
 
 # Other forms of what is in the first network.
-MORE = ("conv1", "sua", "reduce", "queries", "heads_of_both")
+MORE = ("conv1", "sua", "sua_uncentered", "reduce", "queries", "heads_of_both", "tokens reduced")
 EVERY = pytest.mark.parametrize(
     "name", quick(slow=[n for n in APPROXIMATIONS if n not in MORE], of=APPROXIMATIONS)
 )

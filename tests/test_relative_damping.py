@@ -85,7 +85,7 @@ def terms_of(case, state, layers):
         "kfac",
         "ekfac",
         "kfac exact",
-        slow=("tekfac", "two_level_kfac", "ekfac factored"),
+        slow=("tekfac", "two_level_kfac"),
         of=CASES,
     ),
 )
