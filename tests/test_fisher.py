@@ -147,7 +147,14 @@ DEFAULT = [
     "soft where",
     "vmapped positions",
 ]
-SLOW = ["sum", "register_output", "vmapped", "scaled and shifted"]
+SLOW = [
+    "sum",
+    "two losses on one head",
+    "register_output",
+    "register_output, default weights",
+    "vmapped",
+    "scaled and shifted",
+]
 
 
 @pytest.mark.parametrize("name", quick(*DEFAULT, slow=SLOW, of=LOSSES))
