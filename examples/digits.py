@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,6 +22,10 @@ class Digits(NamedTuple):
         return Digits(self.images[chosen], self.labels[chosen])
 
 
+# Reading the file takes longer than a small run.
+_read = functools.cache(mnist_data)
+
+
 def load() -> Digits:
-    images, labels = mnist_data()
+    images, labels = _read()
     return Digits(jnp.asarray(images / 255, jnp.float32).reshape(-1, 28, 28), jnp.asarray(labels, jnp.int32))

@@ -76,7 +76,9 @@ def schedule_of(rate: float, steps: int) -> optax.Schedule:
 def begin(problem: Problem, seed: int) -> tuple[Any, Any, kfe.Layers]:
     """The first parameters, what is carried, and the layers of the loss."""
     key = jax.random.key(seed)
-    params, carried = jax.jit(problem.start)(jax.random.fold_in(key, 0))
+    # Compiled once for every optimizer: a problem is hashed by its sizes.
+    start = jax.jit(type(problem).start, static_argnums=0)
+    params, carried = start(problem, jax.random.fold_in(key, 0))
     arguments, _ = jax.eval_shape(problem.arguments, params, carried, key)
     return params, carried, kfe.find_layers(problem.loss_fn, params, *arguments)
 

@@ -77,7 +77,7 @@ def conv_norm_pool(dtype):
     return loss_fn, params, (x, labels, statistics)
 
 
-@case((2, 2 * 3 * 2 + 1, WIDTH // 2), HEAD, tier="slow")
+@case((2, 2 * 3 * 2 + 1, WIDTH // 2), HEAD, tier="nightly")
 def conv_groups_dilated(dtype):
     """Feature groups, kernel dilation, stride and padding on one side, on images that are not square."""
 
@@ -89,12 +89,12 @@ def conv_groups_dilated(dtype):
     return pooled(body, 5, 4, 4)(dtype)
 
 
-@case((2 * 2 + 1, WIDTH), HEAD, tier="slow")
+@case((2 * 2 + 1, WIDTH), HEAD, tier="nightly")
 def conv_causal(dtype):
     return pooled(lambda x: nn.Conv(WIDTH, (2,), padding="CAUSAL", kernel_dilation=2)(x), 5, 2)(dtype)
 
 
-@case((3 * 2 + 1, WIDTH), (4 * WIDTH + 1, WIDTH), HEAD, tier="slow")
+@case((3 * 2 + 1, WIDTH), (4 * WIDTH + 1, WIDTH), HEAD, tier="nightly")
 def conv_transpose(dtype):
     """One that puts zeros between, one whose stored kernel is flipped."""
 
@@ -105,7 +105,7 @@ def conv_transpose(dtype):
     return pooled(body, 3, 2)(dtype)
 
 
-@case((3, 2 * 2 + 1, WIDTH), HEAD, tier="slow")
+@case((3, 2 * 2 + 1, WIDTH), HEAD, tier="nightly")
 def conv_local(dtype):
     return pooled(lambda x: nn.ConvLocal(WIDTH, (2,))(x), 3, 2)(dtype)
 
@@ -131,7 +131,7 @@ def conv_repeated(dtype):
     return linen(Model(), dtype, *batch(dtype, 5, WIDTH))
 
 
-@case((2 * 3 + 1, 2 * WIDTH), (2, WIDTH, WIDTH), (2 * WIDTH, WIDTH), HEAD, tier="slow")
+@case((2 * 3 + 1, 2 * WIDTH), (2, WIDTH, WIDTH), (2 * WIDTH, WIDTH), HEAD, tier="nightly")
 def linear_maps(dtype):
     """DenseGeneral over two axes, one with a batch axis, an einsum."""
 
@@ -146,7 +146,7 @@ def linear_maps(dtype):
     return linen(Model(), dtype, *batch(dtype, 2, 3))
 
 
-@case((WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), NORM, HEAD, tier="slow")
+@case((WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), NORM, HEAD, tier="nightly")
 def attention(dtype):
     """Query, key, value and out; without biases, since that of a key changes nothing."""
 
@@ -156,7 +156,7 @@ def attention(dtype):
     return pooled(body, 3, WIDTH)(dtype)
 
 
-@case(NORM, (WIDTH, 1, 1), NORM, (WIDTH, 1, 1), HEAD, tier="slow")
+@case(NORM, (WIDTH, 1, 1), NORM, (WIDTH, 1, 1), HEAD, tier="nightly")
 def norms(dtype):
     """Group, RMS, instance and layer norm, the last without a scale."""
 
@@ -189,7 +189,7 @@ def norm_repeated(dtype):
     return linen(Model(), dtype, *batch(dtype, WIDTH))
 
 
-@case((4, 1, 2), HEAD, tier="slow")
+@case((4, 1, 2), HEAD, tier="nightly")
 def norm_vmap(dtype):
     """A norm that sees one example at a time has a row an example."""
     model = nn.Sequential([nn.LayerNorm(), nn.tanh, nn.Dense(CLASSES)])

@@ -64,7 +64,7 @@ def frozen_dict(dtype):
     return linen(Stack(lambda x: Block(name="block")(x)[0]), dtype, *batch(dtype), freeze_params=True)
 
 
-@case((INPUTS, WIDTH), (WIDTH, CLASSES), tier="slow")
+@case((INPUTS, WIDTH), (WIDTH, CLASSES), tier="nightly")
 def no_bias(dtype):
     layers = [nn.Dense(WIDTH, use_bias=False), nn.tanh, nn.Dense(CLASSES, use_bias=False)]
     return linen(nn.Sequential(layers), dtype, *batch(dtype))
@@ -75,7 +75,7 @@ def remat(dtype):
     return stack(lambda x: nn.remat(Block)(name="block")(x)[0])(dtype)
 
 
-@case(IN, HID, OUT, tier="slow")
+@case(IN, HID, OUT, tier="nightly")
 def linen_jit(dtype):
     return stack(lambda x: nn.jit(Block)(name="block")(x)[0])(dtype)
 
@@ -233,7 +233,7 @@ def two_models(dtype):
     return loss_fn, randomized(params, dtype), (x, labels)
 
 
-@case(OUT, tier="slow")
+@case(OUT, tier="nightly")
 def frozen_part(dtype):
     """The first layer behind a stop_gradient."""
     model = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
@@ -286,7 +286,7 @@ def integer_inputs(dtype):
     return linen(nn.Sequential(layers), dtype, (x > 0).astype(int), labels)
 
 
-@case(IN, OUT, has_aux=True, tier="slow")
+@case(IN, OUT, has_aux=True, tier="nightly")
 def with_aux(dtype):
     model = nn.Sequential([nn.Dense(WIDTH), nn.tanh, nn.Dense(CLASSES)])
     x, labels = batch(dtype)

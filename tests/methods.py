@@ -103,6 +103,16 @@ def quick(*names, slow=(), of=CASES):
     return [pytest.param(name, marks=[] if name in names else tiers[name]) for name in of]
 
 
+def kinds_of_frameworks(first, second):
+    """(kind of loss, framework): every kind with the first framework, in CI one with the second, the others by night."""
+    tiers = {(kind, first): [] for kind in problems.KINDS} | {(problems.KINDS[0], second): pytest.mark.slow}
+    return [
+        pytest.param(kind, framework, marks=tiers.get((kind, framework), pytest.mark.nightly))
+        for kind in problems.KINDS
+        for framework in problems.FRAMEWORKS
+    ]
+
+
 class Batch(NamedTuple):
     """What a step is given: examples, the weight of the head's loss, a factor on the gradient, a key."""
 

@@ -20,6 +20,7 @@ from . import dense
 SIZES = (3, 4, 2)
 EXAMPLES = 8
 FRAMEWORKS = ("linen", "nnx", "plain")
+KINDS = ("softmax", "gaussian", "pixels", "counts")
 
 
 @dataclasses.dataclass(frozen=True)

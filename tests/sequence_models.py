@@ -154,7 +154,7 @@ class NnxGpt(nnx.Module):
     *((2, WIDTH, WIDTH),) * 4,
     (2, WIDTH + 1, WIDTH),
     shared=(0,),
-    tier="slow",
+    tier="nightly",
 )
 def nnx_gpt(dtype):
     x, _ = tokens(VOCABULARY, 3)
@@ -175,7 +175,7 @@ class NnxRecurrent(nnx.Module):
         return self.head(self.loop(self.embed(tokens))[:, -1])
 
 
-@case((VOCABULARY, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH + 1, 4 * WIDTH), HEAD, shared=(1, 2), tier="slow")
+@case((VOCABULARY, WIDTH), (WIDTH, 4 * WIDTH), (WIDTH + 1, 4 * WIDTH), HEAD, shared=(1, 2), tier="nightly")
 def nnx_lstm(dtype):
     return nnx_loss, nnx_model(NnxRecurrent(dtype), dtype), tokens(VOCABULARY, 3)
 

@@ -66,7 +66,7 @@ def _trained(fisher, steps=3):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fisher", ["sampled", "exact"])
+@pytest.mark.parametrize("fisher", [pytest.param("sampled", marks=pytest.mark.nightly), "exact"])
 def test_trains_without_a_learning_rate(fisher, x64):
     """One trace, a falling loss, nothing rejected, and a state whose shapes and dtypes stay."""
     problem, tx, _ = _stepped(fisher)
@@ -80,7 +80,7 @@ def test_trains_without_a_learning_rate(fisher, x64):
     assert told.inner_damping != told.damping
 
 
-@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.nightly)])
 def test_two_devices_equal_one(fisher, x64):
     """pmap over two halves of the batch: gradient, products with the Fisher and trial loss are those of the whole."""
     problem, tx, train_step = _stepped(fisher, "devices")
@@ -147,7 +147,7 @@ def deep(params, x):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.nightly)])
 def test_a_stack_is_its_layers(fisher, x64):
     """Layers in a scan take the steps of the same network written out: factors, products Jv, search and damping."""
     generator = np.random.default_rng(0)

@@ -33,7 +33,7 @@ def stepped():
         return problem, grads, taps
 
 
-@pytest.mark.parametrize("damping_in_model", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("damping_in_model", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_rule_on_scripted_ratios(stepped, damping_in_model, x64):
     """λ ← ω₁λ above 3/4, λ/ω₁ below 1/4 and for unchanged between; into what is no number no step, and 4λ."""
     problem, grads, taps = stepped

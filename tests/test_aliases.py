@@ -86,7 +86,7 @@ def length(name, matrix):
 
 @pytest.mark.parametrize(
     "name",
-    quick("kfac", "ekfac", "tkfac", "spectral_kfac", slow=["tekfac", "two_level_kfac"], of=kfe.METHODS),
+    quick("kfac", "ekfac", "tkfac", "spectral_kfac", of=kfe.METHODS),
 )
 def test_the_scale_of_the_loss(name, x64):
     problem = problems.make("plain")

@@ -78,7 +78,15 @@ def losses_of(batch_size, **options):
     return float(losses.max()), float(loss_fn(params, x, y))
 
 
-@pytest.mark.parametrize("batch_size", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 32, 64))])
+@pytest.mark.parametrize(
+    "batch_size",
+    [
+        8,
+        pytest.param(16, marks=pytest.mark.nightly),
+        pytest.param(32, marks=pytest.mark.nightly),
+        pytest.param(64, marks=pytest.mark.slow),
+    ],
+)
 def test_small_batches_do_not_diverge(batch_size):
     highest, last = losses_of(batch_size)
     assert highest < 5 and last < 0.5

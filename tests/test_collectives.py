@@ -94,8 +94,6 @@ def has_examples(collective: hlo.Collective) -> bool:
 # The compilations that stand for the others in a quick run.
 QUICK = {("kfac", "shard_map"), ("ekfac running", "pmap"), ("ekfac batch", "jit")}
 SLOW = {
-    ("kfac", "pmap"),
-    ("kfac", "jit"),
     ("kpsvd", "shard_map"),
     ("two_level", "jit"),
     ("tridiagonal", "pmap"),

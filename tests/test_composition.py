@@ -192,7 +192,7 @@ def test_info_of_a_wrapped_preconditioner_before_a_bare_one(step):
     ("make", "fisher"),
     [
         (kfe.kfac, "sampled"),
-        pytest.param(kfe.ekfac, "exact", marks=pytest.mark.slow),
+        pytest.param(kfe.ekfac, "exact", marks=pytest.mark.nightly),
         pytest.param(kfe.kfac, "empirical", marks=pytest.mark.nightly),
         pytest.param(kfe.kfac, "exact", marks=pytest.mark.nightly),
         pytest.param(kfe.ekfac, "sampled", marks=pytest.mark.nightly),

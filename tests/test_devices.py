@@ -284,7 +284,7 @@ def test_an_axis_that_is_not_named(fresh_problem):
     "spec",
     [
         (("data", "model"), None),
-        pytest.param((None, "model"), marks=pytest.mark.slow),
+        pytest.param((None, "model"), marks=pytest.mark.nightly),
         pytest.param(("model", None), marks=pytest.mark.nightly),
     ],
 )
@@ -331,8 +331,17 @@ EXPLICIT = {
 }
 
 
-@pytest.mark.parametrize("in_context", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", methods.quick("kfac divided", "bounded", slow=["kfac"], of=EXPLICIT))
+@pytest.mark.parametrize(
+    ("name", "in_context"),
+    [
+        pytest.param(name, True, marks=[] if name in ("kfac divided", "bounded") else pytest.mark.nightly)
+        for name in EXPLICIT
+    ]
+    + [
+        pytest.param(name, False, marks=pytest.mark.slow if name == "kfac" else pytest.mark.nightly)
+        for name in EXPLICIT
+    ],
+)
 def test_explicit_axes(name, in_context, fresh_problem):
     """A mesh whose axes are of type Explicit, where every array's type says how it is divided."""
     base, loss_fn = problem()

@@ -18,7 +18,7 @@ from .methods import quick
 TOLERANCE = 1e-10
 correlation = jax.jit(diagnostics.gradient_correlation)
 summarized = jax.jit(diagnostics.mean_absolute_correlation)
-every_model = pytest.mark.parametrize("name", quick("positions", slow=MODELS, of=MODELS))
+every_model = pytest.mark.parametrize("name", quick("positions", slow=["stacked"], of=MODELS))
 
 
 def scaled(covariance):

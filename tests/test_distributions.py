@@ -19,7 +19,7 @@ from .methods import quick
 N, D, T = 4, 3, 2
 OWN = kfe.losses.negative_log_likelihood
 # The others differ from these by their formulas alone, which the first tests check.
-SOME = quick("HeteroscedasticGaussian", "NegativeBinomial", slow=["Categorical", "Poisson"], of=CASES)
+SOME = quick("HeteroscedasticGaussian", "NegativeBinomial", of=CASES)
 
 
 @pytest.fixture(params=CASES)
@@ -190,9 +190,19 @@ def test_sampled_converges_to_it(case):
     assert standard.max() < 0.1 * np.abs(expected).max()  # the bound says something
 
 
-@pytest.mark.release
-@pytest.mark.parametrize("case", SOME, indirect=True)
-@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("case", "fisher"),
+    [
+        *(pytest.param(*param.values, "sampled", marks=param.marks) for param in SOME),
+        pytest.param("HeteroscedasticGaussian", "exact", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, "exact", marks=pytest.mark.nightly)
+            for name in CASES
+            if name != "HeteroscedasticGaussian"
+        ),
+    ],
+    indirect=["case"],
+)
 def test_devices_and_microbatches_change_nothing(case, fisher):
     """Draws follow the global example."""
     given, loss_fn = problem(case), loss_of(case)

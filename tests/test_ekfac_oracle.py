@@ -50,9 +50,20 @@ def test_trajectory(framework, scale, x64):
     compare(problems.make(framework), 5, options, problems.EXAMPLES)
 
 
-@pytest.mark.parametrize("scale", ["batch", "running"])
-@pytest.mark.parametrize("on_refresh", ["carry", pytest.param("restart", marks=pytest.mark.nightly)])
-@pytest.mark.parametrize("damping_type", ["appendix_c", pytest.param("factored", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("damping_type", "on_refresh", "scale"),
+    [
+        ("appendix_c", "carry", "batch"),
+        ("appendix_c", "carry", "running"),
+        pytest.param("factored", "carry", "batch", marks=pytest.mark.slow),
+        pytest.param("factored", "carry", "running", marks=pytest.mark.nightly),
+        *(
+            pytest.param(damping_type, "restart", scale, marks=pytest.mark.nightly)
+            for damping_type in ("appendix_c", "factored")
+            for scale in ("batch", "running")
+        ),
+    ],
+)
 def test_damping_of_the_factors(scale, on_refresh, damping_type, x64):
     """Appendix C's damping and that with π, both ways of refreshing, with a sparse scale and all periods different."""
     options = {

@@ -76,15 +76,19 @@ def two_updates(make, loss_fn, params, args):
 
 
 @pytest.mark.parametrize(
-    "optimizer",
-    [pytest.param("kfac", marks=pytest.mark.slow), pytest.param("ekfac", marks=pytest.mark.nightly)],
+    ("optimizer", "every"),
+    [
+        pytest.param("kfac", False, marks=pytest.mark.slow),
+        pytest.param("kfac", True, marks=pytest.mark.nightly),
+        pytest.param("ekfac", False, marks=pytest.mark.nightly),
+    ],
 )
-def test_the_same_layer_everywhere(optimizer, x64):
+def test_the_same_layer_everywhere(optimizer, every, x64):
     """Unrolled, remat, nn.jit, nn.scan, nn.scan over remat: one update."""
     expected = None
     for name, lift in forms().items():
-        if optimizer == "ekfac" and name in ("remat", "scan"):
-            continue  # their combination and K-FAC cover them
+        if not every and name in ("remat", "scan"):
+            continue  # their combination covers them
         module = linen_models.Stack(lift)
         loss_fn, params, args = linen(module, jnp.float64, *batch(jnp.float64))
         if name == "unrolled":
@@ -126,7 +130,7 @@ def test_nnx_forms(x64):
         layers = kfe.find_layers(loss_fn, model, *args)
         tx = OPTIMIZERS["kfac"](layers)
         _, grads, taps = kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(model, *args)
-        return tx.update(grads, tx.init(nnx.state(model, nnx.Param)), taps=taps)[0]
+        return jax.jit(tx.update)(grads, jax.jit(tx.init)(nnx.state(model, nnx.Param)), taps=taps)[0]
 
     expected = updates(model)
     for around in (nnx.remat, nnx.jit):

@@ -147,9 +147,17 @@ DEFAULT = [
     "soft where",
     "vmapped positions",
 ]
+SLOW = [
+    "sum",
+    "two losses on one head",
+    "register_output",
+    "register_output, default weights",
+    "vmapped",
+    "scaled and shifted",
+]
 
 
-@pytest.mark.parametrize("name", quick(*DEFAULT, slow=LOSSES, of=LOSSES))
+@pytest.mark.parametrize("name", quick(*DEFAULT, slow=SLOW, of=LOSSES))
 def test_exact_is_gauss_newton(name, x64):
     """Rows, covariances and the second moment of fisher="exact" against JᵀHJ of the loss as written."""
     b = arrays()
@@ -163,7 +171,7 @@ def test_exact_is_gauss_newton(name, x64):
     "name",
     quick(
         "two heads",
-        slow=["mean over pixels", "soft where", "vmapped"],
+        slow=["vmapped"],
         of=["mean", "mean over pixels", "squared error", "two heads", "soft where", "vmapped"],
     ),
 )

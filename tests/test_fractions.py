@@ -16,8 +16,6 @@ from . import several_devices
 from .dense import assert_close
 from .methods import CASES, quick
 
-pytestmark = pytest.mark.release
-
 N, PARTS = 8, 4
 KEY = jax.random.key(3)
 # Which part this key chooses.
@@ -51,7 +49,7 @@ def taps_of(batch=None, row_mask=None, **options):
     return differentiate(params, *(whole if batch is None else batch), key=KEY, row_mask=row_mask)
 
 
-@pytest.mark.parametrize("fisher", ["sampled", "empirical", "exact"])
+@pytest.mark.parametrize("fisher", [pytest.param("sampled", marks=pytest.mark.release), "empirical", "exact"])
 def test_rows_are_those_of_every_kth_example(x64, fisher):
     """With the draws that these examples have in the whole batch, and the weights that their losses have there."""
     *expected, whole = taps_of(fisher=fisher)
@@ -129,9 +127,7 @@ def mean_loss(params, x, labels):
     return kfe.losses.softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
 
-@pytest.mark.parametrize(
-    "name", quick("kfac", "ekfac", slow=("tekfac", "two_level_kfac", "kfac_tridiagonal"))
-)
+@pytest.mark.parametrize("name", quick("kfac", "ekfac"))
 def test_every_method_steps_as_with_all_examples(x64, name):
     """Where they are alike: a batch of copies, of which each part has one of each."""
     params, (x, labels), _ = given()
@@ -158,6 +154,7 @@ def test_every_method_steps_as_with_all_examples(x64, name):
     assert_close(steps(0.5), steps(1.0), 1e-8)
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     "mode", [*several_devices.MODES[:1], pytest.param("shard_map", marks=pytest.mark.slow)]
 )

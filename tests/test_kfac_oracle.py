@@ -12,7 +12,7 @@ import kfe_optax as kfe
 
 from . import dense, dense_optimizers, problems
 from .dense import assert_close
-from .methods import quick
+from .methods import kinds_of_frameworks, quick
 
 
 def damping(step):
@@ -20,8 +20,7 @@ def damping(step):
     return 0.3 / (1 + step)
 
 
-@pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels", "counts"])
-@pytest.mark.parametrize("framework", quick("plain", slow=["nnx"], of=problems.FRAMEWORKS))
+@pytest.mark.parametrize(("kind", "framework"), kinds_of_frameworks("plain", "nnx"))
 def test_factors(framework, kind, x64):
     problem = problems.make(framework, kind)
     layers = problem.layers()

@@ -18,6 +18,7 @@ from .kind_blocks import DAMPING, Blocks, blocks, fisher, full, one_step
 from .kind_cases import CONVOLUTIONS, EMBEDDINGS, LINEAR_MAPS
 from .kind_cases_more import case, norm
 from .kind_networks import Network
+from .methods import quick
 
 PLAIN = {
     **{name: CONVOLUTIONS[name] for name in ("conv1", "feature_groups", "local")},
@@ -25,11 +26,6 @@ PLAIN = {
     "tokens": EMBEDDINGS["repeated"],
     "norm": case(norm, nn.LayerNorm, (3, 4), -1),
 }
-
-
-@functools.cache
-def plain():
-    return Network(PLAIN)
 
 
 FACTORIZATIONS = {
@@ -43,35 +39,34 @@ FACTORIZATIONS = {
 THEOREMS = ("conv1", "feature_groups", "rows")
 
 
-@functools.cache
-def estimated():
-    """{factors: {layer: terms}} and {layer: {factors: error}} by `kfe.diagnostics`."""
-    network = plain()
+def estimated(network, name):
+    """{factors: terms of the layer} and {factors: errors} by `kfe.diagnostics`."""
     _, taps = network.taps("exact")
 
     @jax.jit
     def run(taps):
-        terms = {name: kfe.factors.estimate(made, taps, THEOREMS) for name, made in FACTORIZATIONS.items()}
-        errors = {
-            name: diagnostics.kronecker_error(taps["conv1"], own["conv1"]) for name, own in terms.items()
+        terms = {
+            method: kfe.factors.estimate(made, taps, (name,))[name] for method, made in FACTORIZATIONS.items()
         }
-        return terms, errors
+        return terms, {method: diagnostics.kronecker_error(taps[name], own) for method, own in terms.items()}
 
     return run(taps)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", THEOREMS)
+@pytest.mark.parametrize("name", quick("feature_groups", of=THEOREMS))
 def test_factorizations(name, x64):
     """Each is what it is of F, blocks by themselves: the closer ones are closer, TKFAC keeps the trace."""
-    network = plain()
+    # By itself: every product with F runs all of a network again.
+    network = Network({name: PLAIN[name]})
     layer, rows = network.layers[name], network.rows(name, "exact")
     f, rank = blocks(layer, fisher(rows)), len(layer.stack_shape) + 1
-    terms, errors = estimated()
+    terms, errors = estimated(network, name)
     sides = {
-        method: [[blocks(layer, full(side, rank)) for side in term] for term in own[name]]
+        method: [[blocks(layer, full(side, rank)) for side in term] for term in own]
         for method, own in terms.items()
     }
+    errors = {method: blocks(layer, np.asarray(own), rank=0) for method, own in errors.items()}
     for index, own in f.items():
         found = {
             method: df.matrix([(a[index], b[index]) for a, b in pairs]) for method, pairs in sides.items()
@@ -84,33 +79,42 @@ def test_factorizations(name, x64):
         assert error["kfac_corrected"] < error["kfac"]
         assert_close(np.trace(found["tkfac"]), np.trace(own), 1e-12)
         assert relative_error(np.trace(found["kfac"]), np.trace(own)) > 1e-3
-        if name == "conv1":
-            assert_close(jax.tree.map(float, errors), error, 1e-6)
+        assert_close({method: own[index] for method, own in errors.items()}, error, 1e-6)
 
 
 # TEKFAC in a network with convolutions.
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("damping_type", ["trace", "plain"])
-def test_tekfac_with_convolutions(damping_type, x64):
-    """λ_l of each convolution, of all its feature groups together, one of them at the floor; β in everything else."""
-    network = plain()
+@functools.cache
+def tekfac():
+    """(network, its blocks, tr F of each layer, a floor above one of them, {damping type: (updates, state)})."""
+    network = Network(PLAIN)
     layers = {name: Blocks(network, name) for name in PLAIN}
     traces = {name: sum(np.trace(f) for f in own.f.values()) for name, own in layers.items()}
     convolutions = [name for name, layer in network.layers.items() if layer.kind.name == "conv"]
     assert convolutions == ["conv1", "feature_groups"]
     first, second = (traces[name] for name in convolutions)
     floor = np.sqrt(first * second)
-    options = {
-        "trace_floor": floor,
-        "pairing": "example",
-        "null_threshold": 0.0,
-        "damping_type": damping_type,
-    }
-    updates, state = one_step(network, {"it": kfe.scale_by_tekfac(network.layers, DAMPING, **options)})["it"]
-    tuned = {name: max(traces[name], floor) / network.layers[name].size for name in convolutions}
     assert min(first, second) < floor
+    options = {"trace_floor": floor, "pairing": "example", "null_threshold": 0.0}
+    made = {
+        name: kfe.scale_by_tekfac(network.layers, DAMPING, damping_type=name, **options)
+        for name in ("trace", "plain")
+    }
+    return network, layers, traces, floor, one_step(network, made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damping_type", ["trace", "plain"])
+def test_tekfac_with_convolutions(damping_type, x64):
+    """λ_l of each convolution, of all its feature groups together, one of them at the floor; β in everything else."""
+    network, layers, traces, floor, steps = tekfac()
+    updates, state = steps[damping_type]
+    tuned = {
+        name: max(traces[name], floor) / layer.size
+        for name, layer in network.layers.items()
+        if layer.kind.name == "conv"
+    }
     beta = max(tuned.values())
     for name, own in layers.items():
         basis, scale = own.basis(state.method.basis[name]), blocks(own.layer, state.method.scale[name])

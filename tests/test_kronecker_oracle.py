@@ -248,7 +248,7 @@ REPRODUCED = {
 }
 
 
-@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("groups", [pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_sums_of_products_are_reproduced_and_inverted(groups, x64):
     """Every fitting method finds F and F⁻¹. Of two groups K-FAC leaves w(1 − w)(A₁ − A₂)⊗(G₁ − G₂), one product more."""
     init, run = methods()

@@ -12,6 +12,7 @@ import pytest
 import kfe_optax as kfe
 
 from .dense import assert_close
+from .methods import quick
 from .problems import plain_forward
 
 N, D, C = 6, 3, 2
@@ -69,7 +70,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in ("quadratic model", "sums"))) for n in CASES]
+    "name",
+    quick("sampled", "empirical", "microbatches", "sums, empirical", of=CASES),
 )
 def test_statistics_are_those_of_the_loss_itself(name, x64):
     function, options = CASES[name]

@@ -19,8 +19,8 @@ from .kind_blocks import DAMPING, Blocks, blocks, one_step
 from .kind_cases import CONVOLUTIONS, EMBEDDINGS, LINEAR_MAPS
 from .kind_cases_more import case, norm
 from .kind_networks import Network
+from .methods import quick
 
-# Two large networks are compiled in float64 for all of these tests together.
 _CONVOLUTIONS = (
     "conv1",
     "feature_groups",
@@ -41,9 +41,16 @@ APPROXIMATIONS = {
 SHARING_BLOCKS = ("groups", "sua_uncentered", "queries", "projection", "heads_of_both")
 
 
+# Other forms of what is in the first network.
+MORE = ("conv1", "sua", "sua_uncentered", "reduce", "queries", "heads_of_both", "tokens reduced")
+EVERY = pytest.mark.parametrize(
+    "name", quick(slow=[n for n in APPROXIMATIONS if n not in MORE], of=APPROXIMATIONS)
+)
+
+
 @functools.cache
-def approximations():
-    return Network(APPROXIMATIONS)
+def approximations(more=False):
+    return Network({name: made for name, made in APPROXIMATIONS.items() if (name in MORE) == more})
 
 
 def newton(layers):
@@ -74,21 +81,27 @@ def methods(layers):
 
 
 @functools.cache
-def approximated():
-    return one_step(approximations(), methods(approximations().layers))
+def approximated(more):
+    network = approximations(more)
+    return one_step(network, methods(network.layers))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", APPROXIMATIONS)
+def answers(name):
+    """(the layer by its definition, {method: (updates, state)} of its network)."""
+    more = name in MORE
+    return Blocks(approximations(more), name), approximated(more)
+
+
+@EVERY
 def test_kfac(name, x64):
     """Both dampings, block by block with explicit inverses; a π of all blocks where they share a factor.
 
     EKFAC's restarted scale, and the eigenvalues that an inner transformation sees, are those of the exact form.
     """
-    own = Blocks(approximations(), name)
+    own, steps = answers(name)
     root = np.sqrt(DAMPING)
     names = ("factored", "exact", "restart", "newton")
-    factored, exact, *same = (own.matrix(approximated()[method][0]) for method in names)
+    factored, exact, *same = (own.matrix(steps[method][0]) for method in names)
     for index, v in own.v.items():
         a, g, pi = own.a[index], own.g[index], own.pi[index]
         left, right = a + pi * root * np.eye(len(a)), g + root / pi * np.eye(len(g))
@@ -98,13 +111,12 @@ def test_kfac(name, x64):
             assert_close(found[index], expected, 1e-10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", APPROXIMATIONS)
+@EVERY
 def test_ekfac(name, x64):
     """The best diagonal of each block in its basis: it keeps the trace of F and is closer to F than A⊗G."""
-    own = Blocks(approximations(), name)
-    updates, state = approximated()["ekfac"]
-    damped_updates, damped = approximated()["ekfac factored"]
+    own, steps = answers(name)
+    updates, state = steps["ekfac"]
+    damped_updates, damped = steps["ekfac factored"]
     basis, scale = own.basis(state.method.basis[name]), blocks(own.layer, state.method.scale[name])
     found, other = own.matrix(updates), own.matrix(damped_updates)
     assert_close(damped.method.scale[name], state.method.scale[name], 1e-12)
@@ -125,11 +137,10 @@ def test_ekfac(name, x64):
         assert_close(other[index], u_a @ (rotated / (s + added)) @ u_g.T, 1e-10)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", APPROXIMATIONS)
+@EVERY
 def test_adam_in_the_eigenbasis(name, x64):
-    own = Blocks(approximations(), name)
-    updates, state = approximated()["adam"]
+    own, steps = answers(name)
+    updates, state = steps["adam"]
     basis, found = own.basis(state.method.basis[name]), own.matrix(updates)
     for index, v in own.v.items():
         u_a, u_g = basis[0][index], basis[1][index]
@@ -144,14 +155,15 @@ OTHERS = [name for name in kfe.factors.FACTORS if name != "kfac"]
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_factors_refuse(name, x64):
     """What is about A and G is no option of other factors; K-FAC's correction has an A and a G of its own."""
-    network = approximations()
+    layers = {**approximations().layers, **approximations(True).layers}
     refused = [*SHARING_BLOCKS]
     if name != "kfac_corrected":
         refused += ["sua", "reduce", "reduce_feature_groups", "rows reduced", "tokens reduced"]
     factors = kfe.factors.FACTORS[name]()
-    for layer in network.layers:
-        if layer in refused:
-            with pytest.raises(ValueError, match=f"of layer '{layer}' is about K-FAC's A and G"):
-                factors.init([network.layers[layer]], 100)
+    assert layers.keys() == APPROXIMATIONS.keys()
+    for name, layer in layers.items():
+        if name in refused:
+            with pytest.raises(ValueError, match=f"of layer '{name}' is about K-FAC's A and G"):
+                factors.init([layer], 100)
         else:
-            factors.init([network.layers[layer]], 100)
+            factors.init([layer], 100)

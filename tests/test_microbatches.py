@@ -18,8 +18,6 @@ from kfe_optax._taps import microbatches
 from . import problems, several_devices
 from .dense import assert_close
 
-pytestmark = pytest.mark.release
-
 
 @functools.cache
 def base():
@@ -41,6 +39,7 @@ def collect(given, fisher="sampled", microbatches=1, **options):
     return differentiate(problem.params, *problem.args, key=jax.random.key(3))
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     "fisher", ["sampled", *(pytest.param(f, marks=pytest.mark.nightly) for f in ("exact", "empirical"))]
 )
@@ -78,6 +77,7 @@ def test_steps(make, given):
     assert several_devices.difference(parts[-1][0], whole[-1][0], problem.params) < 1e-9
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("mode", ["shard_map", pytest.param("jit", marks=pytest.mark.nightly)])
 def test_on_several_devices(mode, given):
     """Each device's share in parts; the draws follow the global example."""
@@ -108,6 +108,7 @@ def test_quadratic_model(given):
     assert_close(parts.fisher_products(*split), taps.fisher_products(*whole), 1e-10)
 
 
+@pytest.mark.release
 def test_memory():
     """The activations of a part alone: what a compiled step needs besides its arguments falls."""
     x = jnp.ones((1024, 16))
@@ -129,6 +130,7 @@ def test_memory():
     assert needed(8) < needed(1) / 2
 
 
+@pytest.mark.release
 def test_half_precision():
     """Gradients in bfloat16 are added up in float32."""
     x = jnp.ones((64, 1), jnp.bfloat16)
@@ -219,6 +221,7 @@ class Sowing(Noisy):
         return y
 
 
+@pytest.mark.release
 def test_an_nnx_module_that_gains_state():
     """Values that a call adds have no place in the next part's state."""
     x, y = problems.make("nnx").args
@@ -232,6 +235,7 @@ def test_an_nnx_module_that_gains_state():
         kfe.value_grad_and_taps(loss_fn, layers, microbatches=2)(model, x, y, key=jax.random.key(0))
 
 
+@pytest.mark.release
 def test_the_state_of_an_nnx_module():
     """It moves from part to part, as in as many calls; the refresh meets each part with the state that it had."""
     x, y = problems.make("nnx").args
@@ -259,6 +263,7 @@ def test_the_state_of_an_nnx_module():
     )
 
 
+@pytest.mark.release
 def test_keywords_hold_examples_by_their_names():
     """Whatever the order of the call: JAX sorts keywords by name."""
     given = {"x": jnp.ones((4, 2)), "table": jnp.ones((3, 5))}

@@ -8,6 +8,15 @@ import pytest
 
 _FOLDER = Path(__file__).parents[1] / "notebooks"
 _NOTEBOOKS = sorted(_FOLDER.glob("*.ipynb"))
+# Every line runs in fewer steps as well; whole runs are for the nightly tests.
+_FEWER = {
+    "methods": {
+        "STEPS = 100": "STEPS = 8",
+        "LAST, EVERY, REFRESH = 160, 8, 40": "LAST, EVERY, REFRESH = 16, 8, 8",
+    },
+    "multi_device": {"STEPS, BATCH = 40,": "STEPS, BATCH = 12,"},
+    "quickstart": {"STEPS, BATCH = 150,": "STEPS, BATCH = 40,"},
+}
 
 
 @pytest.fixture(params=_NOTEBOOKS, ids=lambda path: path.stem)
@@ -21,8 +30,17 @@ def test_a_notebook_is_stripped(notebook):
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
+def shorten(notebook, changes):
+    for old, new in changes.items():
+        (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and old in cell.source)
+        cell.source = cell.source.replace(old, new)
+
+
 @pytest.mark.slow
-def test_a_notebook_runs(notebook):
+@pytest.mark.parametrize("steps", ["few", pytest.param("all", marks=pytest.mark.nightly)])
+def test_a_notebook_runs(notebook, steps, request):
+    if steps == "few":
+        shorten(notebook, _FEWER.get(request.node.callspec.params["notebook"].stem, {}))
     nbclient = pytest.importorskip("nbclient", reason="pip install 'kfe-optax[dev]'")
     nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(_FOLDER)}}).execute()
     written = [

@@ -69,7 +69,7 @@ def _trained(problem, tx, steps, **options):
         params, state = optax.apply_updates(params, updates), new_state
 
 
-@pytest.mark.parametrize("kind", ["softmax", pytest.param("pixels", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["softmax", pytest.param("pixels", marks=pytest.mark.nightly)])
 def test_step_minimizes_the_model(kind, x64):
     """δ is the minimum of the model in the span of the proposal and the last update, and M(δ) − M(0) = ½∇hᵀδ there."""
     problem = problems.make("plain", kind)

@@ -19,8 +19,6 @@ import kfe_optax as kfe
 
 from .dense import relative_error
 
-pytestmark = pytest.mark.release
-
 N, T, CHANNELS, HIDDEN, CLASSES, TOKENS = 4, 4, 2, 3, 2, 5
 SIDE = 4  # images of 4×4
 TOLERANCE, WRONG = 1e-10, 1e-2

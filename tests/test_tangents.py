@@ -13,9 +13,7 @@ import kfe_optax as kfe
 
 from . import problems
 from .dense import assert_close
-from .methods import quick
-
-pytestmark = pytest.mark.release
+from .methods import kinds_of_frameworks
 
 
 class _Block(nn.Module):
@@ -65,7 +63,8 @@ def _vectors(params, count):
     return [jax.tree.map(one, params) for _ in range(count)]
 
 
-@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.slow)])
+@pytest.mark.release
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("exact", marks=pytest.mark.nightly)])
 def test_products_of_the_fisher(mixed, fisher, x64):
     """vᵀFu = (Jv)ᵀH(Ju) with H the Hessian at the outputs, whatever the layers, the loops and the weights of the losses."""
     loss_fn, params, args, outputs = mixed
@@ -91,8 +90,7 @@ def test_products_of_the_fisher(mixed, fisher, x64):
     assert difference == 0
 
 
-@pytest.mark.parametrize("framework", quick("plain", slow=["nnx"], of=problems.FRAMEWORKS))
-@pytest.mark.parametrize("kind", ["softmax", "gaussian", "pixels", "counts"])
+@pytest.mark.parametrize(("kind", "framework"), kinds_of_frameworks("plain", "nnx"))
 def test_equal_to_the_sum_over_exact_columns(framework, kind, x64):
     """The same F as fisher="exact" estimates curvature from: vᵀFv of one layer's v is that of its per-example gradients."""
     problem = problems.make(framework, kind)
@@ -118,6 +116,7 @@ def test_equal_to_the_sum_over_exact_columns(framework, kind, x64):
     assert_close(product, np.sum(columns**2) / layers[name].examples, 1e-12)
 
 
+@pytest.mark.release
 def test_mutable_state_and_auxiliary_values(x64):
     """The trial loss leaves batch statistics alone and drops auxiliary values."""
     model = nn.Sequential([nn.Dense(3), nn.BatchNorm(use_running_average=False), nn.Dense(2)])
@@ -137,6 +136,7 @@ def test_mutable_state_and_auxiliary_values(x64):
     assert loss_at(taps, jax.tree.map(lambda p, g: p - 0.1 * np.asarray(g), params, grads)) < loss
 
 
+@pytest.mark.release
 def test_misuse():
     """Taps that were not asked, a loss that registers nothing, a loss inside a vmap."""
     problem = problems.make("plain", "gaussian")
@@ -168,6 +168,7 @@ def test_misuse():
         )
 
 
+@pytest.mark.release
 def test_what_nobody_asks_for_costs_nothing():
     """Without the flag the taps hold no outputs, and with it the gradient is the same to the last bit."""
     problem = problems.make("plain", "softmax")

@@ -46,7 +46,7 @@ def ekfac_state(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    quick("softmax", slow=["gaussian", "pixels", "counts"], of=["softmax", "gaussian", "pixels", "counts"]),
+    quick("softmax", slow=["gaussian"], of=["softmax", "gaussian", "pixels", "counts"]),
 )
 @PROPERTY
 @given(seed=st.integers(0, 2**31 - 1), size=st.floats(0.1, 3))
@@ -133,7 +133,7 @@ def step(loss_fn, weights, x, y, damping_type):
 
 
 @pytest.mark.parametrize("damping_type", ["factored", "exact"])
-@pytest.mark.parametrize("seed", quick(0, slow=[1], of=range(3)))
+@pytest.mark.parametrize("seed", quick(0, of=range(3)))
 def test_invariance_under_affine_reparameterization(damping_type, seed, x64):
     """Without damping K-FAC takes the same step in function space (Martens & Grosse 2015, Theorem 1)."""
     generator = np.random.default_rng(seed)

@@ -15,8 +15,6 @@ import kfe_optax as kfe
 from .dense import assert_close
 from .methods import quick
 
-pytestmark = pytest.mark.release
-
 N, D, H = 6, 3, 4
 
 
@@ -96,6 +94,7 @@ CASES = {
 }
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("case", quick(*(CASES.keys() - {"a Laplacian by jvp of grad"}), of=CASES))
 def test_gradients_and_the_law_of_rows(case, x64):
     """All kernels are layers; Σ_t ā gᵀ over both kinds of uses is the gradient of each example."""
@@ -183,6 +182,7 @@ def test_factors_of_both_kinds_of_uses(x64):
     assert_close((a, g), expected(params, x), 1e-10)
 
 
+@pytest.mark.release
 def test_what_other_uses_know_nothing_of(x64):
     params, x = {"w": matrix(1, D, 2, 2), "v": matrix(2, 2, 2, 1)}, matrix(6, N, D)
 

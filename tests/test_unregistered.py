@@ -14,6 +14,7 @@ import kfe_optax as kfe
 
 from . import several_devices
 from .dense import assert_close
+from .methods import quick
 
 N, D, H, C = 8, 3, 4, 3
 cross_entropy = kfe.losses.softmax_cross_entropy_with_integer_labels
@@ -97,11 +98,13 @@ def alone():
 
 
 # Dear, and of the kinds of others.
-SLOW = ("the same outputs", "activations", "a loop", "remat", "register_output", "quadratic model")
+SLOW = ("activations", "a loop", "register_output")
+NIGHTLY = ("the same outputs", "remat", "quadratic model")
 
 
 def each(cases):
-    return [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in cases]
+    named = [name for name in cases if name not in (*SLOW, *NIGHTLY)]
+    return quick(*named, slow=[name for name in SLOW if name in cases], of=cases)
 
 
 @pytest.mark.parametrize("name", each(TERMS))
@@ -139,7 +142,7 @@ def test_all_terms_together_add_nothing_to_the_same_draws(way, x64):
     assert_close(found, expected, 1e-12)
 
 
-@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.nightly)])
 def test_on_several_devices(mode, x64):
     """A whole step, whose gradient has all terms in it, with the factors of the registered loss."""
     params, data = parameters(), batch()

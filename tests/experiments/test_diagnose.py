@@ -54,7 +54,7 @@ def eigenvectors(terms):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fisher", ["sampled", "empirical"])
+@pytest.mark.parametrize("fisher", ["sampled", pytest.param("empirical", marks=pytest.mark.nightly)])
 def test_every_number_is_that_of_the_dense_matrices(config, x64, fisher, monkeypatch):
     monkeypatch.setitem(diagnose_measure._LIMITS, "tolerance", 1e-13)
     monkeypatch.setitem(diagnose_measure._LIMITS, "max_iterations", 4000)

@@ -160,7 +160,7 @@ def test_a_tied_head_has_no_parameters_of_its_own():
     [
         pytest.param(
             {"kind": "transformer", "width": 8, "depth": 2, "heads": 2, "hidden": 6, "scan": True},
-            marks=pytest.mark.slow,
+            marks=pytest.mark.nightly,
         ),
         {"kind": "recurrent", "width": 5, "embedding": 4},
     ],

@@ -76,9 +76,9 @@ def trial_alone(config, values, seed):
     return evaluate(job.task, state, dataset)
 
 
-# One of every kind of optimizer in CI, the others of the table in the nightly tests.
+# One with curvature and one without in CI, the others of the table in the nightly tests.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", quick("ekfac", slow=("adam", "soap"), of=METHODS))
+@pytest.mark.parametrize("name", quick("ekfac", slow=["adam"], of=METHODS))
 def test_trials_are_the_runs_of_their_settings_and_share_a_program(tiny_config, name, monkeypatch):
     made, make_jobs = [], sweep_trainer.make_jobs
     monkeypatch.setattr(

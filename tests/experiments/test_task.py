@@ -175,7 +175,7 @@ def test_losses_that_do_not_fit_are_one_sentence(tiny_classifier, linear, change
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "kfac"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.nightly), "kfac"])
 def test_a_step_moves_the_running_statistics_by_a_tenth_of_the_batchs(config, optimizer):
     dataset = load(config)
     job = make_job(config, optimizer, dataset, 5)
@@ -216,8 +216,8 @@ def test_evaluation_takes_the_running_statistics(config):
     ("optimizer", "dropout"),
     [
         pytest.param("adam", 0.2, marks=pytest.mark.nightly),
-        ("kfac", 0.0),
-        pytest.param("ekfac", 0.2, marks=pytest.mark.slow),
+        pytest.param("kfac", 0.0, marks=pytest.mark.nightly),
+        ("ekfac", 0.2),
     ],
 )
 def test_a_resumed_run_with_state_is_bit_exact(config, tmp_path, monkeypatch, optimizer, dropout):
@@ -246,7 +246,7 @@ def test_a_resumed_run_with_state_is_bit_exact(config, tmp_path, monkeypatch, op
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adam", "kfac"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.nightly), "kfac"])
 def test_the_key_of_a_step_draws_its_dropout(config, optimizer):
     config.model.update(dropout=0.5, batch_norm=False)
     dataset = load(config)
@@ -290,7 +290,7 @@ def test_the_loss_of_a_text_is_the_mean_over_its_characters(text_config, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adam", "kfac"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.nightly), "kfac"])
 def test_a_text_is_learned(text_config, tmp_path, optimizer):
     text_config.update(optimizer=optimizer, steps=30)
     outcome = train(text_config, tmp_path / "run", console=QUIET)

@@ -134,7 +134,11 @@ def test_averaged_parameters_are_evaluated_where_there_are_any(tiny_config, tmp_
 
 @pytest.mark.parametrize(
     "optimizer",
-    ["kfac", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adam", "ekfac", "kfac_adaptive"))],
+    [
+        "kfac",
+        pytest.param("kfac_adaptive", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("adam", "ekfac")),
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tiny_config, tmp_path, console, monkeypatch, optimizer, kfac_run
