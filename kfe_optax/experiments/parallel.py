@@ -36,10 +36,6 @@ class Share(NamedTuple):
         """The rows of a batch of this size, which ``of`` divides."""
         return slice(batch_size * self.start // self.of, batch_size * self.stop // self.of)
 
-    def count(self, batch_size: int) -> int:
-        """How many rows they are."""
-        return len(range(batch_size)[self.rows(batch_size)])
-
 
 WHOLE = Share()
 
@@ -158,13 +154,12 @@ def refuse_processes(config: ConfigDict, command: str) -> None:
     require(not config.get("distributed", False), words)
 
 
-def check_divisible(devices: Devices, batch_sizes: Sequence[int]) -> None:
-    """Refuses batches that the devices cannot share evenly."""
+def check_divisible(devices: Devices, batch_size: int) -> None:
+    """Refuses a batch that the devices cannot share evenly."""
     count = devices.share.of
-    advice = f"make config.batch_size, and every size of config.batch_growth, a multiple of {count}"
-    for size in batch_sizes:
-        words = f"A batch has {size} examples, which {count} devices cannot share evenly"
-        require(size % count == 0, f"{words}; {advice}, or set config.devices.count.")
+    words = f"A batch has {batch_size} examples, which {count} devices cannot share evenly"
+    advice = f"make config.batch_size a multiple of {count}, or set config.devices.count"
+    require(batch_size % count == 0, f"{words}; {advice}.")
 
 
 def join_processes(config: ConfigDict) -> None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from rich.table import Table
 
+from kfe_optax.experiments.progress import plain_table
 from kfe_optax.experiments.records import SPLITS, Row
-from kfe_optax.experiments.report import plain_table
 
 # The optimizer that everyone knows, against which the others' speed is stated.
 _REFERENCE = "adam"

@@ -107,7 +107,6 @@ SET = {
         "averaging=0.9",
         "products_fraction=0.25",
     ],
-    "adam_in_kfe": ["basis=kpsvd", "b1=0.8"],
     "soap": ["rotate_second_moment=True", "max_dim=64"],
 }
 

@@ -146,8 +146,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     original = Batches.__call__
 
     def interrupted_at_five(self, step):
-        if step == 5:
-            raise KeyboardInterrupt
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
         return original(self, step)
 
     monkeypatch.setattr(Batches, "__call__", interrupted_at_five)
