@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -40,14 +40,6 @@ def refuse_changes(what: str, saved: Any, current: Any, place: str = "") -> None
     was = "other training images" if place == "data_fingerprint" else was
     advice = "resume with the same settings and data, or start afresh in another --workdir"
     require(saved == current, f"The {what} was made with {was}; {advice}.")
-
-
-class Restored(NamedTuple):
-    """What a checkpoint gives back: the state, and the training seconds spent up to it."""
-
-    state: TrainState
-    step: int
-    seconds: float
 
 
 class Checkpoints:
@@ -88,8 +80,8 @@ class Checkpoints:
             advice = "the earlier ones stand: make room, and continue with --resume"
             raise ExperimentError(f"{words}; {advice}.") from error
 
-    def restore(self, like: TrainState) -> Restored:
-        """Reads the newest checkpoint into the structure of ``like``, onto the devices on which that lies.
+    def restore(self, like: TrainState) -> tuple[TrainState, int, float]:
+        """The newest state in the structure of ``like``, on the devices on which that lies, its step and its seconds.
 
         Raises:
           ExperimentError: the data or a setting that fixes the trajectory has changed, or it cannot be read.
@@ -106,7 +98,7 @@ class Checkpoints:
             f"The checkpoint '{self._folder / str(step)}' holds step {int(state.step)}; remove that folder."
         )
         require(int(state.step) == step, words)
-        return Restored(state, step, run["seconds"])
+        return state, step, run["seconds"]
 
     def _read(self, step: int, **item: Any) -> Any:
         """One item of a checkpoint."""

@@ -19,11 +19,9 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import check_optimizers, make_jobs
 from kfe_optax.experiments.optimizers import config_of
 from kfe_optax.experiments.parallel import refuse_processes
-from kfe_optax.experiments.plots import plot_runs
-from kfe_optax.experiments.progress import ProgressDisplay, say
-from kfe_optax.experiments.ranges import check_positive
-from kfe_optax.experiments.records import FIELDS, Recorder, Row, cells
-from kfe_optax.experiments.runs import Run, comparison_table
+from kfe_optax.experiments.progress import say
+from kfe_optax.experiments.records import FIELDS, Recorder
+from kfe_optax.experiments.runs import Run, comparison_table, plot_runs
 from kfe_optax.experiments.training import Amount, Training, amount, evaluate
 from kfe_optax.experiments.workdirs import claimed
 
@@ -53,7 +51,6 @@ def compare(config: ConfigDict, workdir: str | Path, console: Console | None = N
         raise ExperimentError("config.compare.optimizers is empty; name optimizers, as in 'adam,ekfac'.")
     own = {name: config_of(config, name) for name in names}
     refuse_processes(config, "compare")
-    check_positive(config, "steps", "log_every", "evaluate_examples", "compare.seeds")
     budget = amount(config, "compare.budget") if config.compare.budget else Amount(config.steps, "steps")
     dataset = load(config)
     say(console, f"data       {dataset.summary()}")
@@ -63,12 +60,12 @@ def compare(config: ConfigDict, workdir: str | Path, console: Console | None = N
         claimed(workdir, "compare") as folder,
         (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file,
     ):
-        table, runs = csv.writer(file), []
-        table.writerow(("optimizer", "seed", *FIELDS))
+        table, runs = csv.DictWriter(file, ("optimizer", "seed", *FIELDS)), []
+        table.writeheader()
         for name in names:
             for seed, training in _trainings(config, name, dataset, steps[name], budget):
                 run = _run(name, seed, training, folder / "runs" / f"{name}-{seed}", console)
-                table.writerows((name, seed, *cells(row)) for row in run.rows)
+                table.writerows({"optimizer": name, "seed": seed, **row} for row in run.rows)
                 file.flush()
                 runs.append(run)
         plot_runs(runs, folder / "compare.png", title=config.title)
@@ -110,16 +107,8 @@ def _trainings(
 def _run(name: str, seed: int, training: Training, folder: Path, console: Console) -> Run:
     """Trains one optimizer from one seed and evaluates the result on the whole sets."""
     job, rows = training.job, []
-    with (
-        Recorder(folder, resume_at=-1) as recorder,
-        ProgressDisplay(name, training.steps, console) as display,
-    ):
-
-        def write(row: Row) -> None:
-            rows.append(row)
-            recorder.write(row)
-
-        training.run(write, display)
+    with Recorder(folder, resume_at=-1) as recorder:
+        training.run(name, console, lambda row: (rows.append(row), recorder.write(row)))
         measures = evaluate(job.task, job.devices.local(training.state), training.dataset)
         recorder.show("final", measures, training.step)
     say(

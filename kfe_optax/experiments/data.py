@@ -132,12 +132,6 @@ def _topics(settings: ConfigDict) -> Dataset:
     return text_dataset(text, settings.length, "the help topics of Python's standard library")
 
 
-def _planted(settings: ConfigDict) -> Dataset:
-    """Inputs of ``settings.inputs`` numbers and as many targets as ``settings.outputs`` of a planted map."""
-    sizes = settings.train_size or 25_000, settings.test_size or 2_500
-    return planted_targets(*sizes, settings.inputs, settings.outputs, settings.noise)
-
-
 def curve_images(count: int, seed: int) -> np.ndarray:
     """Smooth curves through three random points each, (count, 28, 28) in [0, 1].
 
@@ -230,5 +224,7 @@ SOURCES: dict[str, Callable[[ConfigDict], Dataset]] = {
     "faces": _faces,
     "digits32": _digits32,
     "topics": _topics,
-    "planted": _planted,
+    "planted": lambda own: planted_targets(
+        own.train_size or 25_000, own.test_size or 2_500, own.inputs, own.outputs, own.noise
+    ),
 }

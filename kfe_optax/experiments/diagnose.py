@@ -20,13 +20,12 @@ from rich.console import Console
 import kfe_optax as kfe
 from kfe_optax import diagnostics
 from kfe_optax.experiments.data import load
-from kfe_optax.experiments.errors import ExperimentError, require
+from kfe_optax.experiments.errors import require
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import find_layers, make_job
 from kfe_optax.experiments.optimizers import optimizer_settings, refusals
 from kfe_optax.experiments.parallel import refuse_processes
 from kfe_optax.experiments.progress import plain_table, say
-from kfe_optax.experiments.ranges import check_positive
 from kfe_optax.experiments.task import Task
 from kfe_optax.experiments.workdirs import claimed
 
@@ -58,7 +57,7 @@ def diagnose(config: ConfigDict, workdir: str | Path, *, console: Console | None
     the measurements come, and at the end ``diagnose.png``. Ctrl-C ends the run after the current step, with the picture
     of what was measured. The fields of ``config.diagnose``:
 
-      layer: its number, from 1, or its name; "": the fifth, or in a smaller network the one after the middle.
+      layer: its name; "": the fifth, or in a smaller network the one after the middle.
       optimizer: what trains the network; it follows the config's own schedule. Its ``fisher`` says which F, or that of
           config.kfac where it has none.
       steps: of training.
@@ -74,7 +73,6 @@ def diagnose(config: ConfigDict, workdir: str | Path, *, console: Console | None
     words = "The config has no 'diagnose'; let its file start from settings.base_config(...)."
     require("diagnose" in config, words)
     refuse_processes(config, "diagnose")
-    check_positive(config, "batch_size", "diagnose.steps", "diagnose.every")
     own, dataset = config.diagnose, load(config)
     options = {
         field: settings[field]
@@ -101,7 +99,10 @@ def diagnose(config: ConfigDict, workdir: str | Path, *, console: Console | None
                     if not history:
                         with refusals("kfac", ConfigDict(options)):
                             layers = find_layers(job.task, seen[0], seen[2], seen[1])
-                            name = find_layer(layers, own.layer)
+                            names = list(layers)
+                            name = own.layer or names[min(5, len(names) // 2 + 1, len(names)) - 1]
+                            words = f"config.diagnose.layer is '{name}'; give one of {', '.join(names)}."
+                            require(name in names, words)
                             measure = jax.jit(make_measure(job.task, layers, name, **options))
                         d_in, d_out = layers[name].sides
                         say(console, f"layer      {name}, {d_in} x {d_out}, F has {d_in * d_out} rows")
@@ -169,24 +170,6 @@ def make_measure(task: Task, layers: kfe.Layers, name: str, **options: Any) -> C
         return {"error": errors, "spectrum_error": found}
 
     return measure
-
-
-def find_layer(layers: kfe.Layers, wanted: str) -> str:
-    """The name of the layer that ``config.diagnose.layer`` means.
-
-    Example::
-
-        find_layer(layers, "2")                         # the second layer of the forward pass
-    """
-    names = list(layers)
-    if not wanted:
-        return names[min(5, len(names) // 2 + 1, len(names)) - 1]
-    if wanted in names:
-        return wanted
-    if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
-        return names[int(wanted) - 1]
-    words = f"config.diagnose.layer is '{wanted}'; give a number from 1 to {len(names)}"
-    raise ExperimentError(f"{words}, or one of {', '.join(names)}.")
 
 
 def _double(tree: Any) -> Any:

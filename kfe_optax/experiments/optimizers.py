@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 import traceback
 from collections.abc import Callable, Generator, Mapping
@@ -23,8 +22,9 @@ class Method(NamedTuple):
     """One line of the table.
 
     ``make`` takes a learning rate, the layers where ``curvature`` is set, and the sub-config's other fields by name.
-    Without curvature the gradient is a plain one. A ``self_tuning`` optimizer takes no learning rate: it finds the length
-    of its steps itself, for which its taps also tell the loss at other parameters.
+    Without curvature the gradient is a plain one, to which ``weight_decay`` times the parameters is added. A
+    ``self_tuning`` optimizer takes no learning rate: it finds the length of its steps itself, for which its taps also tell
+    the loss at other parameters.
     """
 
     make: Callable[..., Any]
@@ -32,39 +32,10 @@ class Method(NamedTuple):
     self_tuning: bool = False
 
 
-def _with_options_of(other: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """A signature in which ``**options`` are the keyword options of ``other``, for configs to have them."""
-
-    def joined(make: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = {**inspect.signature(other).parameters, **inspect.signature(make).parameters}
-        found = [each for name, each in parameters.items() if name != "options"]
-        keywords = [each.replace(kind=each.KEYWORD_ONLY) for each in found]
-        make.__signature__ = inspect.Signature(keywords)  # ty: ignore[missing-attribute]
-        return make
-
-    return joined
-
-
-def _decayed(transform: Any, weight_decay: Any) -> Any:
-    return optax.chain(optax.add_decayed_weights(weight_decay), transform) if weight_decay else transform
-
-
-@_with_options_of(optax.adam)
-def adam(learning_rate: Any, *, weight_decay: float = 0.0, **options: Any) -> Any:
-    """`optax.adam`, with ``weight_decay`` times the parameters added to its gradient, an L2 penalty's."""
-    return _decayed(optax.adam(learning_rate, **options), weight_decay)
-
-
-@_with_options_of(optax.sgd)
-def sgd(learning_rate: Any, *, weight_decay: float = 0.0, **options: Any) -> Any:
-    """`optax.sgd`, with an L2 penalty as `adam` has it."""
-    return _decayed(optax.sgd(learning_rate, **options), weight_decay)
-
-
 # A new optimizer is a line here.
 METHODS: Mapping[str, Method] = {
-    "adam": Method(adam, curvature=False),
-    "sgd": Method(sgd, curvature=False),
+    "adam": Method(optax.adam, curvature=False),
+    "sgd": Method(optax.sgd, curvature=False),
     **{name: Method(method.optimizer, curvature=True) for name, method in kfe.METHODS.items()},
     "soap": Method(kfe.soap, curvature=True),
     "kfac_adaptive": Method(kfe.kfac_adaptive, curvature=True, self_tuning=True),
@@ -138,8 +109,12 @@ def make_optimizer(
         if method.curvature and distribute != "none":
             options["distribute"] = distribute
         rate = () if method.self_tuning else (options.pop("learning_rate"),)
-        transform = method.make(*rate, *((layers,) if method.curvature else ()), **options)
-        return transform if method.curvature else optax.with_extra_args_support(transform)
+        if method.curvature:
+            return method.make(*rate, layers, **options)
+        # An L2 penalty's, added to the gradient.
+        decay = options.pop("weight_decay", 0.0)
+        transform = method.make(*rate, **options)
+        return optax.chain(optax.add_decayed_weights(decay), transform) if decay else optax.chain(transform)
 
 
 def _option(field: str, value: Any, run_steps: int) -> Any:

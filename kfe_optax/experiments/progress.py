@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from kfe_optax.experiments.records import SPLITS
 
 # Lines that a run leaves in a log file or a notebook, where nothing can be redrawn.
 _PLAIN_LINES = 5
@@ -36,6 +38,18 @@ def plain_table(
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def measures_table(measures: Mapping[str, float], title: str) -> Table:
+    """The final evaluation of one run: a row a measure, a column a set."""
+    names = dict.fromkeys(name.partition("_")[2] for name in measures)
+    splits = [split for split in SPLITS if f"{split}_loss" in measures]
+    rows = [
+        (name.replace("_", " "), *(f"{measures[f'{split}_{name}']:.5f}" for split in splits))
+        for name in names
+    ]
+    header = {"train": "training set", "validation": "validation set", "test": "test set"}
+    return plain_table(title, None, ("measure", *(header[split] for split in splits)), rows)
 
 
 class ProgressDisplay:

@@ -56,7 +56,7 @@ def method(name: str, learning_rate: Any = None, damping: Any = None, **options:
     chosen = find_method(name)
     known = inspect.signature(chosen.make).parameters
     given = {"learning_rate": learning_rate, "damping": damping}
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {} if chosen.curvature else {"weight_decay": 0.0}
     if chosen.curvature:
         fields |= {"fisher": "sampled", "num_samples": 1, "statistics_fraction": 1.0}
     if chosen.self_tuning:

@@ -1,10 +1,12 @@
-"""The ``sweep`` command: one optimizer with many settings, chosen by Optuna; a table, a picture, and the best config."""
+"""The ``sweep`` command: one optimizer with many settings, chosen by Optuna."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
+import operator
 import re
 import warnings
 from collections.abc import Mapping
@@ -31,8 +33,8 @@ from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import check_optimizers, make_jobs
 from kfe_optax.experiments.optimizers import optimizer_settings
 from kfe_optax.experiments.parallel import refuse_processes
-from kfe_optax.experiments.progress import ProgressDisplay, say
-from kfe_optax.experiments.ranges import check_config, check_positive, check_settings
+from kfe_optax.experiments.progress import say
+from kfe_optax.experiments.ranges import check_config, check_settings
 from kfe_optax.experiments.records import Row
 from kfe_optax.experiments.task import make_task
 from kfe_optax.experiments.training import Training
@@ -80,7 +82,12 @@ def sweep(
         # kfe-optax sweep --config=mnist_small --config.sweep.search=tpe --config.sweep.space="ekfac.damping=0.1:10"
     """
     console = console or Console()
-    _check_config(config)
+    check_config(config)
+    words = "The config has no 'sweep'; let its file start from settings.base_config(...)."
+    require("sweep" in config, words)
+    refuse_processes(config, "sweep")
+    words = f"config.sweep.search is '{config.sweep.search}'; choose one of {', '.join(_SAMPLERS)}."
+    require(config.sweep.search in _SAMPLERS, words)
     seeds, space = range(config.seed, config.seed + config.sweep.seeds), read_space(config)
     dataset = load(config)
     say(console, f"data       {dataset.summary()}")
@@ -138,12 +145,12 @@ def _measures(
     for seed in seeds:
         rows: list[Row] = [{"loss": 0.0}]
         training = Training(config, jobs(seed), dataset, config.steps)
-        with ProgressDisplay(config.optimizer, config.steps, console) as display:
-            training.run(
-                rows.append,
-                display,
-                lambda rows=rows: interruption.requested or not math.isfinite(rows[-1]["loss"]),
-            )
+        training.run(
+            config.optimizer,
+            console,
+            rows.append,
+            lambda rows=rows: interruption.requested or not math.isfinite(rows[-1]["loss"]),
+        )
         if not all(map(math.isfinite, rows[-1].values())):
             return {}
         if not training.ended:
@@ -151,20 +158,6 @@ def _measures(
         splits = tuple(f"{split}_" for split in dataset.splits())
         found.append({name: value for name, value in rows[-1].items() if name.startswith(splits)})
     return {name: float(np.mean([own[name] for own in found])) for name in found[0]}
-
-
-def _check_config(config: ConfigDict) -> None:
-    """Refuses what cannot be."""
-    check_config(config)
-    require(
-        "sweep" in config, "The config has no 'sweep'; let its file start from settings.base_config(...)."
-    )
-    refuse_processes(config, "sweep")
-    check_positive(
-        config, "batch_size", "log_every", "steps", "evaluate_examples", "sweep.trials", "sweep.seeds"
-    )
-    words = f"config.sweep.search is '{config.sweep.search}'; choose one of {', '.join(_SAMPLERS)}."
-    require(config.sweep.search in _SAMPLERS, words)
 
 
 def _objective(config: ConfigDict, dataset: Dataset) -> str:
@@ -255,11 +248,17 @@ def read_space(config: ConfigDict) -> dict[str, Any]:
     form = "write FIELD=VALUES, each field once, with ';' between fields, as in 'kfac.damping=0.1:1:3; batch_size=64,128'"
     for part in filter(None, map(str.strip, config.sweep.space.split(";"))):
         name, _, text = (piece.strip() for piece in part.partition("="))
-        inner, last = _place(name, config)
-        if isinstance(inner[last], ConfigDict):
-            name, inner, last = f"{name}.value", inner[last], "value"
+        *outer, last = name.split(".")
+        try:
+            inner: Any = functools.reduce(operator.getitem, outer, config)
+            if isinstance(inner[last], ConfigDict):
+                name, inner, last = f"{name}.value", inner[last], "value"
+            kind = inner.get_type(last)
+        except (KeyError, TypeError, AttributeError) as error:
+            words = f"A sweep names the field '{name}', which the config does not have."
+            raise ExperimentError(words) from error
         require(text and name not in space, f"config.sweep.space holds '{part}'; {form}.")
-        space[name] = _parse(name, text, inner.get_type(last), config.sweep.search == "grid")
+        space[name] = _parse(name, text, kind, config.sweep.search == "grid")
     require(space, f"config.sweep.space names no field to vary; {form}.")
     return space
 
@@ -272,22 +271,8 @@ def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
         with_values(config, {"kfac.damping.value": 0.3, "batch_size": 64})
     """
     found = copy.deepcopy(config)
-    with found.ignore_type():
-        for name, value in values.items():
-            inner, last = _place(name, found)
-            inner[last] = value
+    found.update_from_flattened_dict(values)
     return found
-
-
-def _place(name: str, config: ConfigDict) -> tuple[ConfigDict, str]:
-    """The sub-config that holds a field, and the field's name there."""
-    inner: Any = config
-    *outer, last = name.split(".")
-    for part in outer:
-        inner = inner.get(part) if isinstance(inner, ConfigDict) else None
-    if not isinstance(inner, ConfigDict) or last not in inner:
-        raise ExperimentError(f"A sweep names the field '{name}', which the config does not have.")
-    return inner, last
 
 
 def _parse(name: str, text: str, kind: type, grid: bool) -> Any:

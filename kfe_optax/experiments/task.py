@@ -159,17 +159,8 @@ def make_task(config: ConfigDict, dataset: Dataset) -> Task:
 
     name += f", mean over {over}" * bool(over)
     positions = 1 if isinstance(model, Autoencoder | Classifier | LinearNetwork) else dataset.pixels
-    return Task(
-        model,
-        loss_fn,
-        1 / sums,
-        name,
-        measure,
-        ("loss", other),
-        has_state,
-        positions,
-        config.get("layers", ""),
-    )
+    layers, measures = config.get("layers", ""), ("loss", other)
+    return Task(model, loss_fn, 1 / sums, name, measure, measures, has_state, positions, layers)
 
 
 def _check_labels(dataset: Dataset, model: Any) -> None:

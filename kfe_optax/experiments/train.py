@@ -16,10 +16,8 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import TrainState, make_job
 from kfe_optax.experiments.parallel import any_process, writes
-from kfe_optax.experiments.progress import ProgressDisplay, say
-from kfe_optax.experiments.ranges import check_positive
+from kfe_optax.experiments.progress import measures_table, say
 from kfe_optax.experiments.records import Recorder
-from kfe_optax.experiments.runs import measures_table
 from kfe_optax.experiments.training import Training, evaluate
 from kfe_optax.experiments.workdirs import claimed
 
@@ -63,7 +61,6 @@ def train(
         print(outcome.measures["train_loss"])
     """
     console = console or Console()
-    check_positive(config, "steps", "log_every", "checkpoint_every", "evaluate_examples")
     dataset = load(config)
     say(console, f"data       {dataset.summary()}")
     with contextlib.ExitStack() as stack:
@@ -100,7 +97,7 @@ def train(
 
 def _run(training: Training, checkpoints: Checkpoints, recorder: Recorder | None, console: Console) -> None:
     """The steps up to the end or to an interruption."""
-    config, start = training.config, training.step
+    config = training.config
 
     def save() -> None:
         checkpoints.save(training.step, training.job.devices.whole(training.state), training.seconds)
@@ -111,12 +108,10 @@ def _run(training: Training, checkpoints: Checkpoints, recorder: Recorder | None
             return interruption.requested
         return training.step % config.log_every == 0 and any_process(interruption.requested)
 
-    with (
-        Interruption() as interruption,
-        ProgressDisplay(config.optimizer, config.steps, console, start=start) as display,
-    ):
+    write = recorder.write if recorder else lambda row: None
+    with Interruption() as interruption:
         try:
-            training.run(recorder.write if recorder else lambda row: None, display, stop, save)
+            training.run(config.optimizer, console, write, stop, save)
         except OSError:
             # A record, or a line on a terminal that is gone, could not be written: the state still may, unless other
             # processes would have to save it as well.

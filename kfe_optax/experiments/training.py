@@ -7,10 +7,11 @@ import operator
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
+from rich.console import Console
 
 import kfe_optax as kfe
 from kfe_optax.experiments.dataset import Dataset
@@ -74,18 +75,23 @@ class Training:
 
     def run(
         self,
-        write: Callable[[Row], None],
-        display: ProgressDisplay,
+        name: str,
+        console: Console,
+        write: Callable[[Row], Any],
         stop: Callable[[], bool] = lambda: False,
         save: Callable[[], None] | None = None,
     ) -> None:
-        """Takes steps until the run has ended or ``stop()`` says so.
+        """Takes steps until the run has ended or ``stop()`` says so, with a progress bar ``name``.
 
         ``write`` receives a row every ``config.log_every`` steps, at every evaluation and at the end; ``save`` is called
         every ``config.checkpoint_every`` steps and at the end.
         """
         if self.step == 0 and self._evaluations:
             write({"step": 0, "epoch": 0.0, "seconds": 0.0, "loss": float("nan"), **self._measures()})
+        with ProgressDisplay(name, self.steps, console, start=self.step) as display:
+            self._take_steps(write, display, stop, save)
+
+    def _take_steps(self, write: Callable, display: ProgressDisplay, stop: Callable, save: Any) -> None:
         logged, logged_seconds = self.step, self.seconds
         self._began = time.perf_counter()
         while not self.ended and not stop():

@@ -16,7 +16,7 @@ from kfe_optax import value_grad_and_taps
 from kfe_optax.experiments import diagnose as diagnose_lib
 from kfe_optax.experiments import settings
 from kfe_optax.experiments.data import load
-from kfe_optax.experiments.diagnose import diagnose, find_layer, make_measure
+from kfe_optax.experiments.diagnose import diagnose, make_measure
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import find_layers
 from kfe_optax.experiments.main import main
@@ -65,7 +65,7 @@ def test_every_number_is_that_of_the_dense_matrices(config, x64, fisher, monkeyp
     params, _ = task.init(jax.random.key(0), batch["image"])
     params = jax.tree.map(lambda v: 2 * v.astype(jnp.float64), params)
     layers = find_layers(task, params, {}, batch)
-    name = find_layer(layers, "2")
+    name = "dense_2"
     d_in, d_out = layers[name].sides
     measure = jax.jit(make_measure(task, layers, name, fisher=fisher))
     differentiate = value_grad_and_taps(task.loss_fn, layers, fisher=fisher)
@@ -196,11 +196,7 @@ def test_what_is_not_in_the_config_is_one_sentence(config, tmp_path):
         diagnose(config, tmp_path, console=QUIET)
 
 
-def test_the_layer_by_number_by_name_or_by_default():
-    names = {f"dense_{i}": None for i in range(1, 13)}
-    assert find_layer(names, "") == "dense_5"
-    assert find_layer(names, "12") == find_layer(names, "dense_12") == "dense_12"
-    shorter = [find_layer(dict.fromkeys(list(names)[:count]), "") for count in (1, 2, 4, 8)]
-    assert shorter == ["dense_1", "dense_2", "dense_3", "dense_5"]
-    with pytest.raises(ExperimentError, match="give a number from 1 to 12, or one of dense_1, dense_2"):
-        find_layer(names, "code")
+def test_a_layer_that_is_not_there_is_one_sentence(config, tmp_path):
+    config.diagnose.layer = "code"
+    with pytest.raises(ExperimentError, match="is 'code'; give one of dense_1, dense_2, dense_3"):
+        diagnose(config, tmp_path, console=QUIET)
