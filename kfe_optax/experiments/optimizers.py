@@ -83,15 +83,9 @@ def make_optimizer(
     goes to optimizers with curvature: which linear algebra the devices divide among themselves.
     """
     method = find_method(name)
-    for field in ("learning_rate", "max_kl") if method.self_tuning else ():
-        words = (
-            f"config.{name}.{field} is set, and '{name}' finds the length of its steps itself; leave it out."
-        )
-        require(settings.get(field) is None, words)
-    words = (
-        f"config.{name} has no learning rate; set config.{name}.learning_rate, as settings.{name}(...) does."
-    )
-    require(method.self_tuning or settings.get("learning_rate") is not None, words)
+    words = f"config.{name} has no learning rate; set config.{name}.learning_rate"
+    has_rate = settings.get("learning_rate") is not None
+    require(method.self_tuning or has_rate, f"{words}, as settings.{name}(...) does.")
     check_settings(name, settings)
     with refusals(name, settings, constructing=True):
         options = {
@@ -114,7 +108,8 @@ def make_optimizer(
         # An L2 penalty's, added to the gradient.
         decay = options.pop("weight_decay", 0.0)
         transform = method.make(*rate, **options)
-        return optax.chain(optax.add_decayed_weights(decay), transform) if decay else optax.chain(transform)
+        transform = optax.chain(optax.add_decayed_weights(decay), transform) if decay else transform
+        return optax.with_extra_args_support(transform)
 
 
 def _option(field: str, value: Any, run_steps: int) -> Any:
