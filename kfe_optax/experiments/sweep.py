@@ -42,6 +42,8 @@ from kfe_optax.experiments.workdirs import claimed
 
 _SAMPLERS = {"grid": RandomSampler, "random": RandomSampler, "tpe": TPESampler}  # a grid's values are given
 _KINDS: dict[Any, str] = {bool: "0 or 1", str: "words", int: "whole numbers", float: "numbers"}
+# Beside the optimizer's own fields; the data are read once for all trials.
+_ROOTS = ("model", "batch_size", "steps", "averaging", "layers")
 _BOOLEANS = {"0": False, "false": False, "1": True, "true": True}
 
 
@@ -63,7 +65,8 @@ def sweep(
     the trial that was cut off, and ends with the same trials. The fields of ``config.sweep``:
 
       search: "grid", "random" or "tpe".
-      space: any fields of the config, as in "kfac.damping=0.1:1:3; kfac.fisher=sampled,empirical; batch_size=64,128".
+      space: any fields of the optimizer and of the model, ``batch_size``, ``steps``, ``averaging`` and ``layers``, as in
+          "kfac.damping=0.1:1:3; kfac.fisher=sampled,empirical; model.activation=relu,tanh; batch_size=64,128".
           0.01,0.1,1      these values
           0.01:1:5        grid: 5 values from 0.01 to 1, evenly spaced in the logarithm
           0.01:1          random, tpe: log-uniform between 0.01 and 1 (a count is ignored)
@@ -187,7 +190,7 @@ def _study(config: ConfigDict, folder: Path, dataset: Dataset, maximized: bool, 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     path, own = folder / "sweep.journal", identity(config, dataset.fingerprint())
     varied = {name: value for name, value in config.sweep.items() if name != "trials"}
-    own["config"] |= {"steps": config.steps, "sweep": varied}
+    own["config"] |= {"steps": config.steps, "evaluate_examples": config.evaluate_examples, "sweep": varied}
     if path.exists():
         words = f"'{folder}' already holds a sweep; add --resume to continue it, or choose another --workdir."
         require(resume, words)
@@ -245,10 +248,13 @@ def read_space(config: ConfigDict) -> dict[str, Any]:
         len(read_space(config)["kfac.learning_rate.value"].choices)    # 5
     """
     space: dict[str, Any] = {}
+    roots = (config.optimizer, *_ROOTS)
     form = "write FIELD=VALUES, each field once, with ';' between fields, as in 'kfac.damping=0.1:1:3; batch_size=64,128'"
     for part in filter(None, map(str.strip, config.sweep.space.split(";"))):
         name, _, text = (piece.strip() for piece in part.partition("="))
         *outer, last = name.split(".")
+        words = f"A sweep of '{config.optimizer}' varies what is below config.{', config.'.join(roots)}"
+        require(name.split(".")[0] in roots, f"{words}, and not '{name}'.")
         try:
             inner: Any = functools.reduce(operator.getitem, outer, config)
             if isinstance(inner[last], ConfigDict):

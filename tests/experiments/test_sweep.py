@@ -98,6 +98,7 @@ def test_words_booleans_whole_numbers_and_batch_sizes_vary(config, tmp_path):
 
 
 def test_ranges_and_lists(config):
+    config.optimizer = "kfac"
     config.sweep.space = "kfac.learning_rate=0.01:1:3; kfac.damping=1, 2; kfac.max_kl=0; kfac.decay=0.9"
     space = read_space(config)
     np.testing.assert_allclose(space.pop("kfac.learning_rate.value").choices, [0.01, 0.1, 1.0])
@@ -147,6 +148,8 @@ def test_references_hold(tiny_config):
         ({"space": "kfac.momentum"}, "write FIELD=VALUES"),
         ({"space": "kfac.max_kl=1; kfac.max_kl=1"}, "each field once"),
         ({"space": "kfac.speed=1"}, "the field 'kfac.speed', which the config does not have"),
+        ({"space": "sgd.momentum=0.5"}, "A sweep of 'kfac' varies what is below config.kfac, config.model"),
+        ({"space": "data.train_size=10"}, "and not 'data.train_size'"),
         ({"space": "kfac.momentum.end=1"}, "the field 'kfac.momentum.end'"),
         ({"space": "kfac.momentum=0.5,1"}, "config.kfac.momentum is 1.0"),
         ({"space": "kfac.inverse_update_period=0,5"}, "config.kfac.inverse_update_period is 0"),
@@ -162,6 +165,7 @@ def test_references_hold(tiny_config):
 )
 def test_mistakes_are_found_before_anything_runs(config, tmp_path, changes, sentence):
     config.optimizer = "kfac"
+    config.sweep.space = "kfac.learning_rate=0.1"
     config.sweep.update(changes)
     with pytest.raises(ExperimentError, match=sentence):
         sweep(config, tmp_path / "out", console=QUIET)
