@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kfe_optax.experiments.dataset import Dataset, image_dataset, text_dataset
-from kfe_optax.experiments.errors import ExperimentError, require
+from kfe_optax.experiments.errors import ExperimentError, chosen, require
 from kfe_optax.experiments.files import read_files
 from kfe_optax.experiments.ranges import check_config
 
@@ -68,9 +68,9 @@ def _normalize(dataset: Dataset) -> None:
 
 def _make(settings: ConfigDict) -> Dataset:
     name = settings.name
-    require(name in SOURCES, f"config.data.name is '{name}'; choose one of {', '.join(SOURCES)}.")
+    source = chosen("config.data.name", name, SOURCES)
     try:
-        return SOURCES[name](settings)
+        return source(settings)
     except (ImportError, MemoryError) as error:
         words = f"config.data.name is '{name}', which cannot be had here ({error})"
         raise ExperimentError(

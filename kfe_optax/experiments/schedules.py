@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 import kfe_optax as kfe
-from kfe_optax.experiments.errors import require
+from kfe_optax.experiments.errors import chosen, require
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -98,8 +98,7 @@ def make_schedule(settings: ConfigDict, run_steps: int) -> float | Schedule:
 def _check(settings: ConfigDict) -> None:
     """Refuses what is no schedule."""
     kind, value, end, factor = settings.kind, settings.value, settings.end, settings.factor
-    kinds = (*KINDS, BY_STEPS)
-    require(kind in kinds, f"A schedule's kind is '{kind}'; choose one of {', '.join(kinds)}.")
+    chosen("A schedule's kind", kind, (*KINDS, BY_STEPS))
     words = f"An exponential schedule goes from {value:g} to {end:g}; both must be positive: set its 'value' and 'end'."
     require(kind != "exponential" or (value > 0 and end > 0), words)
     if kind == "steps":

@@ -28,7 +28,7 @@ from kfe_optax.experiments.batches import make_batches
 from kfe_optax.experiments.checkpoints import identity, refuse_changes
 from kfe_optax.experiments.data import load
 from kfe_optax.experiments.dataset import Dataset
-from kfe_optax.experiments.errors import ExperimentError, require
+from kfe_optax.experiments.errors import ExperimentError, chosen, require
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import check_optimizers, make_jobs
 from kfe_optax.experiments.optimizers import optimizer_settings
@@ -89,8 +89,7 @@ def sweep(
     words = "The config has no 'sweep'; let its file start from settings.base_config(...)."
     require("sweep" in config, words)
     refuse_processes(config, "sweep")
-    words = f"config.sweep.search is '{config.sweep.search}'; choose one of {', '.join(_SAMPLERS)}."
-    require(config.sweep.search in _SAMPLERS, words)
+    sampler = chosen("config.sweep.search", config.sweep.search, _SAMPLERS)
     seeds, space = range(config.seed, config.seed + config.sweep.seeds), read_space(config)
     dataset = load(config)
     say(console, f"data       {dataset.summary()}")
@@ -108,7 +107,7 @@ def sweep(
             say(console, f"resumed    {done} of {total} trials are already recorded")
         while done < total:
             # Of the seed and the number of trials alone, so that a resumed study draws what it would have drawn.
-            study.sampler = _SAMPLERS[config.sweep.search](seed=config.seed + done)
+            study.sampler = sampler(seed=config.seed + done)
             if grid and not study.get_trials(states=(TrialState.WAITING,)):
                 study.enqueue_trial(dict(zip(space, settings[done], strict=True)))
             trial = study.ask(space)
@@ -169,8 +168,7 @@ def _objective(config: ConfigDict, dataset: Dataset) -> str:
     if wanted in measures:
         wanted = f"{'validation' if 'validation' in splits else 'test'}_{wanted}"
     known = [f"{split}_{measure}" for split in splits for measure in measures]
-    require(wanted in known, f"config.sweep.objective is '{wanted}'; choose one of {', '.join(known)}.")
-    return wanted
+    return chosen("config.sweep.objective", wanted, known)
 
 
 def _check_values(config: ConfigDict, space: dict[str, Any], dataset: Dataset) -> None:
