@@ -229,7 +229,7 @@ def plot_sweep(study: optuna.Study, path: Path, title: str, objective: str) -> N
         plot_sweep(study, Path("sweep.png"), "K-FAC", "train_loss")
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.simplefilter("ignore")  # that its plots may change, and about axes with a single value
         axes: Any = optuna.visualization.matplotlib.plot_slice(study, target_name=objective)
     figure = np.ravel(axes)[0].figure
     figure.suptitle(title)
