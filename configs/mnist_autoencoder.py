@@ -51,6 +51,5 @@ def get_config() -> ConfigDict:
         inverse_update_period=50,
         search_period=50,
     )
-    config.adam_in_kfe = settings.adam_in_kfe(schedule(6e-3, "linear", warmup=20), initial_refreshes=3)
     config.soap = settings.soap(schedule(4e-3, "linear", warmup=20), basis_update_period=50)
     return settings.with_relatives(config)

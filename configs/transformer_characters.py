@@ -33,8 +33,8 @@ def get_config() -> ConfigDict:
     config.loss = "softmax_cross_entropy"
     config.batch_size = 64
     config.steps = 400
-    config.optimizer = "adam_in_kfe"
-    config.compare.optimizers = "adam,kfac,ekfac,adam_in_kfe"
+    config.optimizer = "soap"
+    config.compare.optimizers = "adam,kfac,ekfac,soap"
     config.evaluate_examples = 512
 
     schedule = settings.schedule
@@ -48,5 +48,5 @@ def get_config() -> ConfigDict:
     config.ekfac = settings.ekfac(
         rate, 1e-3, scale="batch", scale_update_period=5, basis_update_period=20, **common
     )
-    config.adam_in_kfe = settings.adam_in_kfe(schedule(8e-3, "linear", warmup=50), basis_update_period=20)
+    config.soap = settings.soap(schedule(8e-3, "linear", warmup=50), basis_update_period=20)
     return settings.with_relatives(config)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
-import itertools
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -14,7 +11,6 @@ from ml_collections import ConfigDict
 from kfe_optax.experiments.data import data_seed
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import require
-from kfe_optax.experiments.growth import Phase, phases_of
 from kfe_optax.experiments.parallel import WHOLE, Share
 
 Batch = dict[str, np.ndarray]
@@ -25,11 +21,10 @@ class Batches:
 
     The order of an epoch is a permutation drawn from (seed, epoch) alone, and the augmentation of a
     batch is drawn from (seed, step): ``batches(step)`` is the same whether the run came to this step in
-    one go or was stopped and resumed. Where the batch grows, a new size begins a new epoch.
+    one go or was stopped and resumed.
 
-    ``batch_size`` may be the phases of a growing batch (``growth.growing_batch``), ``augment`` has names of
-    ``AUGMENTATIONS`` with commas between them, for which ``image_shape`` is (height, width) or (height, width,
-    channels), and ``share`` says which rows of every batch are drawn, where several processes share it.
+    ``augment`` has names of ``AUGMENTATIONS`` with commas between them, for which ``image_shape`` is (height, width) or
+    (height, width, channels), and ``share`` says which rows of every batch are drawn, where several processes share it.
 
     Example::
 
@@ -41,7 +36,7 @@ class Batches:
         self,
         images: np.ndarray,
         labels: np.ndarray,
-        batch_size: int | Sequence[Phase],
+        batch_size: int,
         seed: int,
         *,
         augment: str = "",
@@ -49,45 +44,22 @@ class Batches:
         share: Share = WHOLE,
     ):
         count = len(images)
-        self._phases = [Phase(0, batch_size)] if isinstance(batch_size, int) else list(batch_size)
-        for _, size in self._phases:
-            words = f"config.batch_size is {size} and there are {count} training images"
-            require(1 <= size <= count, f"{words}; choose a batch size from 1 to {count}.")
+        words = f"config.batch_size is {batch_size} and there are {count} training images"
+        require(1 <= batch_size <= count, f"{words}; choose a batch size from 1 to {count}.")
+        self.batch_size, self.steps_per_epoch = batch_size, count // batch_size
         self._images, self._labels, self._seed, self._share = images, labels, seed, share
         self._augmentations = _augmentations(augment, image_shape)
         self._image_shape = (*image_shape, 1)[:3]
-        # The epoch with which each phase begins; a partial one before it counts.
-        pairs = itertools.pairwise(self._phases)
-        epochs = (math.ceil((later.start - start) / (count // size)) for (start, size), later in pairs)
-        self._first_epochs = list(itertools.accumulate(epochs, initial=0))
-
-    def batch_size(self, step: int) -> int:
-        """The number of examples in the batch of ``step``."""
-        return self._place(step)[2]
-
-    def first_steps(self, run_steps: int) -> list[int]:
-        """The first step of each batch size within a run."""
-        return [phase.start for phase in self._phases if phase.start < run_steps]
-
-    def epoch(self, step: int) -> int:
-        """The epoch, counted from 0, to which a step belongs."""
-        return self._place(step)[0]
 
     def indices(self, step: int) -> np.ndarray:
         """Which images form the batch of ``step``."""
-        epoch, position, size = self._place(step)
-        return _order(self._seed, epoch, len(self._images))[position * size : (position + 1) * size]
-
-    def _place(self, step: int) -> tuple[int, int, int]:
-        """The epoch of a step, the place of its batch within it, and the size of the batch."""
-        number = bisect.bisect_right(self._phases, step, key=lambda phase: phase.start) - 1
-        start, size = self._phases[number]
-        epochs, position = divmod(step - start, len(self._images) // size)
-        return self._first_epochs[number] + epochs, position, size
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _order(self._seed, epoch, len(self._images))
+        return order[position * self.batch_size : (position + 1) * self.batch_size]
 
     def __call__(self, step: int) -> Batch:
         """The batch of ``step``, or this process's share: ``{"image": (batch, pixels), "label": (batch,)}``."""
-        size = self.batch_size(step)
+        size = self.batch_size
         own = self._share.rows(size)
         chosen = self.indices(step)[own]
         rows = self._images[chosen]
@@ -109,13 +81,10 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 def make_batches(
     config: ConfigDict, dataset: Dataset, seed: int | None = None, *, share: Share = WHOLE
 ) -> Batches:
-    """The training batches that a config describes: ``batch_size``, ``batch_growth`` and ``data.augment``.
-
-    ``seed`` stands for that of the config where it is given.
-    """
-    (images, labels), shape = dataset.splits()["train"], dataset.image_shape
-    phases, seed = phases_of(config, len(images)), data_seed(config) if seed is None else seed
-    return Batches(images, labels, phases, seed, augment=config.data.augment, image_shape=shape, share=share)
+    """The training batches that a config describes; ``seed`` stands for that of the config where it is given."""
+    (images, labels), size = dataset.splits()["train"], config.batch_size
+    seed, augment = data_seed(config) if seed is None else seed, config.data.augment
+    return Batches(images, labels, size, seed, augment=augment, image_shape=dataset.image_shape, share=share)
 
 
 # Of images (n, height, width, channels), a generator, the size of the batch, and the images' rows in it: each process

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments.checksums import find_damage, write_checksums
 from kfe_optax.experiments.errors import ExperimentError, require
 from kfe_optax.experiments.job import TrainState
 from kfe_optax.experiments.optimizers import METHODS
-from kfe_optax.experiments.parallel import any_process, writes
 
 # Settings that say how long a run is, what it writes, on which devices it runs, and where its data lie
 # (the data themselves are compared); all others fix its trajectory.
@@ -24,33 +22,35 @@ _FREE_FIELDS = {
 }
 
 
-class Restored(NamedTuple):
-    """What a checkpoint gives back: the state, and the training seconds spent up to it.
+def identity(config: ConfigDict, data_fingerprint: int) -> dict[str, Any]:
+    """The settings and the data that fix the trajectory, as JSON gives them back (tuples become lists)."""
+    others = _FREE_FIELDS | (METHODS.keys() - {config.optimizer})
+    fields = json.loads(json.dumps(config.to_dict()))
+    own = {name: value for name, value in fields.items() if name not in others}
+    return {"config": own, "data_fingerprint": data_fingerprint}
 
-    ``damaged`` says of newer checkpoints why they were not taken, and where they are now.
-    """
 
-    state: TrainState
-    step: int
-    seconds: float
-    damaged: tuple[str, ...] = ()
+def refuse_changes(what: str, saved: Any, current: Any, place: str = "") -> None:
+    """Refuses to continue what was made with another identity: no single config would describe it."""
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for name in sorted(saved.keys() | current.keys()):
+            refuse_changes(what, saved.get(name), current.get(name), f"{place}.{name}".lstrip("."))
+        return
+    was = f"{place} = {saved!r}, and it is {current!r} now"
+    was = "other training images" if place == "data_fingerprint" else was
+    advice = "resume with the same settings and data, or start afresh in another --workdir"
+    require(saved == current, f"The {what} was made with {was}; {advice}.")
 
 
 class Checkpoints:
     """The checkpoints of one run, in ``<workdir>/checkpoints/<step>``; the last two are kept.
 
     Writes are synchronous and atomic: a checkpoint that is listed was whole, whatever interrupted
-    the program, and checksums tell whether it still is. Several processes call every method together, and write each array once.
+    the program. Several processes call every method together, and write each array once.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, data_fingerprint: int):
-        # The settings that fix the trajectory, as JSON gives them back (tuples become lists).
-        others = _FREE_FIELDS | (METHODS.keys() - {config.optimizer})
-        fields = json.loads(json.dumps(config.to_dict()))
-        self._run: dict[str, Any] = {
-            "config": {name: value for name, value in fields.items() if name not in others},
-            "data_fingerprint": data_fingerprint,
-        }
+        self._run = identity(config, data_fingerprint)
         self._folder = (workdir / "checkpoints").absolute()
         self._folder.mkdir(exist_ok=True)
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -73,87 +73,46 @@ class Checkpoints:
         run = ocp.args.JsonSave(self._run | {"seconds": seconds})
         try:
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=run))
-            if writes():
-                write_checksums(self._folder / str(step))
         except Exception as error:  # a full disk is of another class from library to library
             words = (
                 f"The checkpoint of step {step} cannot be written to '{self._folder}' ({_in_short(error)})"
             )
-            raise ExperimentError(
-                f"{words}; the earlier ones stand: make room, and continue with --resume."
-            ) from error
+            advice = "the earlier ones stand: make room, and continue with --resume"
+            raise ExperimentError(f"{words}; {advice}.") from error
 
-    def restore(self, like: TrainState) -> Restored:
-        """Reads the newest whole checkpoint into the structure of ``like``, onto the devices on which that lies.
+    def restore(self, like: TrainState) -> tuple[TrainState, int, float]:
+        """The newest state in the structure of ``like``, on the devices on which that lies, its step and its seconds.
 
-        Damaged ones are put aside, so that the run writes theirs again. Refuses when the data or a setting that
-        fixes the trajectory has changed: continuing would give a run that no single config describes.
+        Raises:
+          ExperimentError: the data or a setting that fixes the trajectory has changed, or it cannot be read.
         """
-        damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            damage = find_damage(self._folder / str(step))
-            if damage is not None:
-                damaged[step] = damage
-                continue
-            # The record first: a changed model or optimizer would not fit the arrays.
-            run = self._read(step, run=ocp.args.JsonRestore())
-            _refuse_changes(run["config"], self._run["config"])
-            words = (
-                "The checkpoint was made with other training images; point config.data_dir at the same data"
-            )
-            same = run["data_fingerprint"] == self._run["data_fingerprint"]
-            require(same, f"{words}, or start afresh in another --workdir.")
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-            state = self._read(step, state=ocp.args.StandardRestore(abstract))
-            if int(state.step) != step:  # a folder under another's name
-                damaged[step] = f"it holds step {int(state.step)}"
-                continue
-            return Restored(state, step, run["seconds"], self._put_aside(damaged))
-        require(damaged, "There is no checkpoint to continue from; start the run without --resume.")
-        step, damage = max(damaged.items())
-        words = f"No checkpoint in '{self._folder}' is whole (of that of step {step}, {damage})"
-        raise ExperimentError(
-            f"{words}; restore the folder from a copy, or start afresh in another --workdir."
+        step = self.latest_step()
+        if step is None:
+            raise ExperimentError("There is no checkpoint to continue from; start the run without --resume.")
+        # The record first: a changed model or optimizer would not fit the arrays.
+        run = self._read(step, run=ocp.args.JsonRestore())
+        refuse_changes("checkpoint", {name: run[name] for name in self._run}, self._run)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        state = self._read(step, state=ocp.args.StandardRestore(abstract))
+        words = (
+            f"The checkpoint '{self._folder / str(step)}' holds step {int(state.step)}; remove that folder."
         )
+        require(int(state.step) == step, words)
+        return state, step, run["seconds"]
 
     def _read(self, step: int, **item: Any) -> Any:
-        """One item of a checkpoint whose files are as they were written."""
+        """One item of a checkpoint."""
         try:
             (found,) = self._manager.restore(step, args=ocp.args.Composite(**item)).values()
         except Exception as error:
-            words = (
-                f"The checkpoint of step {step} in '{self._folder}' is whole and does not fit this program"
+            words = f"The checkpoint '{self._folder / str(step)}' is damaged or does not fit this program"
+            advice = (
+                "remove it, and --resume takes the one before, or continue with the versions that wrote it"
             )
-            advice = "continue with the versions that wrote it, or start afresh in another --workdir"
             raise ExperimentError(f"{words} ({_in_short(error)}); {advice}.") from error
         return found
-
-    def _put_aside(self, damaged: dict[int, str]) -> tuple[str, ...]:
-        """Moves damaged checkpoints out of the list; what became of them in words."""
-        said, parent = [], self._folder.parent
-        for step, damage in damaged.items():
-            any_process(False)  # waits for all: who still looks for damage, or counts, shall find the same
-            before = len(list(parent.glob(f"damaged_checkpoint_{step}*")))
-            target = parent / f"damaged_checkpoint_{step}{f'_{before + 1}' if before else ''}"
-            any_process(False)
-            if writes():
-                (self._folder / str(step)).rename(target)
-            said.append(f"the checkpoint of step {step} ({damage}), now '{target}'")
-        any_process(False)
-        self._manager.reload()
-        return tuple(said)
 
 
 def _in_short(error: Exception) -> str:
     """The first line of an exception's message, of which Orbax and TensorStore write many."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]
-
-
-def _refuse_changes(saved: dict[str, Any], current: dict[str, Any], prefix: str = "config") -> None:
-    for name in sorted(saved.keys() | current.keys()):
-        old, new = saved.get(name), current.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            _refuse_changes(old, new, f"{prefix}.{name}")
-            continue
-        words = f"The checkpoint was made with {prefix}.{name} = {old!r}, and it is {new!r} now"
-        require(old == new, f"{words}; resume with the same settings, or start afresh in another --workdir.")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from absl import logging as absl_logging
@@ -68,7 +71,6 @@ def run_command(arguments: list[str]) -> int:
         _print_help(*_without_config_file(others))
         return 2 if others == arguments else 0
     command, config, workdir, resume = _parse(others)
-    # Imported late, so that --help and a mistyped flag do not wait for Orbax and Matplotlib.
     if command == "layers":
         from kfe_optax.experiments.data import load
         from kfe_optax.experiments.job import make_layers
@@ -80,10 +82,9 @@ def run_command(arguments: list[str]) -> int:
 
         join_processes(config)
         console = console if writes() else Console(quiet=True)
-    run = getattr(importlib.import_module(f"kfe_optax.experiments.{command}"), command)
     folder = Path("runs") / _FOLDERS[command].format(name=config.name, optimizer=config.optimizer)
     folder, options = Path(workdir or folder), {"resume": resume} if command in _RESUMABLE else {}
-    outcome = run(config, folder, console=console, **options)
+    outcome = _run_of(command)(config, folder, console=console, **options)
     if not getattr(outcome, "interrupted", False):
         return 0
     words = "the same command with --resume continues from" if options else "what was measured is in"
@@ -91,16 +92,15 @@ def run_command(arguments: list[str]) -> int:
     return INTERRUPTED
 
 
+def _run_of(command: str) -> Callable[..., Any]:
+    # Imported late, so that --help and a mistyped flag do not wait for Orbax and Matplotlib.
+    return getattr(importlib.import_module(f"kfe_optax.experiments.{command}"), command)
+
+
 def _print_help(name: str, words: list[str]) -> None:
     print(_HELP, end="")
-    if "sweep" in words:
-        from kfe_optax.experiments.sweep_space import SWEEP_HELP
-
-        print(f"\n{SWEEP_HELP}", end="")
-    if "diagnose" in words:
-        from kfe_optax.experiments.diagnose import DIAGNOSE_HELP
-
-        print(f"\n{DIAGNOSE_HELP}", end="")
+    for command in {"sweep", "diagnose"} & set(words):
+        print(f"\n{command}\n{inspect.getdoc(_run_of(command))}")
     if name:
         config = load_config(name)
         print(f"\nthe fields of this config\n{config}")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -15,16 +16,13 @@ from kfe_optax.experiments.batches import make_batches
 from kfe_optax.experiments.data import load
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.growth import refuse_growth
-from kfe_optax.experiments.job import Job, check_optimizers, make_jobs
+from kfe_optax.experiments.job import check_optimizers, make_jobs
 from kfe_optax.experiments.optimizers import config_of
 from kfe_optax.experiments.parallel import refuse_processes
-from kfe_optax.experiments.plots import plot_runs
-from kfe_optax.experiments.progress import ProgressDisplay, say
-from kfe_optax.experiments.ranges import check_positive
-from kfe_optax.experiments.records import FIELDS, Recorder, Row, cells
-from kfe_optax.experiments.runs import Run, comparison_table
-from kfe_optax.experiments.training import Amount, Training, amount, evaluate, steps_of
+from kfe_optax.experiments.progress import say
+from kfe_optax.experiments.records import FIELDS, Recorder
+from kfe_optax.experiments.runs import Run, comparison_table, plot_runs
+from kfe_optax.experiments.training import Amount, Training, amount, evaluate
 from kfe_optax.experiments.workdirs import claimed
 
 # The share of a budget in seconds that is first spent on finding an optimizer's speed, with so many
@@ -53,25 +51,21 @@ def compare(config: ConfigDict, workdir: str | Path, console: Console | None = N
         raise ExperimentError("config.compare.optimizers is empty; name optimizers, as in 'adam,ekfac'.")
     own = {name: config_of(config, name) for name in names}
     refuse_processes(config, "compare")
-    check_positive(config, "steps", "log_every", "evaluate_examples", "compare.seeds")
     budget = amount(config, "compare.budget") if config.compare.budget else Amount(config.steps, "steps")
-    if budget.unit == "seconds":
-        # How long such a run is, and so which sizes it has, is known only at its end.
-        refuse_growth(config, "compare for some seconds")
     dataset = load(config)
     say(console, f"data       {dataset.summary()}")
     steps = {name: _steps(own[name], dataset, budget) for name in names}
     check_optimizers(config, steps, dataset)
     with (
-        claimed(workdir, "compare", ("compare.csv", "compare.png", "runs")) as folder,
+        claimed(workdir, "compare") as folder,
         (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file,
     ):
-        table, runs = csv.writer(file), []
-        table.writerow(("optimizer", "seed", *FIELDS))
+        table, runs = csv.DictWriter(file, ("optimizer", "seed", *FIELDS)), []
+        table.writeheader()
         for name in names:
             for seed, training in _trainings(config, name, dataset, steps[name], budget):
                 run = _run(name, seed, training, folder / "runs" / f"{name}-{seed}", console)
-                table.writerows((name, seed, *cells(row)) for row in run.rows)
+                table.writerows({"optimizer": name, "seed": seed, **row} for row in run.rows)
                 file.flush()
                 runs.append(run)
         plot_runs(runs, folder / "compare.png", title=config.title)
@@ -84,7 +78,7 @@ def compare(config: ConfigDict, workdir: str | Path, console: Console | None = N
 def _steps(config: ConfigDict, dataset: Dataset, budget: Amount) -> int:
     """How many steps a budget is; of one in seconds, how many are rehearsed for."""
     if budget.unit == "epochs":
-        return steps_of(make_batches(config, dataset), budget.number)
+        return int(budget.number) * make_batches(config, dataset).steps_per_epoch
     return int(budget.number) if budget.unit == "steps" else config.steps
 
 
@@ -96,8 +90,15 @@ def _trainings(
     if budget.unit == "seconds":
         # Schedules span the run, so the run's length in steps must be known before it starts: a
         # rehearsal finds the speed, and its state is thrown away.
-        seconds = budget.number
-        steps = max(1, round(seconds / _seconds_per_step(jobs(config.seed), _REHEARSAL * seconds)))
+        seconds, durations = budget.number, []
+        job = jobs(config.seed)
+        state = job.state
+        while len(durations) < _REHEARSED_STEPS or sum(durations) < _REHEARSAL * seconds:
+            clock = time.perf_counter()
+            state, _ = job.step(state, job.batches(len(durations)))
+            jax.block_until_ready(state)
+            durations.append(time.perf_counter() - clock)
+        steps = max(1, round(seconds / float(np.mean(durations[_UNTYPICAL_STEPS:]))))
         jobs = make_jobs(config, name, dataset, steps)
     for seed in range(config.seed, config.seed + config.compare.seeds):
         yield seed, Training(config, jobs(seed), dataset, steps, seconds)
@@ -106,16 +107,8 @@ def _trainings(
 def _run(name: str, seed: int, training: Training, folder: Path, console: Console) -> Run:
     """Trains one optimizer from one seed and evaluates the result on the whole sets."""
     job, rows = training.job, []
-    with (
-        Recorder(folder, resume_at=-1) as recorder,
-        ProgressDisplay(name, training.steps, console) as display,
-    ):
-
-        def write(row: Row) -> None:
-            rows.append(row)
-            recorder.write(row)
-
-        training.run(write, display)
+    with Recorder(folder, resume_at=-1) as recorder:
+        training.run(name, console, lambda row: (rows.append(row), recorder.write(row)))
         measures = evaluate(job.task, job.devices.local(training.state), training.dataset)
         recorder.show("final", measures, training.step)
     say(
@@ -124,15 +117,3 @@ def _run(name: str, seed: int, training: Training, folder: Path, console: Consol
         f"in {training.seconds:.1f} s (compiled in {job.compile_seconds:.1f} s)",
     )
     return Run(name, seed, rows, job.compile_seconds, measures, job.task.loss_name)
-
-
-def _seconds_per_step(job: Job, budget: float) -> float:
-    """Runs the job for ``budget`` seconds or some steps and returns the time of a typical step."""
-    state, durations = job.state, []
-    while len(durations) < _REHEARSED_STEPS or sum(durations) < budget:
-        clock = time.perf_counter()
-        state, _ = job.step(state, job.batches(len(durations)))
-        jax.block_until_ready(state)
-        durations.append(time.perf_counter() - clock)
-    typical = durations[_UNTYPICAL_STEPS:]
-    return sum(typical) / len(typical)

@@ -9,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kfe_optax.experiments.dataset import Dataset, image_dataset, text_dataset
-from kfe_optax.experiments.errors import ExperimentError, require
+from kfe_optax.experiments.errors import ExperimentError, chosen, require
 from kfe_optax.experiments.files import read_files
 from kfe_optax.experiments.ranges import check_config
 
@@ -68,9 +68,9 @@ def _normalize(dataset: Dataset) -> None:
 
 def _make(settings: ConfigDict) -> Dataset:
     name = settings.name
-    require(name in SOURCES, f"config.data.name is '{name}'; choose one of {', '.join(SOURCES)}.")
+    source = chosen("config.data.name", name, SOURCES)
     try:
-        return SOURCES[name](settings)
+        return source(settings)
     except (ImportError, MemoryError) as error:
         words = f"config.data.name is '{name}', which cannot be had here ({error})"
         raise ExperimentError(
@@ -130,12 +130,6 @@ def _topics(settings: ConfigDict) -> Dataset:
 
     text = "\n\n".join(topics[title] for title in sorted(topics))
     return text_dataset(text, settings.length, "the help topics of Python's standard library")
-
-
-def _planted(settings: ConfigDict) -> Dataset:
-    """Inputs of ``settings.inputs`` numbers and as many targets as ``settings.outputs`` of a planted map."""
-    sizes = settings.train_size or 25_000, settings.test_size or 2_500
-    return planted_targets(*sizes, settings.inputs, settings.outputs, settings.noise)
 
 
 def curve_images(count: int, seed: int) -> np.ndarray:
@@ -230,5 +224,7 @@ SOURCES: dict[str, Callable[[ConfigDict], Dataset]] = {
     "faces": _faces,
     "digits32": _digits32,
     "topics": _topics,
-    "planted": _planted,
+    "planted": lambda own: planted_targets(
+        own.train_size or 25_000, own.test_size or 2_500, own.inputs, own.outputs, own.noise
+    ),
 }

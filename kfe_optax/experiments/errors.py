@@ -1,5 +1,10 @@
 """The one exception that the commands turn into a sentence."""
 
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
 
 class ExperimentError(ValueError):
     """A mistake in a command, a config or a data file that one sentence explains.
@@ -14,3 +19,9 @@ def require(condition: object, sentence: str) -> None:
     """Raises an ``ExperimentError`` with the sentence where the condition does not hold."""
     if not condition:
         raise ExperimentError(sentence)
+
+
+def chosen(field: str, value: Any, choices: Collection[Any]) -> Any:
+    """What ``value``, that of ``field``, names among ``choices``; it itself where they are no mapping."""
+    require(value in choices, f"{field} is '{value}'; choose one of {', '.join(map(str, choices))}.")
+    return choices[value] if isinstance(choices, Mapping) else value

@@ -6,10 +6,8 @@ import contextlib
 import fnmatch
 import gzip
 import math
-import pickle
 from collections.abc import Callable, Generator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -121,42 +119,20 @@ def _read_npz(path: Path) -> Found:
 
 
 def _read_cifar(path: Path) -> Found:
-    """CIFAR-10 or CIFAR-100, of which the fine labels, in records of bytes or as pickles."""
+    """CIFAR-10 or CIFAR-100, of which the fine labels, in records of bytes."""
     tens = path.stem != "train"
-    names = [f"data_batch_{number}" for number in range(1, 6)] if tens else ["train"]
-    parts = [_cifar_part(path.with_name(name + path.suffix), tens) for name in names]
-    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return (images, labels), _cifar_part(path.with_name(f"test{'_batch' * tens}{path.suffix}"), tens)
+    names = [f"data_batch_{number}.bin" for number in range(1, 6)] if tens else ["train.bin"]
+    first = 1 if tens else 2  # a coarse label stands before CIFAR-100's fine one
 
+    def examples(names: list[str]) -> Examples:
+        parts = []
+        for place in map(path.with_name, names):
+            with _reading(place, f"a file of CIFAR-{10 if tens else 100}"):
+                parts.append(np.fromfile(place, np.uint8).reshape(-1, first + 3072))
+        records = np.concatenate(parts)
+        return records[:, first:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, first - 1]
 
-def _cifar_part(path: Path, tens: bool) -> tuple[np.ndarray, np.ndarray]:
-    """The images (n, 32, 32, 3) of one file as bytes, and their labels."""
-    with _reading(path, f"a file of CIFAR-{10 if tens else 100}"), path.open("rb") as file:
-        if path.suffix == ".bin":
-            first = 1 if tens else 2  # a coarse label stands before CIFAR-100's fine one
-            records = np.fromfile(file, np.uint8).reshape(-1, first + 3072)
-            images, labels = records[:, first:], records[:, first - 1]
-        else:
-            found = _Unpickler(file, encoding="latin1").load()
-            images, labels = found["data"], np.asarray(found["labels" if tens else "fine_labels"])
-        return images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
-
-
-class _Unpickler(pickle.Unpickler):
-    """An unpickler of arrays and built-in types: a pickle is a program, and may call nothing else."""
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        """What the pickle's ``module.name`` stands for; numpy 2 has other modules than the files were written with."""
-        admitted = {
-            "ndarray": np.ndarray,
-            "dtype": np.dtype,
-            "_reconstruct": np.empty(0).__reduce_ex__(2)[0],
-            "_frombuffer": np.empty(0).__reduce_ex__(5)[0],
-            "encode": lambda text, encoding: text.encode(encoding),
-        }
-        if module.partition(".")[0] not in ("numpy", "_codecs") or name not in admitted:
-            raise pickle.UnpicklingError(f"it asks for '{module}.{name}', which a data set does not need")
-        return admitted[name]
+    return examples(names), examples([f"test{'_batch' * tens}.bin"])
 
 
 def _read_svhn(path: Path) -> Found:
@@ -180,8 +156,8 @@ def _read_text(path: Path) -> Found:
 # Each with the names of the file that gives it away, in the order in which a folder is searched.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Path], Found]]] = {
     "the IDX files of MNIST": (("train-images[-.]idx3-ubyte", "train-images[-.]idx3-ubyte.gz"), _read_idx),
-    "CIFAR-10": (("data_batch_1.bin", "data_batch_1"), _read_cifar),
-    "CIFAR-100": (("train.bin", "train"), _read_cifar),
+    "CIFAR-10's binary files": (("data_batch_1.bin",), _read_cifar),
+    "CIFAR-100's": (("train.bin",), _read_cifar),
     "SVHN's train_32x32.mat": (("train_32x32.mat",), _read_svhn),
     "an .npz": (("*.npz",), _read_npz),
     "a .txt": (("*.txt",), _read_text),

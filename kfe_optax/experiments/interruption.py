@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
-from collections.abc import Generator
 from types import FrameType
 from typing import Any
 
@@ -16,12 +14,9 @@ class Interruption:
     """While active, the first SIGINT, SIGTERM or SIGHUP sets ``requested`` instead of raising.
 
     A step consumes its state's buffers before it hands back the new ones, so an exception between
-    the two would leave nothing to save. A second signal raises ``KeyboardInterrupt`` at once, for
-    a user who does not care to wait, but not within ``deferred()``. Signals reach the main thread
-    only; elsewhere this does nothing.
+    the two would leave nothing to save. A second signal does what it did before, for a user who does not care to
+    wait: the last checkpoint stands. Signals reach the main thread only; elsewhere this does nothing.
     """
-
-    _deferring = False
 
     def __init__(self) -> None:
         self.requested = False
@@ -42,17 +37,7 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    @contextlib.contextmanager
-    def deferred(self) -> Generator[None, None, None]:
-        """Lets no signal raise inside, so that a checkpoint is written to its end."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
-
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del number, frame
-        if self.requested and not self._deferring:
-            raise KeyboardInterrupt
         self.requested = True
+        self.__exit__()

@@ -67,19 +67,12 @@ def make_job(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: in
     return make_jobs(config, optimizer, dataset, run_steps)(config.seed)
 
 
-def make_jobs(
-    config: ConfigDict,
-    optimizer: str,
-    dataset: Dataset,
-    run_steps: int,
-    make: Callable[..., optax.GradientTransformationExtraArgs] = make_optimizer,
-) -> Callable[[int], Job]:
-    """``make_job`` for any number of seeds with one compilation: ``jobs(seed)``; ``make`` stands for ``make_optimizer``."""
+def make_jobs(config: ConfigDict, optimizer: str, dataset: Dataset, run_steps: int) -> Callable[[int], Job]:
+    """``make_job`` for any number of seeds with one compilation: ``jobs(seed)``."""
     config = config_of(config, optimizer)
     task, devices = make_task(config, dataset), make_devices(config)
     batches = make_batches(config, dataset, share=devices.share)
-    sizes = {batches.batch_size(first): first for first in batches.first_steps(run_steps)}
-    check_divisible(devices, list(sizes))
+    check_divisible(devices, batches.batch_size)
     batch, key = batches(0), jax.random.key(config.seed)
     init = jax.jit(task.init)
     params, model_state = init(key, batch["image"])
@@ -87,7 +80,7 @@ def make_jobs(
     with refusals(optimizer, settings):
         layers = find_layers(task, params, model_state, batch) if find_method(optimizer).curvature else None
         distribute = config.get("devices", {}).get("distribute", "none")
-        transform = make(optimizer, settings, run_steps, layers, distribute)
+        transform = make_optimizer(optimizer, settings, run_steps, layers, distribute)
         if config.get("averaging") and not find_method(optimizer).self_tuning:
             transform = optax.chain(kfe.average_iterates(config.averaging), transform)
         update = make_update(task, optimizer, settings, layers, devices.axis_name)
@@ -102,15 +95,12 @@ def make_jobs(
     def start(params: Params, model_state: State) -> TrainState:
         return TrainState(params, transform.init(params), jnp.zeros((), jnp.int32), model_state)
 
-    # Compiled ahead of the first step, so that no clock ever contains a compilation. A growing batch has several sizes,
-    # and each of them its own program. A key goes as numbers of the host, which the programs of all modes take.
+    # Compiled ahead of the first step, so that no clock ever contains a compilation. A key goes as numbers of the host,
+    # which the programs of all modes take.
     started, data = time.perf_counter(), np.asarray(jax.random.key_data(key))
     with refusals(optimizer, settings):
         shapes = jax.eval_shape(start, params, model_state)
-        compiled = {
-            devices.share.count(size): devices.compile(step, shapes, batches(first), data)
-            for size, first in sizes.items()
-        }
+        compiled = devices.compile(step, shapes, batch, data)
     seconds = time.perf_counter() - started
 
     def job(seed: int) -> Job:
@@ -121,7 +111,7 @@ def make_jobs(
         batches = make_batches(config, dataset, data_seed, share=devices.share)
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-            return compiled[len(batch["label"])](state, batch, data)
+            return compiled(state, batch, data)
 
         return Job(task, batches, state, step, seconds, devices)
 

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
@@ -25,8 +22,9 @@ class Method(NamedTuple):
     """One line of the table.
 
     ``make`` takes a learning rate, the layers where ``curvature`` is set, and the sub-config's other fields by name.
-    Without curvature the gradient is a plain one. A ``self_tuning`` optimizer takes no learning rate: it finds the length
-    of its steps itself, for which its taps also tell the loss at other parameters.
+    Without curvature the gradient is a plain one, to which ``weight_decay`` times the parameters is added. A
+    ``self_tuning`` optimizer takes no learning rate: it finds the length of its steps itself, for which its taps also tell
+    the loss at other parameters.
     """
 
     make: Callable[..., Any]
@@ -34,75 +32,11 @@ class Method(NamedTuple):
     self_tuning: bool = False
 
 
-def _with_options_of(other: Callable[..., Any], *without: str) -> Callable[[Callable[..., Any]], Any]:
-    """A signature in which ``**options`` are the keyword options of ``other``, for configs to have them."""
-
-    def joined(make: Callable[..., Any]) -> Callable[..., Any]:
-        parameters = {**inspect.signature(other).parameters, **inspect.signature(make).parameters}
-        found = [each for name, each in parameters.items() if name not in ("options", "layers", *without)]
-        keywords = [each.replace(kind=each.KEYWORD_ONLY) for each in found]
-        make.__signature__ = inspect.Signature(keywords)  # ty: ignore[missing-attribute]
-        return make
-
-    return joined
-
-
-def _decayed(transform: Any, weight_decay: Any) -> Any:
-    if not isinstance(weight_decay, jax.Array) and not weight_decay:
-        return transform
-    return optax.chain(optax.add_decayed_weights(weight_decay), transform)
-
-
-@_with_options_of(optax.adam)
-def adam(learning_rate: Any, *, weight_decay: float = 0.0, **options: Any) -> Any:
-    """`optax.adam`, with ``weight_decay`` times the parameters added to its gradient, an L2 penalty's."""
-    return _decayed(optax.adam(learning_rate, **options), weight_decay)
-
-
-@_with_options_of(optax.sgd)
-def sgd(learning_rate: Any, *, weight_decay: float = 0.0, **options: Any) -> Any:
-    """`optax.sgd`, with an L2 penalty as `adam` has it."""
-    return _decayed(optax.sgd(learning_rate, **options), weight_decay)
-
-
-@_with_options_of(kfe.in_kfe, "inner", "carry", "rest")
-def adam_in_kfe(
-    learning_rate: Any,
-    layers: kfe.Layers,
-    *,
-    b1: float = 0.9,
-    b2: float = 0.99,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    basis: str = "kfac",
-    decay: float = 0.95,
-    initial_refreshes: int = 1,
-    **options: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """Adam in the eigenbasis of the factors named ``basis``.
-
-    Args:
-      learning_rate, layers, b1, b2, eps, weight_decay: see `kfe.soap`.
-      basis: a key of `kfe.factors.FACTORS`.
-      decay: ρ of the factors' running averages.
-      factor_update_period, basis_update_period, initial_refreshes, refreshes_per_doubling, refresh, refresh_tolerance, max_dim,
-        distribute: see `kfe.in_kfe`.
-    """
-    factors = _named("are no factors", kfe.factors.FACTORS, basis)(decay=decay)
-    adam = optax.scale_by_adam(b1, b2, eps)
-    return optax.chain(
-        kfe.in_kfe(adam, layers, basis=factors, initial_refreshes=initial_refreshes, **options),
-        optax.add_decayed_weights(weight_decay),
-        optax.scale_by_learning_rate(learning_rate),
-    )
-
-
 # A new optimizer is a line here.
 METHODS: Mapping[str, Method] = {
-    "adam": Method(adam, curvature=False),
-    "sgd": Method(sgd, curvature=False),
+    "adam": Method(optax.adam, curvature=False),
+    "sgd": Method(optax.sgd, curvature=False),
     **{name: Method(method.optimizer, curvature=True) for name, method in kfe.METHODS.items()},
-    "adam_in_kfe": Method(adam_in_kfe, curvature=True),
     "soap": Method(kfe.soap, curvature=True),
     "kfac_adaptive": Method(kfe.kfac_adaptive, curvature=True, self_tuning=True),
 }
@@ -149,15 +83,9 @@ def make_optimizer(
     goes to optimizers with curvature: which linear algebra the devices divide among themselves.
     """
     method = find_method(name)
-    for field in ("learning_rate", "max_kl") if method.self_tuning else ():
-        words = (
-            f"config.{name}.{field} is set, and '{name}' finds the length of its steps itself; leave it out."
-        )
-        require(settings.get(field) is None, words)
-    words = (
-        f"config.{name} has no learning rate; set config.{name}.learning_rate, as settings.{name}(...) does."
-    )
-    require(method.self_tuning or settings.get("learning_rate") is not None, words)
+    words = f"config.{name} has no learning rate; set config.{name}.learning_rate"
+    has_rate = settings.get("learning_rate") is not None
+    require(method.self_tuning or has_rate, f"{words}, as settings.{name}(...) does.")
     check_settings(name, settings)
     with refusals(name, settings, constructing=True):
         options = {
@@ -175,20 +103,21 @@ def make_optimizer(
         if method.curvature and distribute != "none":
             options["distribute"] = distribute
         rate = () if method.self_tuning else (options.pop("learning_rate"),)
-        transform = method.make(*rate, *((layers,) if method.curvature else ()), **options)
-        return transform if method.curvature else optax.with_extra_args_support(transform)
+        if method.curvature:
+            return method.make(*rate, layers, **options)
+        # An L2 penalty's, added to the gradient.
+        decay = options.pop("weight_decay", 0.0)
+        transform = method.make(*rate, **options)
+        transform = optax.chain(optax.add_decayed_weights(decay), transform) if decay else transform
+        return optax.with_extra_args_support(transform)
 
 
 def _option(field: str, value: Any, run_steps: int) -> Any:
     """What a constructor is told: a flag of the command line cannot say None, and says "", or 0 for no clip and no search."""
     start = value.value if isinstance(value, ConfigDict) else value
-    may_be_none = isinstance(value, str) or field in ("max_kl", "max_change", "search_period")
-    if may_be_none and not isinstance(start, jax.Array) and not start:
+    if not start and (isinstance(value, str) or field in ("max_kl", "max_change", "search_period")):
         return None
-    option: Any = make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
-    if may_be_none and isinstance(start, jax.Array):  # traced, by a sweep: instead of none it is infinite
-        return lambda count: jnp.where(start > 0, option(count) if callable(option) else option, jnp.inf)
-    return option
+    return make_schedule(value, run_steps) if isinstance(value, ConfigDict) else value
 
 
 def tap_options(name: str, settings: ConfigDict) -> dict[str, Any]:

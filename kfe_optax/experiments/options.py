@@ -14,7 +14,7 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.schedules import as_schedule
 
 # What a config cannot say: the layers are found in its model, and these are functions, trees or objects.
-_NO_FIELDS = ("layers", "inner", "mask", "rest", "carry", "coefficients")
+_NO_FIELDS = ("layers", "mask", "rest", "coefficients")
 # Numbers that always are schedules, so that the command line sets their parts.
 _SCHEDULES = ("learning_rate", "damping", "coarse_damping")
 _TYPES = (("tuple", tuple), ("int", int), ("float", float), ("ScalarOrSchedule", float))

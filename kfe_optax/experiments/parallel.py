@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from kfe_optax.experiments.errors import ExperimentError, require
+from kfe_optax.experiments.errors import ExperimentError, chosen, require
 
 Step = Callable[[Any, Any, Any], tuple[Any, jax.Array]]
 AXIS = "devices"
@@ -35,10 +35,6 @@ class Share(NamedTuple):
     def rows(self, batch_size: int) -> slice:
         """The rows of a batch of this size, which ``of`` divides."""
         return slice(batch_size * self.start // self.of, batch_size * self.stop // self.of)
-
-    def count(self, batch_size: int) -> int:
-        """How many rows they are."""
-        return len(range(batch_size)[self.rows(batch_size)])
 
 
 WHOLE = Share()
@@ -131,8 +127,8 @@ def _put(sharding: NamedSharding, arrays: Any) -> Any:
 def make_devices(config: ConfigDict) -> Devices:
     """The devices that ``config.devices`` describes; one without it."""
     settings = config.get("devices", ConfigDict({"mode": "one", "count": 0}))
-    mode, count = settings.mode, settings.count
-    require(mode in _MODES, f"config.devices.mode is '{mode}'; choose one of {', '.join(_MODES)}.")
+    mode, count = chosen("config.devices.mode", settings.mode, _MODES), settings.count
+    chosen("config.devices.distribute", settings.get("distribute", "none"), DISTRIBUTE)
     # In the order of the processes, so that the rows of one process lie side by side.
     found = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     words = f"config.devices.count is {count}"
@@ -142,14 +138,9 @@ def make_devices(config: ConfigDict) -> Devices:
     require(0 <= count <= len(found), f"{words} and there are {len(found)} devices; {at_most}.")
     others = "which here runs in one process; set it to 'sharded' or 'shard_map' for several"
     require(mode != "pmap" or jax.process_count() == 1, f"config.devices.mode is 'pmap', {others}.")
-    distribute = settings.get("distribute", "none")
-    require(
-        distribute in DISTRIBUTE,
-        f"config.devices.distribute is '{distribute}'; choose one of {', '.join(DISTRIBUTE)}.",
-    )
-    chosen = found[: 1 if mode == "one" else count or None]
+    used = found[: 1 if mode == "one" else count or None]
     kind = Pmapped if mode == "pmap" else Devices
-    return kind(chosen, AXIS if mode in ("pmap", "shard_map") else None)
+    return kind(used, AXIS if mode in ("pmap", "shard_map") else None)
 
 
 def refuse_processes(config: ConfigDict, command: str) -> None:
@@ -158,13 +149,12 @@ def refuse_processes(config: ConfigDict, command: str) -> None:
     require(not config.get("distributed", False), words)
 
 
-def check_divisible(devices: Devices, batch_sizes: Sequence[int]) -> None:
-    """Refuses batches that the devices cannot share evenly."""
+def check_divisible(devices: Devices, batch_size: int) -> None:
+    """Refuses a batch that the devices cannot share evenly."""
     count = devices.share.of
-    advice = f"make config.batch_size, and every size of config.batch_growth, a multiple of {count}"
-    for size in batch_sizes:
-        words = f"A batch has {size} examples, which {count} devices cannot share evenly"
-        require(size % count == 0, f"{words}; {advice}, or set config.devices.count.")
+    words = f"A batch has {batch_size} examples, which {count} devices cannot share evenly"
+    advice = f"make config.batch_size a multiple of {count}, or set config.devices.count"
+    require(batch_size % count == 0, f"{words}; {advice}.")
 
 
 def join_processes(config: ConfigDict) -> None:

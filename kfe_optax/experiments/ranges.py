@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,15 +25,16 @@ _RANGES: dict[str, _Range] = {
     **dict.fromkeys(("scale_update_period", "damping_period", "num_samples", "max_dim"), _AT_LEAST_ONE),
     **dict.fromkeys(("damping", "coarse_damping", "initial_damping"), _POSITIVE),
     **dict.fromkeys(("length", "variations", "inputs", "outputs", "batch_size"), _AT_LEAST_ONE),
+    **dict.fromkeys(("steps", "log_every", "checkpoint_every", "evaluate_examples"), _AT_LEAST_ONE),
+    **dict.fromkeys(("seeds", "trials", "every"), _AT_LEAST_ONE),
 }
 
 
 def check_config(config: ConfigDict) -> None:
     """Refuses seeds, lengths, sizes of the data and sizes of the model that cannot be."""
-    # That the last ones are positive is asked by the commands that use them.
-    fields = ("seed", "data_seed", "averaging", "steps", "log_every", "checkpoint_every")
-    _check({field: config[field] for field in fields if field in config}, "config")
-    _check(config.data, "config.data")
+    _check({name: value for name, value in config.items() if name != "model"}, "config")
+    for section in ("data", "compare", "sweep", "diagnose"):
+        _check(config.get(section, {}), f"config.{section}")
     # In config.model every whole number counts units, layers or pixels.
     _check(config.model, "config.model", _AT_LEAST_ONE)
 
@@ -53,13 +52,6 @@ def check_settings(name: str, settings: ConfigDict) -> None:
             require("kind" in value and "value" in value, words)
             _check(value, place, ranges={"value": _RANGES.get(field, _NOT_NEGATIVE)})
     _check(settings, f"config.{name}")
-
-
-def check_positive(config: ConfigDict, *fields: str) -> None:
-    """Refuses a config in which one of ``fields`` is not a positive count."""
-    for field in fields:
-        value: Any = functools.reduce(operator.getitem, field.split("."), config)
-        require(value >= 1, f"config.{field} is {value}; set it to at least 1.")
 
 
 def _check(

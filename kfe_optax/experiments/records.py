@@ -51,6 +51,7 @@ class Recorder:
             csv.writer(file).writerows([FIELDS, *kept])
         fresh.replace(path)
         self._file = path.open("a", newline="", encoding="utf-8")
+        self._rows = csv.DictWriter(self._file, FIELDS)
         # tensorboardX's ``SummaryWriter`` leaves writing to a thread: when a full disk ends that one, the caller waits
         # for ever.
         (workdir / "tensorboard").mkdir(exist_ok=True)
@@ -76,7 +77,8 @@ class Recorder:
 
     def write(self, row: Row) -> None:
         """Appends a row and flushes it, so that a killed run keeps its history."""
-        csv.writer(self._file).writerow(cells(row))
+        # A float reads back to the same float, so that runs can be compared bit by bit.
+        self._rows.writerow(row)
         self._file.flush()
         self.show("run", {name: value for name, value in row.items() if name != "step"}, int(row["step"]))
 
@@ -89,11 +91,6 @@ class Recorder:
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self._board.flush()
             self._flushed = time.monotonic()
-
-
-def cells(row: Row) -> list[str]:
-    """A row as text; a float reads back to the same float, so that runs can be compared bit by bit."""
-    return [repr(row[name]) if name in row else "" for name in FIELDS]
 
 
 def _rows_up_to(path: Path, step: int) -> list[list[str]]:

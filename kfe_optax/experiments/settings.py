@@ -56,7 +56,7 @@ def method(name: str, learning_rate: Any = None, damping: Any = None, **options:
     chosen = find_method(name)
     known = inspect.signature(chosen.make).parameters
     given = {"learning_rate": learning_rate, "damping": damping}
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {} if chosen.curvature else {"weight_decay": 0.0}
     if chosen.curvature:
         fields |= {"fisher": "sampled", "num_samples": 1, "statistics_fraction": 1.0}
     if chosen.self_tuning:
@@ -78,43 +78,34 @@ def __getattr__(name: str) -> Callable[..., ConfigDict]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# From whom a method has its settings where a config file gives it none of its own.
+# From whom a method has its settings where a config file gives it none of its own, others than K-FAC; and fields of the
+# same name that mean something else there, or are tuned to the other.
 _RELATIVES = {
-    **dict.fromkeys(("tkfac", "kpsvd", "deflation", "lanczos", "kfac_corrected"), "kfac"),
-    **dict.fromkeys(("two_level_kfac", "kfac_tridiagonal"), "kfac"),
-    "tekfac": "ekfac",
-    "adam_in_kfe": "adam",
-    "soap": "adam",
-}
-# What they do not have from it: fields of the same name that mean something else, or are tuned to the other.
-_NOT_SHARED = {
-    "tekfac": ("damping_type", "trace_floor", "scale_update_period", "scale_decay"),
-    **dict.fromkeys(("adam_in_kfe", "soap"), ("b1", "b2", "eps")),
+    "tekfac": ("ekfac", ("damping_type", "trace_floor", "scale_update_period", "scale_decay")),
+    "soap": ("adam", ("b1", "b2", "eps")),
 }
 
 
 def with_relatives(config: ConfigDict) -> ConfigDict:
     """Gives every method that ``config`` leaves out the settings of its nearest relative in it, as far as it has them.
 
-    Adam in an eigenbasis has Adam's learning rate and the number of its weight decay, which is decoupled there and an L2 penalty
+    Soap has Adam's learning rate and the number of its weight decay, which is decoupled there and an L2 penalty
     in Adam: another strength. They are a start for ``sweep``, not a tuned setting.
     """
-    if "kfac_adaptive" not in config:
-        config.kfac_adaptive = method("kfac_adaptive")
-    if "spectral_kfac" not in config:
-        # One rate for all networks.
-        config.spectral_kfac = method("spectral_kfac", schedule(0.1, "linear", warmup=20))
-    for name, relative in _RELATIVES.items():
-        if name in config or relative not in config:
+    for name, chosen in METHODS.items():
+        relative, others = _RELATIVES.get(name, ("kfac", ()))
+        if name in config or not chosen.curvature:
             continue
-        known = inspect.signature(find_method(name).make).parameters
-        shared = {
-            field: value
-            for field, value in config[relative].items()
-            if (field in known or field in STEP_FIELDS or (field in BATCH_FIELDS and value is not None))
-            and field not in _NOT_SHARED.get(name, ())
-        }
-        config[name] = method(name, **shared)
+        if chosen.self_tuning:
+            config[name] = method(name)
+        elif name == "spectral_kfac":
+            config[name] = method(name, schedule(0.1, "linear", warmup=20))  # one rate for all networks
+        elif name != "ekfac" and relative in config:
+            known = {*inspect.signature(chosen.make).parameters, *STEP_FIELDS}
+            shared = {field: value for field, value in config[relative].items() if field in known - {*others}}
+            batches = {field: config[relative].get(field) for field in BATCH_FIELDS}
+            config[name] = method(name, **shared)
+            config[name].update({field: value for field, value in batches.items() if value is not None})
     return config
 
 
@@ -163,9 +154,6 @@ def base_config(name: str) -> ConfigDict:
             "layers": "",
             "optimizer": "ekfac",
             "batch_size": 512,
-            # Over so many steps the batch grows to 'largest' examples (0: the whole training set); each of
-            # 'sizes' sizes is a compilation. 0 steps: it does not grow.
-            "batch_growth": {"steps": 0, "largest": 0, "sizes": 6},
             # Where a step runs; see 'experiments/parallel.py'.
             "devices": {
                 "mode": "one",  # or several that share each batch: "sharded", "pmap", "shard_map"
@@ -195,16 +183,10 @@ def base_config(name: str) -> ConfigDict:
             # 'kfe-optax sweep --help' explains the values.
             "sweep": {
                 "search": "grid",
-                "learning_rate": "x0.1:x10:5",
-                "damping": "x0.1:x10:5",
-                "max_kl": "",
-                "batch_size": "",
-                "others": "",
+                "space": "",
                 "objective": "train_loss",
                 "trials": 25,
-                "seeds": "",
-                "steps": 0,
-                "examples": 0,
+                "seeds": 1,
             },
             # 'kfe-optax diagnose --help' explains the values.
             "diagnose": {
@@ -212,7 +194,6 @@ def base_config(name: str) -> ConfigDict:
                 "optimizer": "adam",
                 "steps": 150,
                 "every": 5,
-                "basis_update_period": 50,
             },
         }
     )

@@ -1,17 +1,23 @@
-"""The ``sweep`` command: one optimizer with many settings, chosen by Optuna; a table, a picture, and the best config."""
+"""The ``sweep`` command: one optimizer with many settings, chosen by Optuna."""
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
-import json
 import math
+import operator
+import re
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 import optuna
+from matplotlib import pyplot
 from ml_collections import ConfigDict
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import RandomSampler, TPESampler
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -19,26 +25,26 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from kfe_optax.experiments.batches import make_batches
+from kfe_optax.experiments.checkpoints import identity, refuse_changes
 from kfe_optax.experiments.data import load
 from kfe_optax.experiments.dataset import Dataset
-from kfe_optax.experiments.errors import ExperimentError
+from kfe_optax.experiments.errors import ExperimentError, chosen, require
 from kfe_optax.experiments.interruption import Interruption
-from kfe_optax.experiments.job import check_optimizers
-from kfe_optax.experiments.optimizers import METHODS
+from kfe_optax.experiments.job import check_optimizers, make_jobs
+from kfe_optax.experiments.optimizers import optimizer_settings
 from kfe_optax.experiments.parallel import refuse_processes
-from kfe_optax.experiments.progress import ProgressDisplay
-from kfe_optax.experiments.ranges import check_config, check_positive, check_settings
-from kfe_optax.experiments.sweep_results import write_results
-from kfe_optax.experiments.sweep_space import read_space, with_values
-from kfe_optax.experiments.sweep_trainer import Trainer
+from kfe_optax.experiments.progress import say
+from kfe_optax.experiments.ranges import check_config, check_settings
+from kfe_optax.experiments.records import Row
 from kfe_optax.experiments.task import make_task
+from kfe_optax.experiments.training import Training
 from kfe_optax.experiments.workdirs import claimed
 
-_FILES = ("sweep.csv", "sweep.journal", "sweep.png", "best.py")
 _SAMPLERS = {"grid": RandomSampler, "random": RandomSampler, "tpe": TPESampler}  # a grid's values are given
-# What a resumed sweep may change: where things lie and how they are written, and on which devices it runs.
-_FREE_FIELDS = {"title", "log_every", "checkpoint_every", "compare", "diagnose", "data_dir"}
-_FREE_FIELDS |= {"devices", "distributed", "cluster"}
+_KINDS: dict[Any, str] = {bool: "0 or 1", str: "words", int: "whole numbers", float: "numbers"}
+# Beside the optimizer's own fields; the data are read once for all trials.
+_ROOTS = ("model", "batch_size", "steps", "averaging", "layers")
+_BOOLEANS = {"0": False, "false": False, "1": True, "true": True}
 
 
 class SweepOutcome(NamedTuple):
@@ -51,130 +57,141 @@ class SweepOutcome(NamedTuple):
 def sweep(
     config: ConfigDict, workdir: str | Path, *, resume: bool = False, console: Console | None = None
 ) -> SweepOutcome:
-    """Runs the trials that ``config.sweep`` describes and writes everything to ``workdir``.
+    """Trains ``config.optimizer`` with many settings, which Optuna chooses, and writes everything to ``workdir``.
 
-    A trial is a run of ``train`` without its records, for each of ``config.sweep.seeds``; its value is the mean of
-    ``config.sweep.objective``, infinitely bad where a run diverged. The folder receives ``sweep.journal``, which is
-    Optuna's study 'sweep', ``sweep.csv``, ``sweep.png`` and ``best.py``. Ctrl-C ends a sweep after the current step; with
-    ``resume`` it goes on with the trial that was cut off, and ends with the same trials.
+    The folder receives ``sweep.csv`` (a row a trial), ``sweep.png`` and ``sweep.journal`` (Optuna's study 'sweep', which its
+    dashboard opens), and the flags of the best setting are printed. A trial is a run of ``train`` without its files; its
+    value is infinitely bad where it diverged. Ctrl-C ends a sweep after the current step; with ``resume`` it goes on with
+    the trial that was cut off, and ends with the same trials. The fields of ``config.sweep``:
+
+      search: "grid", "random" or "tpe".
+      space: any fields of the optimizer and of the model, ``batch_size``, ``steps``, ``averaging`` and ``layers``, as in
+          "kfac.damping=0.1:1:3; kfac.fisher=sampled,empirical; model.activation=relu,tanh; batch_size=64,128".
+          0.01,0.1,1      these values
+          0.01:1:5        grid: 5 values from 0.01 to 1, evenly spaced in the logarithm
+          0.01:1          random, tpe: log-uniform between 0.01 and 1 (a count is ignored)
+        Of a schedule it is the 'value'.
+      objective: train_loss, validation_loss, test_accuracy, ...; accuracy alone is that of the validation set, or of
+          the test set where there is none.
+      trials: how many settings, for random and tpe.
+      seeds: how many, from config.seed on; a setting is judged by their mean.
 
     Example::
 
-        config.optimizer = "kfac"
-        config.sweep.learning_rate = "0.03,0.1,0.3"
+        config.optimizer, config.sweep.space = "kfac", "kfac.learning_rate=0.03,0.1,0.3"
         outcome = sweep(config, "runs/sweep")
         print(outcome.trials[0].params, outcome.trials[0].value)
+
+        # kfe-optax sweep --config=mnist_small --config.sweep.search=tpe --config.sweep.space="ekfac.damping=0.1:10"
     """
     console = console or Console()
-    seeds, space = _seeds(config), read_space(config)
+    check_config(config)
+    words = "The config has no 'sweep'; let its file start from settings.base_config(...)."
+    require("sweep" in config, words)
+    refuse_processes(config, "sweep")
+    sampler = chosen("config.sweep.search", config.sweep.search, _SAMPLERS)
+    seeds, space = range(config.seed, config.seed + config.sweep.seeds), read_space(config)
     dataset = load(config)
-    _say(console, "data", dataset.summary())
+    say(console, f"data       {dataset.summary()}")
     objective = _objective(config, dataset)
+    config = copy.deepcopy(config)
+    config.evaluate_every = "end"
     _check_values(config, space, dataset)
-    grid, total = config.sweep.search == "grid", config.sweep.trials
-    with claimed(workdir, "sweep", _FILES) as folder:
-        study = _study(config, folder, dataset, objective, resume)
-        if grid:
-            settings = list(itertools.product(*(found.choices for found in space.values())))
-            total = len(settings)
+    settings = list(itertools.product(*(getattr(found, "choices", ()) for found in space.values())))
+    grid, maximized = config.sweep.search == "grid", objective.endswith("accuracy")
+    total = len(settings) if grid else config.sweep.trials
+    with claimed(workdir, "sweep") as folder, Interruption() as interruption:
+        study = _study(config, folder, dataset, maximized, resume)
         done = len(_finished(study))
         if done:
-            _say(console, "resumed", f"{done} of {total} trials are already recorded")
-        trainer = Trainer(config, dataset, seeds)
-        steps, words = trainer.steps * len(seeds), f"{total - done} trials of {trainer.steps} steps"
-        _say(console, "sweep", f"{config.optimizer}, {words} over {', '.join(space)}")
-        bar = ProgressDisplay(f"sweep {config.optimizer}", total * steps, console, start=done * steps)
-        with Interruption() as interruption, bar:
-            while done < total:
-                # Of the seed and the number of trials alone, so that a resumed study draws what it would have drawn.
-                study.sampler = _SAMPLERS[config.sweep.search](seed=config.seed + done)
-                if grid and not study.get_trials(states=(TrialState.WAITING,)):
-                    study.enqueue_trial(dict(zip(space, settings[done], strict=True)))
-                trial = study.ask(space)
-                found = trainer.run(
-                    trial.params,
-                    lambda: interruption.requested,
-                    lambda step, loss, speed, done=done: bar.show(done * steps + step, loss, speed),
-                )
-                if found is None:
-                    break
-                for name, value in found.items():
-                    trial.set_user_attr(name, value)
-                study.tell(trial, found.get(objective, -math.inf if _is_maximized(objective) else math.inf))
-                done += 1
-        trials = sorted(_finished(study), key=lambda trial: trial.value, reverse=_is_maximized(objective))
+            say(console, f"resumed    {done} of {total} trials are already recorded")
+        while done < total:
+            # Of the seed and the number of trials alone, so that a resumed study draws what it would have drawn.
+            study.sampler = sampler(seed=config.seed + done)
+            if grid and not study.get_trials(states=(TrialState.WAITING,)):
+                study.enqueue_trial(dict(zip(space, settings[done], strict=True)))
+            trial = study.ask(space)
+            say(console, f"{f'{done + 1} of {total}':<10} {_flags(trial)}")
+            found = _measures(with_values(config, trial.params), seeds, dataset, interruption, console)
+            if found is None:
+                break
+            for name, value in found.items():
+                trial.set_user_attr(name, value)
+            value = found.get(objective, -math.inf if maximized else math.inf)
+            say(console, f"           {objective} {value:.5f}" if found else "           diverged")
+            study.tell(trial, value)
+            done += 1
+        trials = sorted(_finished(study), key=lambda trial: trial.value, reverse=maximized)
         if trials:
-            best = with_values(config, trials[0].params)
-            best.update(name=f"{config.name}_best", seed=seeds[0], steps=trainer.steps)
-            title = f"{config.title}: {config.optimizer}, {trainer.steps} steps"
-            write_results(trials, best, objective, folder, title, console)
+            table = study.trials_dataframe(("state", "value", "params", "user_attrs"))
+            table.columns = [re.sub(r"^(params|user_attrs)_", "", name) for name in table.columns]
+            table = table[table.pop("state") == "COMPLETE"]
+            table.to_csv(folder / "sweep.csv", index=False)
+            plot_sweep(study, folder / "sweep.png", f"{config.title}: {config.optimizer}", objective)
+            diverged = int(np.isinf(table["value"]).sum())
+            say(
+                console,
+                f"trials     {folder / 'sweep.csv'}, {len(trials)} settings, {diverged} of them diverged",
+            )
+            say(console, f"figure     {folder / 'sweep.png'}")
+            best = f"{objective} {trials[0].value:.5f} with {_flags(trials[0])}"
+            say(console, f"best       {best if trials[0].user_attrs else 'none: every setting diverged'}")
     return SweepOutcome(trials, done < total)
 
 
-def _seeds(config: ConfigDict) -> tuple[int, ...]:
-    """The seeds of every trial, after the refusal of what cannot be."""
-    check_config(config)
-    if "sweep" not in config:
-        raise ExperimentError("The config has no 'sweep'; let its file start from settings.base_config(...).")
-    refuse_processes(config, "sweep")
-    check_positive(config, "batch_size", "log_every", "steps")
-    if config.sweep.search not in _SAMPLERS:
-        raise ExperimentError(
-            f"config.sweep.search is '{config.sweep.search}'; choose one of {', '.join(_SAMPLERS)}."
+def _measures(
+    config: ConfigDict, seeds: range, dataset: Dataset, interruption: Interruption, console: Console
+) -> dict[str, float] | None:
+    """The mean final measures over seeds; none of them where one diverged, None after an interruption."""
+    jobs, found = make_jobs(config, config.optimizer, dataset, config.steps), []
+    for seed in seeds:
+        rows: list[Row] = [{"loss": 0.0}]
+        training = Training(config, jobs(seed), dataset, config.steps)
+        training.run(
+            config.optimizer,
+            console,
+            rows.append,
+            lambda rows=rows: interruption.requested or not math.isfinite(rows[-1]["loss"]),
         )
-    for field, least in (("trials", 1), ("steps", 0), ("examples", 0)):
-        if config.sweep[field] < least:
-            raise ExperimentError(
-                f"config.sweep.{field} is {config.sweep[field]}; set it to at least {least}."
-            )
-    parts = [part.strip() for part in config.sweep.seeds.split(",") if part.strip()]
-    if not all(part.isdecimal() and int(part) < 2**31 for part in parts):
-        raise ExperimentError(
-            f"config.sweep.seeds is '{config.sweep.seeds}'; give whole numbers from 0 to 2147483647, as in '0,1,2'."
-        )
-    return tuple(dict.fromkeys(map(int, parts))) or (config.seed,)
+        if not all(map(math.isfinite, rows[-1].values())):
+            return {}
+        if not training.ended:
+            return None
+        splits = tuple(f"{split}_" for split in dataset.splits())
+        found.append({name: value for name, value in rows[-1].items() if name.startswith(splits)})
+    return {name: float(np.mean([own[name] for own in found])) for name in found[0]}
 
 
 def _objective(config: ConfigDict, dataset: Dataset) -> str:
     """``config.sweep.objective`` as SET_MEASURE."""
-    task, splits = make_task(config, dataset), dataset.splits()
-    batch = dict(zip(("image", "label"), (rows[:1] for rows in splits["train"]), strict=True))
-    params, state = jax.eval_shape(task.init, jax.random.key(0), batch["image"])
-    measures = jax.eval_shape(task.measure, params, batch, jnp.ones(1), state)
-    wanted = config.sweep.objective
+    measures, splits, wanted = make_task(config, dataset).measures, dataset.splits(), config.sweep.objective
     if wanted in measures:
         wanted = f"{'validation' if 'validation' in splits else 'test'}_{wanted}"
     known = [f"{split}_{measure}" for split in splits for measure in measures]
-    if wanted not in known:
-        raise ExperimentError(f"config.sweep.objective is '{wanted}'; choose one of {', '.join(known)}.")
-    return wanted
-
-
-def _is_maximized(objective: str) -> bool:
-    return objective.endswith("accuracy")
+    return chosen("config.sweep.objective", wanted, known)
 
 
 def _check_values(config: ConfigDict, space: dict[str, Any], dataset: Dataset) -> None:
     """Refuses values that cannot be before a run of any."""
-    name, steps = config.optimizer, config.sweep.steps or config.steps
+    name = config.optimizer
     for field, found in space.items():
         for value in getattr(found, "choices", None) or (found.low, found.high):
             own = with_values(config, {field: value})
             make_batches(own, dataset)
-            check_settings(name, own[name])
+            check_settings(name, optimizer_settings(own, name))
             if not isinstance(value, float):
-                check_optimizers(own, {name: steps}, dataset)
+                check_optimizers(own, {name: config.steps}, dataset)
 
 
-def _study(config: ConfigDict, folder: Path, dataset: Dataset, objective: str, resume: bool) -> optuna.Study:
+def _study(config: ConfigDict, folder: Path, dataset: Dataset, maximized: bool, resume: bool) -> optuna.Study:
     """The folder's study, new or continued."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    path, identity = folder / "sweep.journal", _identity(config, dataset)
+    path, own = folder / "sweep.journal", identity(config, dataset.fingerprint())
+    varied = {name: value for name, value in config.sweep.items() if name != "trials"}
+    own["config"] |= {"steps": config.steps, "evaluate_examples": config.evaluate_examples, "sweep": varied}
     if path.exists():
-        if not resume:
-            raise ExperimentError(
-                f"'{folder}' already holds a sweep; add --resume to continue it, or choose another --workdir."
-            )
+        words = f"'{folder}' already holds a sweep; add --resume to continue it, or choose another --workdir."
+        require(resume, words)
         # What a kill leaves: a line without its end, and a lock, for which the claim of the folder stands.
         whole = path.read_bytes()
         path.write_bytes(whole[: whole.rfind(b"\n") + 1])
@@ -184,42 +201,110 @@ def _study(config: ConfigDict, folder: Path, dataset: Dataset, objective: str, r
         study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(path))),
             study_name="sweep",
-            direction="maximize" if _is_maximized(objective) else "minimize",
+            direction="maximize" if maximized else "minimize",
             load_if_exists=True,
         )
     except (ValueError, KeyError) as error:
         raise ExperimentError(f"'{path}' is damaged; choose another --workdir.") from error
-    saved = study.user_attrs.get("identity", identity)
-    for name in sorted(saved.keys() | identity.keys()):
-        if saved.get(name) != identity.get(name):
-            raise ExperimentError(
-                f"The sweep in '{folder}' was made with {name} = {saved.get(name)}, and it is {identity.get(name)} now; "
-                "resume with the same settings and data, or start afresh in another --workdir."
-            )
-    study.set_user_attr("identity", identity)
+    refuse_changes("sweep", study.user_attrs.get("identity", own), own)
+    study.set_user_attr("identity", own)
     for trial in study.get_trials(states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)  # it was cut off, and the next one is drawn alike
     return study
-
-
-def _identity(config: ConfigDict, dataset: Dataset) -> dict[str, str]:
-    """All that fixes the trials and their results."""
-    fields = {
-        name: value
-        for name, value in config.to_dict().items()
-        if name not in _FREE_FIELDS and (name == config.optimizer or name not in METHODS)
-    }
-    del fields["sweep"]["trials"]
-    flat, _ = jax.tree_util.tree_flatten_with_path(fields, is_leaf=lambda value: not isinstance(value, dict))
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="."): json.dumps(value) for path, value in flat
-    }
-    return {f"config.{name}": value for name, value in found.items()} | {"data": str(dataset.fingerprint())}
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(states=(TrialState.COMPLETE,))
 
 
-def _say(console: Console, label: str, text: str) -> None:
-    console.print(f"{label:<10} {text}", highlight=False, soft_wrap=True)
+def _flags(trial: Any) -> str:
+    return " ".join(f"--config.{name}={value}" for name, value in trial.params.items())
+
+
+def plot_sweep(study: optuna.Study, path: Path, title: str, objective: str) -> None:
+    """Draws the trials over each field that varies, by Optuna; those that diverged are left out.
+
+    Example::
+
+        plot_sweep(study, Path("sweep.png"), "K-FAC", "train_loss")
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that its plots may change, and about axes with a single value
+        axes: Any = optuna.visualization.matplotlib.plot_slice(study, target_name=objective)
+    figure = np.ravel(axes)[0].figure
+    figure.suptitle(title)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def read_space(config: ConfigDict) -> dict[str, Any]:
+    """What ``config.sweep.space`` lets each field be, a distribution of Optuna's.
+
+    Example::
+
+        config.sweep.space = "kfac.learning_rate=0.01:1:5"
+        len(read_space(config)["kfac.learning_rate.value"].choices)    # 5
+    """
+    space: dict[str, Any] = {}
+    roots = (config.optimizer, *_ROOTS)
+    form = "write FIELD=VALUES, each field once, with ';' between fields, as in 'kfac.damping=0.1:1:3; batch_size=64,128'"
+    for part in filter(None, map(str.strip, config.sweep.space.split(";"))):
+        name, _, text = (piece.strip() for piece in part.partition("="))
+        *outer, last = name.split(".")
+        words = f"A sweep of '{config.optimizer}' varies what is below config.{', config.'.join(roots)}"
+        require(name.split(".")[0] in roots, f"{words}, and not '{name}'.")
+        try:
+            inner: Any = functools.reduce(operator.getitem, outer, config)
+            if isinstance(inner[last], ConfigDict):
+                name, inner, last = f"{name}.value", inner[last], "value"
+            kind = inner.get_type(last)
+        except (KeyError, TypeError, AttributeError) as error:
+            words = f"A sweep names the field '{name}', which the config does not have."
+            raise ExperimentError(words) from error
+        require(text and name not in space, f"config.sweep.space holds '{part}'; {form}.")
+        space[name] = _parse(name, text, kind, config.sweep.search == "grid")
+    require(space, f"config.sweep.space names no field to vary; {form}.")
+    return space
+
+
+def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """``config`` with fields set to ``values``.
+
+    Example::
+
+        with_values(config, {"kfac.damping.value": 0.3, "batch_size": 64})
+    """
+    found = copy.deepcopy(config)
+    found.update_from_flattened_dict(values)
+    return found
+
+
+def _parse(name: str, text: str, kind: type, grid: bool) -> Any:
+    """The values, or but for a grid the range, that ``text`` describes."""
+    require(kind in _KINDS, f"A sweep varies numbers, words and booleans, and '{name}' is none.")
+    try:
+        if ":" not in text:
+            values = [_value(word.strip(), kind) for word in text.split(",") if word.strip()]
+            return CategoricalDistribution(list(dict.fromkeys(values)))
+        ends, count = text.split(":")[:2], text.split(":")[2:]
+        low, high = (_value(end.strip(), kind) for end in ends)
+        if not 0 < low <= high or len(count) > 1:
+            raise ValueError
+        if grid:
+            values = np.geomspace(low, high, int(count[0])).tolist()
+            return CategoricalDistribution(list(dict.fromkeys(map(round, values) if kind is int else values)))
+        return (IntDistribution if kind is int else FloatDistribution)(low, high, log=True)
+    except (ValueError, TypeError, LookupError) as error:
+        raise ExperimentError(
+            f"The values of '{name}' are '{text}'; write {_KINDS[kind]} with commas between them, or for numbers a range "
+            f"LOW:HIGH{':COUNT' * grid} with 0 < LOW <= HIGH."
+        ) from error
+
+
+def _value(text: str, kind: type) -> Any:
+    """A word, a boolean or a finite number."""
+    if kind in (bool, str):
+        return _BOOLEANS[text.lower()] if kind is bool else text
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return kind(text)

@@ -60,6 +60,7 @@ class Task(NamedTuple):
     loss_scale: float
     loss_name: str
     measure: Callable[..., Measures]
+    measures: tuple[str, str]
     has_state: bool = False
     positions: int = 1
     layers: str = ""  # see `options.configured`
@@ -158,7 +159,8 @@ def make_task(config: ConfigDict, dataset: Dataset) -> Task:
 
     name += f", mean over {over}" * bool(over)
     positions = 1 if isinstance(model, Autoencoder | Classifier | LinearNetwork) else dataset.pixels
-    return Task(model, loss_fn, 1 / sums, name, measure, has_state, positions, config.get("layers", ""))
+    layers, measures = config.get("layers", ""), ("loss", other)
+    return Task(model, loss_fn, 1 / sums, name, measure, measures, has_state, positions, layers)
 
 
 def _check_labels(dataset: Dataset, model: Any) -> None:

@@ -16,10 +16,8 @@ from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.interruption import Interruption
 from kfe_optax.experiments.job import TrainState, make_job
 from kfe_optax.experiments.parallel import any_process, writes
-from kfe_optax.experiments.progress import ProgressDisplay, say
-from kfe_optax.experiments.ranges import check_positive
+from kfe_optax.experiments.progress import measures_table, say
 from kfe_optax.experiments.records import Recorder
-from kfe_optax.experiments.runs import measures_table
 from kfe_optax.experiments.training import Training, evaluate
 from kfe_optax.experiments.workdirs import claimed
 
@@ -51,8 +49,7 @@ def train(
     The folder receives ``metrics.csv``, TensorBoard's files, ``checkpoints/`` and ``config.txt``.
     With ``resume`` the run continues from the newest checkpoint, bit for bit as if it had never
     stopped; ``config.steps`` may have grown meanwhile, which stretches the schedules that span the
-    run. Ctrl-C, SIGTERM and SIGHUP end a run after the current step with a checkpoint, and a second one at once.
-    A checkpoint that is damaged is put aside, and the one before it taken.
+    run. Ctrl-C, SIGTERM and SIGHUP end a run after the current step with a checkpoint, a second one without.
 
     ``config.devices`` may differ from one resumption to the next: a checkpoint fits any number of devices
     and of processes. Several processes call this together, each with its own part of the data;
@@ -64,11 +61,10 @@ def train(
         print(outcome.measures["train_loss"])
     """
     console = console or Console()
-    check_positive(config, "steps", "log_every", "checkpoint_every", "evaluate_examples")
     dataset = load(config)
     say(console, f"data       {dataset.summary()}")
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(claimed(workdir, "train", ("metrics.csv", "config.txt", "checkpoints")))
+        folder = stack.enter_context(claimed(workdir, "train"))
         checkpoints = stack.enter_context(Checkpoints(folder, config, dataset.fingerprint()))
         # A job that may be restarted at any time passes --resume always, its first start included.
         continues = checkpoints.latest_step() is not None
@@ -78,40 +74,33 @@ def train(
             )
         job = make_job(config, config.optimizer, dataset, config.steps)
         say(console, f"optimizer  {config.optimizer}, compiled in {job.compile_seconds:.1f} s")
-        restored = checkpoints.restore(job.devices.whole(job.state)) if continues else None
-        step = restored.step if restored else 0
-        recorder = (
-            stack.enter_context(Recorder(folder, (step or -1) if resume else None)) if writes() else None
-        )
-        training = Training(config, job, dataset, config.steps)
-        if restored:
-            training.state = job.devices.place(restored.state)
-            training.step, training.seconds = step, restored.seconds
-            for words in restored.damaged:
-                say(console, f"damaged    {words}")
+        training, step = Training(config, job, dataset, config.steps), 0
+        if continues:
+            state, step, training.seconds = checkpoints.restore(job.devices.whole(job.state))
+            training.state, training.step = job.devices.place(state), step
             say(console, f"resumed    at step {step}")
+        recorder = None
         if writes():
+            recorder = stack.enter_context(Recorder(folder, (step or -1) if resume else None))
             (folder / "config.txt").write_text(f"{config}\n", encoding="utf-8")
-        outcome = _run(training, checkpoints, recorder, console)
-        if not outcome.interrupted:
-            outcome = outcome._replace(measures=evaluate(job.task, outcome.state, dataset))
+        _run(training, checkpoints, recorder, console)
+        state, measures = job.devices.local(training.state), {}
+        if training.ended:
+            measures = evaluate(job.task, state, dataset)
             if recorder:
-                recorder.show("final", outcome.measures, outcome.step)
-            title = f"{config.title}: {config.optimizer}, {outcome.step} steps, {outcome.seconds:.1f} s"
-            console.print(measures_table(outcome.measures, title=title))
+                recorder.show("final", measures, training.step)
+            title = f"{config.title}: {config.optimizer}, {training.step} steps, {training.seconds:.1f} s"
+            console.print(measures_table(measures, title=title))
             say(console, f"results    {folder}")
-    return outcome
+    return Outcome(state, training.step, training.seconds, not training.ended, measures)
 
 
-def _run(
-    training: Training, checkpoints: Checkpoints, recorder: Recorder | None, console: Console
-) -> Outcome:
+def _run(training: Training, checkpoints: Checkpoints, recorder: Recorder | None, console: Console) -> None:
     """The steps up to the end or to an interruption."""
-    config, devices, start = training.config, training.job.devices, training.step
+    config = training.config
 
     def save() -> None:
-        with interruption.deferred():
-            checkpoints.save(training.step, devices.whole(training.state), training.seconds)
+        checkpoints.save(training.step, training.job.devices.whole(training.state), training.seconds)
 
     def stop() -> bool:
         # Several processes agree on it, where they wait for each other anyway.
@@ -119,36 +108,17 @@ def _run(
             return interruption.requested
         return training.step % config.log_every == 0 and any_process(interruption.requested)
 
-    with (
-        Interruption() as interruption,
-        ProgressDisplay(config.optimizer, config.steps, console, start=start) as display,
-    ):
+    write = recorder.write if recorder else lambda row: None
+    with Interruption() as interruption:
         try:
-            training.run(recorder.write if recorder else lambda row: None, display, stop, save)
-            interrupted = not training.ended
-            if interrupted:
-                # Not in the loop: the signal may come after all of a step that could ask for it.
-                training.stop_clock()
-                save()
-        except KeyboardInterrupt:
-            # Raised between steps (by a batch source, or outside the main thread): the state is
-            # whole. Within a step its buffers are already donated, and the last checkpoint stands; so it
-            # does where other processes would have to save as well.
-            interrupted = True
-            if not _savable(training.state):
-                last = checkpoints.latest_step() or 0
-                return Outcome(training.state, last, training.seconds, interrupted, {})
-            training.step = int(devices.local(training.state.step))
-            training.stop_clock()
-            save()
+            training.run(config.optimizer, console, write, stop, save)
         except OSError:
-            # A record, or a line on a terminal that is gone, could not be written: the state still may.
-            if _savable(training.state):
+            # A record, or a line on a terminal that is gone, could not be written: the state still may, unless other
+            # processes would have to save it as well.
+            if jax.process_count() == 1:
                 save()
             raise
-    return Outcome(devices.local(training.state), training.step, training.seconds, interrupted, {})
-
-
-def _savable(state: TrainState) -> bool:
-    """Whether the state is whole, and of a process that need not wait for others to save it."""
-    return jax.process_count() == 1 and not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        if not training.ended:
+            # Not in the loop: the signal may come after all of a step that could ask for it.
+            training.stop_clock()
+            save()

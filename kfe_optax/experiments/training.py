@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import operator
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
+from rich.console import Console
 
 import kfe_optax as kfe
-from kfe_optax.experiments.batches import Batches
 from kfe_optax.experiments.dataset import Dataset
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import Job, TrainState
@@ -43,11 +42,6 @@ def amount(config: ConfigDict, field: str, units: Sequence[str] = ("steps", "epo
             f"config.{field} is '{text}'; give a number above 0 and one of {', '.join(units)}, as in '10 {units[0]}'."
         )
     return Amount(number, unit)
-
-
-def steps_of(batches: Batches, epochs: float) -> int:
-    """How many steps so many epochs are."""
-    return bisect.bisect_left(range(2**31), epochs, key=batches.epoch)
 
 
 def evaluate(task: Task, state: TrainState, dataset: Dataset, train_examples: int = 0) -> dict[str, float]:
@@ -81,18 +75,23 @@ class Training:
 
     def run(
         self,
-        write: Callable[[Row], None],
-        display: ProgressDisplay,
+        name: str,
+        console: Console,
+        write: Callable[[Row], Any],
         stop: Callable[[], bool] = lambda: False,
         save: Callable[[], None] | None = None,
     ) -> None:
-        """Takes steps until the run has ended or ``stop()`` says so.
+        """Takes steps until the run has ended or ``stop()`` says so, with a progress bar ``name``.
 
         ``write`` receives a row every ``config.log_every`` steps, at every evaluation and at the end; ``save`` is called
         every ``config.checkpoint_every`` steps and at the end.
         """
         if self.step == 0 and self._evaluations:
             write({"step": 0, "epoch": 0.0, "seconds": 0.0, "loss": float("nan"), **self._measures()})
+        with ProgressDisplay(name, self.steps, console, start=self.step) as display:
+            self._take_steps(write, display, stop, save)
+
+    def _take_steps(self, write: Callable, display: ProgressDisplay, stop: Callable, save: Any) -> None:
         logged, logged_seconds = self.step, self.seconds
         self._began = time.perf_counter()
         while not self.ended and not stop():
@@ -129,10 +128,7 @@ class Training:
         if self._evaluations is None:
             return False
         number, unit = self._evaluations
-        if unit == "steps":
-            return self.step % number == 0
-        epoch = self.job.batches.epoch(self.step)
-        return epoch > self.job.batches.epoch(self.step - 1) and epoch % number == 0
+        return self.step % (number * (self.job.batches.steps_per_epoch if unit == "epochs" else 1)) == 0
 
     def _measures(self) -> dict[str, float]:
         if not writes():
@@ -141,14 +137,9 @@ class Training:
         return evaluate(self.job.task, state, self.dataset, self.config.evaluate_examples)
 
     def _row(self, loss: float, speed: float) -> dict[str, float | int]:
-        batches, step = self.job.batches, self.step
-        whole = batches.epoch(step)
-        begun = bisect.bisect_left(range(step), whole, key=batches.epoch)
-        examples = len(self.dataset.splits()["train"][1])
-        epoch = whole + (step - begun) / (examples // batches.batch_size(step))
         numbers = {
-            "step": step,
-            "epoch": epoch,
+            "step": self.step,
+            "epoch": self.step / self.job.batches.steps_per_epoch,
             "seconds": self.seconds,
             "steps_per_second": speed,
             "loss": loss,

@@ -13,8 +13,7 @@ from rich.console import Console
 from kfe_optax.experiments import compare as compare_lib
 from kfe_optax.experiments.compare import compare
 from kfe_optax.experiments.errors import ExperimentError
-from kfe_optax.experiments.plots import plot_runs
-from kfe_optax.experiments.runs import Run, comparison_table, curve
+from kfe_optax.experiments.runs import Run, comparison_table, curve, plot_runs
 
 from .conftest import config_of
 
@@ -181,7 +180,7 @@ def test_validation_has_a_row_of_its_own(tmp_path):
         ),
         ({"budget": "1.5 epochs"}, "config.compare.budget is '1.5 epochs'; give"),
         ({"budget": "soon"}, "config.compare.budget is 'soon'; give"),
-        ({"seeds": 0}, "config.compare.seeds is 0; set it to at least 1"),
+        ({"seeds": 0}, "config.compare.seeds is 0; give a whole number of at least 1"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(tiny_config, tmp_path, changes, sentence):

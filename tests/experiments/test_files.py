@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
-import pickle
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -47,7 +45,7 @@ def idx(separator: str = "-", suffix: str = "") -> dict[str, bytes]:
     }
 
 
-def cifar(classes: int, form: str, protocol: int = 2) -> dict[str, bytes]:
+def cifar(classes: int) -> dict[str, bytes]:
     """The files of 24 images: four in each of six files, or 20 and four."""
     names = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
     bounds = range(0, 28, 4)
@@ -56,12 +54,8 @@ def cifar(classes: int, form: str, protocol: int = 2) -> dict[str, bytes]:
     files = {"batches.meta.txt": b"airplane\nautomobile\n"}
     for name, first, last in zip(names, bounds[:-1], bounds[1:], strict=True):
         rows, labels = ROWS[first:last], CLASSES[first:last]
-        if form == "bin":
-            columns = [99 - labels, labels] if classes == 100 else [labels]
-            files[f"{name}.bin"] = np.column_stack([*columns, rows]).astype(np.uint8).tobytes()
-        else:
-            found = {"data": rows, "labels" if classes == 10 else "fine_labels": labels.tolist()}
-            files[name] = pickle.dumps(found | {"coarse_labels": [1]}, protocol)
+        columns = [99 - labels, labels] if classes == 100 else [labels]
+        files[f"{name}.bin"] = np.column_stack([*columns, rows]).astype(np.uint8).tobytes()
     return files
 
 
@@ -104,11 +98,8 @@ def test_idx_folders(tmp_path, separator, suffix, subfolder):
 @pytest.mark.parametrize(
     ("folder", "files"),
     [
-        ("cifar-10-batches-bin", cifar(10, "bin")),
-        ("cifar-10-batches-py", cifar(10, "py")),
-        ("", cifar(10, "py", protocol=5)),
-        ("cifar-100-binary", cifar(100, "bin")),
-        ("cifar-100-python", cifar(100, "py", protocol=4)),
+        ("cifar-10-batches-bin", cifar(10)),
+        ("cifar-100-binary", cifar(100)),
         ("", svhn()),
         ("", keras()),
         ("", keras("train_images train_labels test_images test_labels")),
@@ -124,31 +115,6 @@ def test_color_images(tmp_path, folder, files):
     labels = np.concatenate([dataset.train_labels, dataset.test_labels])
     np.testing.assert_array_equal(labels, CLASSES)
     assert labels.dtype == np.int32
-
-
-def python2_pickle() -> bytes:
-    """``{"data": array, "labels": [3, 1]}`` as Python 2 wrote it: protocol 2, strings as bytes."""
-
-    def string(value: bytes) -> bytes:
-        return b"T" + struct.pack("<i", len(value)) + value
-
-    def whole(value: int) -> bytes:
-        return b"J" + struct.pack("<i", value)
-
-    kind = b"cnumpy\ndtype\n" + string(b"u1") + whole(0) + whole(1) + b"\x87R"
-    kind += b"(" + whole(3) + string(b"|") + b"NNN" + whole(-1) * 2 + whole(0) + b"tb"
-    empty = b"cnumpy.core.multiarray\n_reconstruct\n"
-    empty += b"cnumpy\nndarray\n" + whole(0) + b"\x85" + string(b"b") + b"\x87R"
-    shape = whole(2) + whole(3072) + b"\x86"
-    filled = empty + b"(" + whole(1) + shape + kind + b"\x89" + string(ROWS[:2].tobytes()) + b"tb"
-    return b"\x80\x02}(" + string(b"data") + filled + string(b"labels") + b"](" + whole(3) + whole(1) + b"eu."
-
-
-def test_pickles_of_python_2(tmp_path):
-    folder = write(tmp_path, cifar(10, "py") | {"test_batch": python2_pickle()})
-    dataset = read(folder)
-    np.testing.assert_array_equal(dataset.test_images, COLORS[:2].reshape(2, -1) / np.float32(255))
-    assert dataset.test_labels.tolist() == [3, 1]
 
 
 def test_undivided_archives_and_their_shapes(tmp_path):
@@ -197,24 +163,9 @@ IDX = "train-images-idx3-ubyte"
         (idx, "t10k-images-idx3-ubyte", idx_bytes(IMAGES[:, :4]), r"shape \(8, 8\) and .* \(4, 8\)"),
         (lambda: idx("-", ".gz"), f"{IDX}.gz", gzip.compress(idx_bytes(IMAGES))[:-20], "EOFError"),
         (lambda: idx("-", ".gz"), f"{IDX}.gz", b"\x1f\x8bgarbage", "cannot be read as an IDX file"),
-        (lambda: cifar(10, "bin"), "data_batch_4.bin", None, "No such file"),
-        (lambda: cifar(10, "bin"), "data_batch_2.bin", b"abc", "cannot be read as a file of CIFAR-10"),
-        (lambda: cifar(100, "bin"), "test.bin", bytes(3073), "cannot be read as a file of CIFAR-100"),
-        (lambda: cifar(10, "py"), "test_batch", b"\x80\x02}", "cannot be read as a file of CIFAR-10"),
-        (lambda: cifar(10, "py"), "test_batch", pickle.dumps([1]), "cannot be read as a file of CIFAR-10"),
-        (lambda: cifar(10, "py"), "test_batch", pickle.dumps({"data": ROWS}), "KeyError: 'labels'"),
-        (
-            lambda: cifar(10, "py"),
-            "test_batch",
-            pickle.dumps({"data": ROWS, "labels": ["cat"] * 24}),
-            "24 images and labels .* type <U3; as many whole numbers",
-        ),
-        (
-            lambda: cifar(10, "py"),
-            "test_batch",
-            pickle.dumps({"data": ROWS, "labels": [-1] * 24}),
-            "as many whole numbers, counted from 0",
-        ),
+        (lambda: cifar(10), "data_batch_4.bin", None, "No such file"),
+        (lambda: cifar(10), "data_batch_2.bin", b"abc", "cannot be read as a file of CIFAR-10"),
+        (lambda: cifar(100), "test.bin", bytes(3073), "cannot be read as a file of CIFAR-100"),
         (svhn, "test_32x32.mat", b"abc", "cannot be read as a MATLAB file of SVHN"),
         (svhn, "test_32x32.mat", None, "No such file"),
         (keras, "images.npz", npz_bytes(x=IMAGES)[:100], "cannot be read as an .npz of arrays"),
@@ -284,7 +235,7 @@ def test_places_without_data_are_one_sentence(tmp_path):
         read(tmp_path)
 
 
-@pytest.mark.parametrize("files", [idx("-", ".gz"), cifar(10, "py"), keras(), svhn()])
+@pytest.mark.parametrize("files", [idx("-", ".gz"), keras(), svhn()])
 def test_a_changed_byte_gives_images_or_a_sentence(tmp_path, files):
     name = next(name for name in files if not name.endswith(".txt"))
     content, refused = files[name], 0
@@ -301,37 +252,6 @@ def test_a_changed_byte_gives_images_or_a_sentence(tmp_path, files):
         except ExperimentError:
             refused += 1
     assert refused > 10
-
-
-class Calls:
-    """An object that is pickled as a call."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_a_malicious_pickle_is_refused_and_not_run(tmp_path, protocol):
-    trace = tmp_path / "trace"
-    content = pickle.dumps({"data": Calls(os.system, f"touch {trace}"), "labels": [0]}, protocol)
-    folder = write(tmp_path, cifar(10, "py") | {"data_batch_1": content})
-    with pytest.raises(ExperimentError, match=f"asks for '{os.name}.system', which a data set does not need"):
-        read(folder)
-    assert not trace.exists()
-    pickle.loads(content)  # without the guard it runs
-    assert trace.exists()
-
-
-@pytest.mark.parametrize(
-    "value", [Calls(eval, "1"), Calls(getattr, "", "join"), Calls(np.load, "x"), Path("x"), ExperimentError]
-)
-def test_every_other_name_is_refused(tmp_path, value):
-    folder = write(tmp_path, cifar(10, "py") | {"test_batch": pickle.dumps({"data": value})})
-    with pytest.raises(ExperimentError, match="asks for '.*'"):
-        read(folder)
 
 
 def test_nothing_is_unpacked_beyond_what_is_admitted(tmp_path, monkeypatch):

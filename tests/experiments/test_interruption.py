@@ -36,17 +36,22 @@ def listening():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_the_first_signal_asks_and_the_second_raises(number):
-    before = [signal.getsignal(each) for each in SIGNALS]
-    with Interruption() as interruption:
-        assert not interruption.requested
-        signal.raise_signal(number)
-        assert interruption.requested
-        with interruption.deferred():
+def test_the_first_signal_asks_and_the_second_does_what_it_did_before(number):
+    def raises(number, frame):
+        raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, raises) for each in SIGNALS}
+    try:
+        with Interruption() as interruption:
+            assert not interruption.requested
             signal.raise_signal(number)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-    assert [signal.getsignal(each) for each in SIGNALS] == before
+            assert interruption.requested
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(number)
+        assert all(signal.getsignal(each) is raises for each in SIGNALS)
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_under_nohup_a_closed_terminal_ends_nothing():
@@ -93,13 +98,13 @@ while True:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signals_while_a_checkpoint_is_written_wait_for_its_end(tiny_config, tmp_path, monkeypatch, number):
+def test_a_signal_while_a_checkpoint_is_written_waits_for_its_end(tiny_config, tmp_path, monkeypatch, number):
     tiny_config.optimizer, tiny_config.checkpoint_every = "adam", 3
-    original = Checkpoints.save
+    original, raised = Checkpoints.save, []
 
     def signaled(self, step, state, seconds):
-        for _ in range(3):
-            signal.raise_signal(number)
+        if not raised:
+            raised.append(signal.raise_signal(number))
         original(self, step, state, seconds)
 
     monkeypatch.setattr(Checkpoints, "save", signaled)
@@ -111,15 +116,9 @@ def test_signals_while_a_checkpoint_is_written_wait_for_its_end(tiny_config, tmp
     assert [step for step, _ in loss_curve(tmp_path / "parts")] == ["1", "2", "3", "4", "5", "6"]
 
 
-@pytest.mark.parametrize(
-    ("every", "sentence"),
-    [
-        (500, "Interrupted; the same command with --resume continues from"),
-        (2, "Interrupted; the same command with --resume continues from"),
-    ],
-)
+@pytest.mark.parametrize("every", [500, 2])
 def test_a_second_ctrl_c_within_a_step_loses_what_is_after_the_last_checkpoint(
-    tiny_config_file, tmp_path, monkeypatch, capsys, every, sentence
+    tiny_config_file, tmp_path, monkeypatch, capsys, every
 ):
     def make(*arguments):
         job = make_job(*arguments)
@@ -142,7 +141,7 @@ def test_a_second_ctrl_c_within_a_step_loses_what_is_after_the_last_checkpoint(
     ]
     arguments.append(f"--config.checkpoint_every={every}")
     assert main(arguments) == 130
-    assert sentence in capsys.readouterr().out
+    assert capsys.readouterr().err == "kfe-optax: interrupted.\n"
     monkeypatch.undo()
     assert main([*arguments, "--resume"]) == 0
     assert [step for step, _ in loss_curve(tmp_path / "run")] == ["1", "2", "3", "4", "5", "6"]

@@ -21,7 +21,7 @@ from kfe_optax.experiments.train import train
 from .test_train import losses
 
 ROOT = Path(__file__).parents[2]
-KILLS, STEPS = 20, 4000
+KILLS, STEPS = 20, 12000
 FLAGS = {
     "optimizer": "kfac",
     "steps": STEPS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import signal
 from pathlib import Path
 
 import jax
@@ -228,8 +229,8 @@ def test_a_resumed_run_with_state_is_bit_exact(config, tmp_path, monkeypatch, op
     original = Batches.__call__
 
     def interrupted_at_three(self, step):
-        if step == 3:
-            raise KeyboardInterrupt
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
         return original(self, step)
 
     monkeypatch.setattr(Batches, "__call__", interrupted_at_three)

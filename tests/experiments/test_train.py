@@ -150,8 +150,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     original = Batches.__call__
 
     def interrupted_at_five(self, step):
-        if step == 5:
-            raise KeyboardInterrupt
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
         return original(self, step)
 
     monkeypatch.setattr(Batches, "__call__", interrupted_at_five)
@@ -272,7 +272,7 @@ def test_seeds_differ_and_repeat(tiny_config, tmp_path, console):
 @pytest.mark.parametrize("field", ["steps", "log_every", "checkpoint_every", "evaluate_examples"])
 def test_counts_are_positive(tiny_config, tmp_path, console, field):
     tiny_config[field] = 0
-    with pytest.raises(ExperimentError, match=f"config.{field} is 0; set it to at least 1"):
+    with pytest.raises(ExperimentError, match=f"config.{field} is 0; give a whole number of at least 1"):
         train(tiny_config, tmp_path / "run", console=console)
 
 

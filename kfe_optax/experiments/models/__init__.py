@@ -9,7 +9,7 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from kfe_optax.experiments.dataset import Dataset
-from kfe_optax.experiments.errors import ExperimentError, require
+from kfe_optax.experiments.errors import ExperimentError, chosen, require
 from kfe_optax.experiments.models.convolutional import VGG, ResNet
 from kfe_optax.experiments.models.dense import Autoencoder, Classifier, LinearNetwork
 from kfe_optax.experiments.models.sequences import CharacterTransformer, Recurrent, VisionTransformer
@@ -39,8 +39,7 @@ def make_model(settings: ConfigDict, dataset: Dataset) -> nn.Module:
       ExperimentError: the settings name no model, or not one of these data.
     """
     kind = settings.kind
-    require(kind in KINDS, f"config.model.kind is '{kind}'; choose one of {', '.join(KINDS)}.")
-    model: Any = KINDS[kind]
+    model: Any = chosen("config.model.kind", kind, KINDS)
     needed = {field.name for field in dataclasses.fields(model)}
     given: dict[str, Any] = {"vocabulary": dataset.vocabulary, "outputs": dataset.outputs}
     for name, what in (("vocabulary", "texts"), ("outputs", "targets")):

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from kfe_optax.experiments.errors import require
-from kfe_optax.experiments.models.dense import chosen, normalized, scaled_normal
+from kfe_optax.experiments.errors import chosen, require
+from kfe_optax.experiments.models.dense import normalized, scaled_normal
 
 # The channels of each stack of convolutions, by the number of layers of the original network.
 _STACKS: dict[int, tuple[tuple[int, ...], ...]] = {
@@ -49,7 +49,7 @@ class VGG(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         x = images.reshape(-1, *self.image_shape)
         number = 0
-        for stack in chosen("depth", self.depth, _STACKS):
+        for stack in chosen("config.model.depth", self.depth, _STACKS):
             for channels in stack:
                 number += 1
                 numerator = 1.0 if number == 1 else 2.0

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import linen as nn
 
-from kfe_optax.experiments.errors import require
+from kfe_optax.experiments.errors import chosen
 from kfe_optax.initializers import sparse
-
-
-def chosen(field: str, value: Any, choices: Mapping[Any, Any]) -> Any:
-    """What ``config.model``'s ``field`` names."""
-    names = ", ".join(map(str, choices))
-    require(value in choices, f"config.model.{field} is '{value}'; choose one of {names}.")
-    return choices[value]
 
 
 def scaled_normal(numerator: float) -> nn.initializers.Initializer:
@@ -56,14 +49,14 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        x, kernel_init = images, chosen("initializer", self.initializer, INITIALIZERS)
+        x, kernel_init = images, chosen("config.model.initializer", self.initializer, INITIALIZERS)
         linear = {len(self.sizes) - 1}
         if isinstance(self, Autoencoder) and self.linear_code:
             linear.add(self.sizes.index(min(self.sizes)))
         for index, size in enumerate(self.sizes[1:], start=1):
             x = nn.Dense(size, kernel_init=kernel_init, name=f"dense_{index}")(x)
             if index not in linear:
-                x = chosen("activation", self.activation, ACTIVATIONS)(x)
+                x = chosen("config.model.activation", self.activation, ACTIVATIONS)(x)
         return x
 
 
@@ -86,7 +79,7 @@ class Hidden(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
-        kernel_init = chosen("initializer", self.initializer, INITIALIZERS)
+        kernel_init = chosen("config.model.initializer", self.initializer, INITIALIZERS)
         # A norm takes a bias away again.
         x = nn.Dense(self.width, use_bias=not self.batch_norm, kernel_init=kernel_init, name="dense")(x)
         return normalized(x, "norm", batch_norm=self.batch_norm, train=self.train), None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from kfe_optax.experiments.models.dense import chosen
+from kfe_optax.experiments.errors import chosen
 
 CELLS: dict[str, type[nn.RNNCellBase]] = {"lstm": nn.LSTMCell, "gru": nn.GRUCell}
 _POSITIONS = nn.initializers.normal(0.02)
@@ -158,7 +158,7 @@ class Recurrent(nn.Module):
         for index in range(1, self.depth + 1):
             x = nn.Dropout(self.dropout, deterministic=not train)(x)
             # Of the parameters' type: cells of float32 would not loop over a state of float64.
-            cell = chosen("cell", self.cell, CELLS)(
+            cell = chosen("config.model.cell", self.cell, CELLS)(
                 self.width, param_dtype=x.dtype, name=f"{self.cell}_{index}"
             )
             x = nn.RNN(cell, name=f"rnn_{index}")(x)
