@@ -11,7 +11,12 @@ import numpy as np
 from . import dense
 
 
-def due(step: int, period: int, first: int) -> bool:
+def due(step: int, period: int, first: int, per_doubling: int = 0) -> bool:
+    if per_doubling:
+        power = 1
+        while 2 * power * per_doubling <= step:
+            power *= 2
+        period = min(period, max(power, period // 5))
     return step % period == 0 or step < first
 
 
@@ -37,6 +42,7 @@ class Kfac:
     factor_update_period: int = 1
     inverse_update_period: int = 1
     initial_refreshes: int = 1
+    refreshes_per_doubling: int = 0
 
     def start(self, layers: int):
         self.a = [Average(self.decay) for _ in range(layers)]
@@ -44,11 +50,12 @@ class Kfac:
         self.frozen: list[Any] = [None] * layers
 
     def precondition(self, step, weights, x, loss):
-        if due(step, self.factor_update_period, self.initial_refreshes):
+        early = self.initial_refreshes, self.refreshes_per_doubling
+        if due(step, self.factor_update_period, *early):
             for i, (a, g) in enumerate(dense.kfac_factors(weights, x, loss)):
                 self.a[i].add(a)
                 self.g[i].add(g)
-        if due(step, self.inverse_update_period, self.initial_refreshes):
+        if due(step, self.inverse_update_period, *early):
             self.frozen = [
                 (a.value, g.value, self.damping(step)) for a, g in zip(self.a, self.g, strict=True)
             ]

@@ -374,7 +374,7 @@ def test_aliases_with_hyperparameters_in_the_state(trainer):
         0.1,
         problem.layers,
         damping=DAMPING,
-        **{**kfe.NATURAL, "max_kl": None, "max_change": None},
+        **{**kfe.NATURAL, "max_kl": None, "max_change": None, "refreshes_per_doubling": 0},
         momentum=0.0,
         rest=optax.scale_by_adam(),
         rest_kinds=(),

@@ -16,7 +16,7 @@ from kfe_optax._jax.counts import CYCLE, LAST, added, following
 from kfe_optax._methods import periods
 from kfe_optax.factors import base
 
-from . import problems
+from . import dense_optimizers, problems
 
 
 @pytest.mark.parametrize(
@@ -36,20 +36,12 @@ def test_a_period_goes_on(period):
     assert CYCLE % period == 0
 
 
-def by_hand(step, period, n):
-    """Whether step `step` is due where no period is longer than `step`/n, down to a power of 2, or a fifth of itself."""
-    power = 1
-    while n and 2 * power * n <= step:
-        power *= 2
-    return step % (min(period, max(power, period // 5)) if n else period) == 0
-
-
 @pytest.mark.parametrize(("period", "n"), [(50, 8), (10, 8), (20, 3), (64, 1), (5, 0)])
 def test_periods_that_grow(period, n):
     steps = np.arange(1000)
     early = periods.Early(2, n)
     found = jax.vmap(lambda step: periods.due(step, jnp.asarray(period), early))(jnp.asarray(steps))
-    assert found.tolist() == [step < 2 or by_hand(step, period, n) for step in steps]
+    assert found.tolist() == [dense_optimizers.due(step, period, 2, n) for step in steps]
     if n:
         at = np.flatnonzero(found)
         # While the steps double there are n, from a fifth of the period on until it has been reached.

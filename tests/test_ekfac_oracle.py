@@ -119,6 +119,7 @@ def test_alias(framework, x64):
         damping_type="plain",
         scale_decay=0.8,
         scale_update_period=1,
+        refreshes_per_doubling=0,
         **PERIODS,
     )
     trajectory, state = problems.run(problem, layers, tx, 5)

@@ -23,6 +23,8 @@ from kfe_optax.factors.kfac import zeros
 from . import methods
 from . import test_conformance_methods as conformance
 
+EARLY = periods.Early(1)
+
 
 # What a new file in `_methods/` holds: K-FAC's factors, of which the diagonals alone are inverted.
 class DiagonalState(NamedTuple):
@@ -46,7 +48,7 @@ class Diagonal(NamedTuple):
 
     def update(self, state, step):
         damping = step.damping_of(self.damping, self.relative)
-        factors = refreshes.update_factors(self.factors, self.layers, state.factors, step, 10, 1)
+        factors = refreshes.update_factors(self.factors, self.layers, state.factors, step, 10, EARLY)
         new = {}
         for name, ((inputs, outputs),) in self.factors.terms(factors, self.layers).items():
             a, g = (side if side.ndim == 1 else jnp.diagonal(side) for side in (inputs, outputs))
@@ -54,7 +56,7 @@ class Diagonal(NamedTuple):
             added = damping * (curvature.mean() if self.relative else 1)
             new[name] = step.gradients[name].astype(a.dtype) / jnp.maximum(curvature + added, 1e-30)
         more = failures.between(state.factors.failures, factors.failures)
-        due = periods.due(step.count, 10, 1) & step.finite
+        due = periods.due(step.count, 10, EARLY) & step.finite
         last_refresh = jnp.where(due, step.count, state.last_refresh)
         return new, DiagonalState(factors, damping, counts.added(state.failures, more), last_refresh)
 

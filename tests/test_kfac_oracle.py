@@ -62,7 +62,7 @@ def test_alias(framework, x64):
     problem = problems.make(framework, "gaussian")
     layers = problem.layers()
     rate = lambda step: 0.5 / (1 + step)
-    periods = {"factor_update_period": 1, "inverse_update_period": 2}
+    periods = {"factor_update_period": 1, "inverse_update_period": 2, "refreshes_per_doubling": 1}
     tx = kfe.kfac(
         rate,
         layers,

@@ -25,8 +25,12 @@ MAKERS = {
     },
 }
 # What an optimizer takes otherwise than its preconditioner: the benchmark's choice, see the docstrings.
-CHOSEN = {"damping", "relative_damping"}
-CHOSEN_BY = {"ekfac": {"scale", "damping_type", "scale_update_period"}, "spectral_kfac": set()}
+EARLY = {"initial_refreshes", "refreshes_per_doubling"}
+CHOSEN = {"damping", "relative_damping"} | EARLY
+CHOSEN_BY = {
+    "ekfac": {"scale", "damping_type", "scale_update_period"},
+    "spectral_kfac": {"refreshes_per_doubling"},
+}
 
 
 def options(function):

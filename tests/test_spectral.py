@@ -89,7 +89,7 @@ def test_dense_oracle(exponents, back, nesterov, momentum_of, x64):
     }
     tx = kfe.spectral_kfac(
         0.1, layers, 0.3, size="rms", momentum=0.7, decay=0.6, factor_update_period=2, inverse_update_period=3,
-        coefficients=ACCURATE, **options,
+        refreshes_per_doubling=0, coefficients=ACCURATE, **options,
     )  # fmt: skip
     trajectory, _ = problems.run(problem, layers, tx, 5)
     oracle = Oracle(0.3, exponents, back or exponents, 0.7, nesterov, momentum_of == "whitened", (2, 3), 0.6)

@@ -218,7 +218,7 @@ def last_losses(**options):
     ]
     layers = kfe.find_layers(loss_fn, params, x[:16], y[:16])
     # With inverses of 50 steps before: those that are new keep the run from the worst by themselves.
-    periods = {"refreshes_per_doubling": 0}
+    periods = {"initial_refreshes": 3, "refreshes_per_doubling": 0}
     tx = kfe.kfac(0.1, layers, 1e-2, **{**kfe.NATURAL, **periods, **options})
     differentiate = kfe.value_grad_and_taps(loss_fn, layers)
 
