@@ -67,7 +67,7 @@ def refreshed(
 
 
 def update_factors(
-    factors: Any, layers: Layers, state: Any, step: Step, period: Any, early: periods.Early
+    factors: Any, layers: Layers, state: Any, step: Step, period: Any, early: periods.Early = periods.PLAIN
 ) -> Any:
     """The state of the factors after this step, from a pull of its own when an update is due."""
     if step.again:
