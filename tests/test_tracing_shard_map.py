@@ -167,3 +167,26 @@ def test_only_sampled_and_empirical_fishers(x64):
         kfe.value_grad_and_taps(loss_fn, layers, fisher="exact")(params, *batch())
     with pytest.raises(ValueError, match="has no rows"):
         kfe.value_grad_and_taps(loss_fn, layers, fisher="empirical")(params, *batch())[2]["inside"].rows()
+
+
+def test_a_registered_loss_inside(x64):
+    """It stays as it is, so that no draw reaches it: there is no layer, and it is refused."""
+    _, params = problem("dense")
+
+    def loss_fn(params, x, labels):
+        def function(params, x, labels):
+            logits = dense(params["inside"], x) @ params["out"]
+            losses = kfe.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return jax.lax.pmean(losses.mean(), "data")
+
+        specs = P(), P("data"), P("data")
+        return jax.shard_map(function, mesh=mesh(), in_specs=specs, out_specs=P())(params, x, labels)
+
+    layers = kfe.find_layers(loss_fn, params, *batch())
+    assert not layers and all("inside a shard_map" in reason for reason in layers.reasons)
+    for fisher in ("sampled", "empirical"):
+        collect = kfe.value_grad_and_taps(loss_fn, layers, fisher=fisher)
+        with pytest.raises(
+            ValueError, match="could not be reached.* a shard_map of the loss's own.* outside of that"
+        ):
+            collect(params, *batch(), key=jax.random.key(0))

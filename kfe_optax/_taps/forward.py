@@ -282,7 +282,7 @@ def _find(leaves: list[Any], wanted: Any) -> tuple[int, ...]:
     found = tuple(i for i, leaf in enumerate(leaves) if leaf is wanted)
     if not found:
         raise ValueError(
-            "The registered loss could not be reached from the gradient: its residuals hold no mode. Does the loss pass through "
-            "a custom_vjp of its own, or is its value unused? Register its outputs outside, or use fisher='empirical'."
+            "The registered loss could not be reached from the gradient: its residuals hold no mode. Is it inside "
+            "a custom_vjp or a shard_map of the loss's own, or is its value unused? Register its outputs outside of that."
         )
     return found

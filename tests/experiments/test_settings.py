@@ -18,7 +18,7 @@ from kfe_optax.experiments.data import load
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.models import Autoencoder, make_model
 from kfe_optax.experiments.optimizers import METHODS, make_optimizer, optimizer_settings, tap_options
-from kfe_optax.experiments.sweep import read_space, with_values
+from kfe_optax.experiments.sweep_space import read_space, with_values
 
 
 def values(schedule, steps=range(11)):

@@ -17,7 +17,8 @@ from kfe_optax.experiments.data import load
 from kfe_optax.experiments.errors import ExperimentError
 from kfe_optax.experiments.job import make_job
 from kfe_optax.experiments.main import main
-from kfe_optax.experiments.sweep import plot_sweep, read_space, sweep, with_values
+from kfe_optax.experiments.sweep import plot_sweep, sweep
+from kfe_optax.experiments.sweep_space import read_space, with_values
 from kfe_optax.experiments.train import evaluate
 
 QUIET = Console(quiet=True)
