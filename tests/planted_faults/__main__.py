@@ -27,6 +27,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--marker", default="not nightly", help="which tests count, as for pytest -m")
     parser.add_argument(
+        "--tests",
+        nargs="+",
+        default=["test_*.py"],
+        metavar="PATTERN",
+        help="the test files that count, such as 'tests/test_tracing*.py'",
+    )
+    parser.add_argument(
         "--fresh",
         choices=["results", "all"],
         help="forget the results first, or also the map of what the tests execute: it knows no test that is newer",
@@ -42,8 +49,8 @@ def main() -> None:
     everything = faults.read()
     for fault in everything:
         fault.planted((faults.ROOT / fault.file).read_text())
-    coverage_map.measure(given.state / "map", given.marker, given.processes)
-    maps = coverage_map.load(given.state / "map", coverage_map.collect(given.marker))
+    coverage_map.measure(given.state / "map", given.tests, given.marker, given.processes)
+    maps = coverage_map.load(given.state / "map", given.tests, coverage_map.collect(given.marker))
     chosen = [fault for fault in everything if given.only in fault.name or given.only in fault.area]
     for line in planting.run(chosen, maps, given.state / "results", given.processes):
         print(line, flush=True)

@@ -6,6 +6,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import forked
@@ -34,7 +35,7 @@ class FileMap(NamedTuple):
         return sum(bool(tests) for lines in self.lines.values() for tests in lines.values())
 
 
-def measure(into: pathlib.Path, marker: str, processes: int) -> None:
+def measure(into: pathlib.Path, patterns: Sequence[str], marker: str, processes: int) -> None:
     """Adds what is not in the folder yet, a file of JSON for each test file."""
     into.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -42,6 +43,7 @@ def measure(into: pathlib.Path, marker: str, processes: int) -> None:
             name
             for path in sorted((ROOT / "tests").rglob("test_*.py"))
             if "planted_faults" not in (name := str(path.relative_to(ROOT)))
+            and _counts(name, patterns)
             and not (into / _stored(name)).exists()
         ]
         jobs = (_job(name, pathlib.Path(folder), marker) for name in wanted)
@@ -60,6 +62,10 @@ def measure(into: pathlib.Path, marker: str, processes: int) -> None:
                 print(f"[{done}/{len(wanted)}] {job.key}: no result", flush=True)
                 print((job.folder / "output.txt").read_text()[-2000:], flush=True)
             shutil.rmtree(job.folder)
+
+
+def _counts(name: str, patterns: Sequence[str]) -> bool:
+    return any(pathlib.PurePath(name).match(pattern) for pattern in patterns)
 
 
 def _stored(name: str) -> str:
@@ -96,15 +102,18 @@ def collect(marker: str) -> set[str]:
         return set(json.loads((folder / "collected.json").read_text()))
 
 
-def load(folder: pathlib.Path, tests: set[str]) -> dict[str, FileMap]:
+def load(folder: pathlib.Path, patterns: Sequence[str], tests: set[str]) -> dict[str, FileMap]:
     """{test file: what was measured of these tests}, the narrowest first: the likeliest to say what a fault breaks."""
     maps = {}
     for path in sorted(folder.glob("*.json")):
+        name = path.name.removesuffix(".json").replace("--", "/")
+        if not _counts(name, patterns):
+            continue
         found = json.loads(path.read_text())
         lines = {
             file: {int(number): [test for test in here if test in tests] for number, here in its.items()}
             for file, its in found["lines"].items()
         }
         own = tests & found["seconds"].keys()
-        maps[path.name.removesuffix(".json").replace("--", "/")] = FileMap(found["seconds"], lines, own)
+        maps[name] = FileMap(found["seconds"], lines, own)
     return dict(sorted(maps.items(), key=lambda item: item[1].breadth))
